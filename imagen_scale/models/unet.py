@@ -1,0 +1,255 @@
+"""The U-Net of MinImagen: same function, same parameter names, less memory and time."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagen_scale.config import NORM_GROUPS, UnetConfig
+from imagen_scale.errors import ShapeError
+from imagen_scale.models.layers import (
+    Attention,
+    CrossEmbedLayer,
+    OverPixels,
+    Parallel,
+    Residual,
+    ResnetBlock,
+    TimeEmbedding,
+    TransformerBlock,
+    downsample,
+    upsample,
+)
+
+NUM_TIME_TOKENS = 2
+SKIP_SCALE = 2**-0.5
+
+
+class TextCond(NamedTuple):
+    """All that depends on the text but not on the noise level: computed once per prompt."""
+
+    tokens: Tensor  # (B, max_text_len, cond_dim), projected and normalised
+    hidden: Tensor  # (B, time_cond_dim), pooled
+
+
+class UNet(nn.Module):
+    """Predicts the noise in x_t from the time, the text and, for super-resolution, a small image.
+
+    Args:
+        config: One `unets` entry with every null filled in (`Config.unet`).
+
+    Source: Saharia et al. 2022 (Imagen), arXiv:2205.11487; network as MinImagen 0.0.9's `Unet`.
+    """
+
+    def __init__(self, config: UnetConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, cond_dim, lowres_cond = config.dim, config.cond_dim, config.lowres_cond
+        time_cond_dim = dim * 4 * (2 if lowres_cond else 1)
+
+        # Time conditioning.
+        self.to_time_hiddens = TimeEmbedding(dim, time_cond_dim)
+        self.to_time_cond = nn.Sequential(nn.Linear(time_cond_dim, time_cond_dim))
+        self.to_time_tokens = nn.Sequential(
+            nn.Linear(time_cond_dim, cond_dim * NUM_TIME_TOKENS),
+            nn.Unflatten(1, (NUM_TIME_TOKENS, cond_dim)),
+        )
+        if lowres_cond:  # the noise level of the low-resolution image, likewise
+            self.to_lowres_time_hiddens = TimeEmbedding(dim, time_cond_dim)
+            self.to_lowres_time_cond = nn.Sequential(nn.Linear(time_cond_dim, time_cond_dim))
+            self.to_lowres_time_tokens = nn.Sequential(
+                nn.Linear(time_cond_dim, cond_dim * NUM_TIME_TOKENS),
+                nn.Unflatten(1, (NUM_TIME_TOKENS, cond_dim)),
+            )
+
+        # Text conditioning.
+        self.norm_cond = nn.LayerNorm(cond_dim)
+        self.text_to_cond = nn.Linear(config.text_embed_dim, cond_dim)
+        self.null_text_embed = nn.Parameter(torch.randn(1, config.max_text_len, cond_dim))
+        self.null_text_hidden = nn.Parameter(torch.randn(1, time_cond_dim))
+        self.to_text_non_attn_cond = nn.Sequential(
+            nn.LayerNorm(cond_dim),
+            nn.Linear(cond_dim, time_cond_dim),
+            nn.SiLU(),
+            nn.Linear(time_cond_dim, time_cond_dim),
+        )
+
+        # Convolutional path. A level is, in MinImagen's order of parameters:
+        # down: [downsample before], block with text, blocks, attention, [downsample after]
+        # up:   block with text, blocks, attention, upsample
+        self.init_conv = CrossEmbedLayer(config.channels * (2 if lowres_cond else 1), dim)
+        dims = [dim, *(dim * mult for mult in config.dim_mults)]
+        levels = list(
+            zip(
+                dims[:-1],
+                dims[1:],
+                config.num_resnet_blocks,
+                config.layer_attns,
+                config.layer_cross_attns,
+                strict=True,
+            )
+        )
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+
+        def block(dim_in: int, dim_out: int, cross: bool) -> ResnetBlock:
+            return ResnetBlock(
+                dim_in,
+                dim_out,
+                time_cond_dim=time_cond_dim,
+                groups=NORM_GROUPS,
+                cond_dim=cond_dim if cross else None,
+            )
+
+        def attention(dim: int, wanted: bool) -> nn.Module:
+            return TransformerBlock(dim, heads=config.attn_heads) if wanted else nn.Identity()
+
+        skip_dims = []
+        for level, (dim_in, dim_out, num_blocks, attn, cross) in enumerate(levels):
+            is_last = level == len(levels) - 1
+            if config.memory_efficient:
+                before, after, width = downsample(dim_in, dim_out), None, dim_out
+            else:
+                before, width = None, dim_in
+                after = (
+                    Parallel(
+                        nn.Conv2d(dim_in, dim_out, 3, padding=1), nn.Conv2d(dim_in, dim_out, 1)
+                    )
+                    if is_last
+                    else downsample(dim_in, dim_out)
+                )
+            skip_dims.append(width)
+            blocks = nn.ModuleList(block(width, width, False) for _ in range(num_blocks))
+            down = [before, block(width, width, cross), blocks, attention(width, attn), after]
+            self.downs.append(nn.ModuleList(down))  # type: ignore[arg-type]  # None keeps numbering
+
+        self.mid_block1 = block(dims[-1], dims[-1], True)
+        self.mid_attn = (
+            OverPixels(Residual(Attention(dims[-1], heads=config.attn_heads)))
+            if config.attend_at_middle
+            else None
+        )
+        self.mid_block2 = block(dims[-1], dims[-1], True)
+
+        for level, (dim_in, dim_out, num_blocks, attn, cross) in reversed(list(enumerate(levels))):
+            joined = dim_out + skip_dims[level]
+            blocks = nn.ModuleList(block(joined, dim_out, False) for _ in range(num_blocks))
+            grows = level > 0 or config.memory_efficient
+            grow = upsample(dim_out, dim_in) if grows else nn.Identity()
+            up = [block(joined, dim_out, cross), blocks, attention(dim_out, attn), grow]
+            self.ups.append(nn.ModuleList(up))
+
+        self.final_res_block = block(dim, dim, False)
+        self.final_conv = nn.Conv2d(dim, config.channels_out, 3, padding=1)
+
+    def condition_text(
+        self, text_embeds: Tensor, text_mask: Tensor, keep_mask: Tensor | None = None
+    ) -> TextCond:
+        """The part that depends on the text alone.
+
+        Captions shorter than `max_text_len` are filled with learned null tokens (which are
+        attended to); longer ones are cut, text and mask together.
+
+        Args:
+            text_embeds: Encoder features, (B, L, text_embed_dim).
+            text_mask: True at real tokens, (B, L) bool.
+            keep_mask: False where the caption is dropped for classifier-free guidance, (B,)
+                bool; None keeps all.
+        """
+        if text_embeds.ndim != 3 or text_embeds.shape[2] != self.config.text_embed_dim:
+            raise ShapeError(
+                f"text_embeds has shape {tuple(text_embeds.shape)}; this U-Net takes "
+                f"(batch, tokens, {self.config.text_embed_dim})."
+            )
+        max_len = self.config.max_text_len
+        text_embeds, text_mask = text_embeds[:, :max_len], text_mask[:, :max_len]
+        missing = max_len - text_embeds.shape[1]
+        tokens = F.pad(self.text_to_cond(text_embeds), (0, 0, 0, missing))
+        mask = F.pad(text_mask, (0, missing))
+        if keep_mask is not None:
+            mask = mask & keep_mask[:, None]
+        tokens = torch.where(mask[:, :, None], tokens, self.null_text_embed)
+        hidden = self.to_text_non_attn_cond(tokens.mean(dim=1))
+        if keep_mask is not None:
+            hidden = torch.where(keep_mask[:, None], hidden, self.null_text_hidden)
+        return TextCond(self.norm_cond(tokens), hidden)
+
+    def null_text(self, batch: int) -> TextCond:
+        """What `condition_text` gives when every caption is dropped."""
+        tokens = self.norm_cond(self.null_text_embed)
+        return TextCond(tokens.expand(batch, -1, -1), self.null_text_hidden.expand(batch, -1))
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: TextCond,
+        lowres_img: Tensor | None = None,
+        lowres_t: Tensor | None = None,
+    ) -> Tensor:
+        """The part that depends on the noise level.
+
+        Args:
+            x_t: Noisy images, (B, C, H, W).
+            t: Times, (B,).
+            text: From `condition_text` or `null_text`.
+            lowres_img: Low-resolution images enlarged to (B, C, H, W) and noised;
+                super-resolution only.
+            lowres_t: Their noise times, (B,); super-resolution only.
+
+        Returns:
+            Predicted noise, (B, C, H, W).
+        """
+        time_hidden = self.to_time_hiddens(t)
+        cond = self.to_time_cond(time_hidden) + text.hidden
+        time_tokens = self.to_time_tokens(time_hidden)
+        if self.config.lowres_cond:
+            if lowres_img is None or lowres_t is None:
+                raise ShapeError("a super-resolution U-Net needs lowres_img and lowres_t.")
+            lowres_hidden = self.to_lowres_time_hiddens(lowres_t)
+            cond = cond + self.to_lowres_time_cond(lowres_hidden)
+            time_tokens = torch.cat((time_tokens, self.to_lowres_time_tokens(lowres_hidden)), dim=1)
+            x_t = torch.cat((x_t, lowres_img), dim=1)
+        # The norm acts on each token by itself, so the text's share is already done.
+        tokens = torch.cat((self.norm_cond(time_tokens), text.tokens), dim=1)
+
+        x = self.init_conv(x_t.to(self.final_conv.weight.dtype))
+        skips = []
+        for before, first, blocks, attention, after in self.downs:
+            if before is not None:
+                x = before(x)
+            x = first(x, cond, tokens)
+            for block in blocks:
+                x = block(x, cond)
+                skips.append(x)
+            x = attention(x)
+            skips.append(x)
+            if after is not None:
+                x = after(x)
+
+        x = self.mid_block1(x, cond, tokens)
+        if self.mid_attn is not None:
+            x = self.mid_attn(x)
+        x = self.mid_block2(x, cond, tokens)
+
+        for first, blocks, attention, grow in self.ups:
+            x = first(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond, tokens)
+            for block in blocks:
+                x = block(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond)
+            x = grow(attention(x))
+
+        return self.final_conv(self.final_res_block(x, cond))
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text_embeds: Tensor,
+        text_mask: Tensor,
+        keep_mask: Tensor | None = None,
+        lowres_img: Tensor | None = None,
+        lowres_t: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts the noise, (B, C, H, W); arguments as in `condition_text` and `denoise`."""
+        text = self.condition_text(text_embeds, text_mask, keep_mask)
+        return self.denoise(x_t, t, text, lowres_img, lowres_t)

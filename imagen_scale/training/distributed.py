@@ -1,0 +1,239 @@
+"""Processes, DeepSpeed's compiled operators and its engine."""
+
+import contextlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from imagen_scale.config import Config
+from imagen_scale.errors import ConfigError, EnvironmentProblem
+
+# SLURM's names for what torch.distributed reads.
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def rank() -> int:
+    """This process's number."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(say: Callable[[str], None]) -> None:
+    """Joins the process group, whoever started this process.
+
+    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). DeepSpeed's
+    operators are compiled into a folder of this machine's own, after locks that a killed build
+    left behind are removed: DeepSpeed would wait for them for ever.
+
+    Raises:
+        EnvironmentProblem: If DeepSpeed or a compiler is missing or the group cannot be formed.
+    """
+    _fill_environment()
+    folder = extensions_dir()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    clear_stale_locks(folder, say)
+    try:
+        import deepspeed
+        import torch
+        from deepspeed.accelerator import get_accelerator
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"DeepSpeed cannot be imported ({error}). Install it with "
+            f"`pip install -c constraints.txt '.[train]'`."
+        ) from None
+    if torch.distributed.is_initialized():
+        return
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    elif not has_compiler():
+        raise EnvironmentProblem(
+            "DeepSpeed compiles its CPU operators and found no C++ compiler. Install one: "
+            "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora)."
+        )
+    if rank() == 0 and not any(folder.glob("*/*.so")):
+        say(f"first run on this machine: DeepSpeed compiles its operators (1-3 min) into {folder}")
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=30),
+            verbose=False,
+        )
+    except RuntimeError as error:
+        raise EnvironmentProblem(
+            f"the {world_size()} processes could not be joined: {error}"
+        ) from error
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    import torch
+
+    torch.distributed.barrier()
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """Runs `make` on rank 0 and gives its result, or its exception, to every rank."""
+    import torch
+
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = make()
+        except Exception as error:
+            result[1] = error
+    torch.distributed.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def _fill_environment() -> None:
+    if "RANK" not in os.environ:
+        in_slurm = "SLURM_PROCID" in os.environ
+        for name, value in _SINGLE.items():
+            os.environ[name] = os.environ[_SLURM[name]] if in_slurm else value
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else _free_port())
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch would call is there."""
+    return shutil.which(os.environ.get("CXX", "c++")) is not None
+
+
+def extensions_dir() -> Path:
+    """Where this machine's compiled operators live.
+
+    One folder per host: the operators are built for the processor of the machine that built
+    them, and a home directory may be shared.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is None:
+        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        folder = str(Path(cache) / "imagen-scale" / "torch_extensions" / platform.node())
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:
+    """Removes build locks that no living process holds.
+
+    torch's builder keeps its lock file open while it works, so a lock that nobody has open
+    belongs to a process that was killed (torch 2.13, `torch/utils/file_baton.py`).
+    """
+    locks = {str(path) for path in folder.glob("*/lock")}
+    if not locks:
+        return
+    import psutil
+
+    held = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            held |= {file.path for file in process.open_files()} & locks
+    for lock in sorted(locks - held):
+        Path(lock).unlink(missing_ok=True)
+        say(f"removed the lock of a killed build: {lock}")
+
+
+def engine_config(config: Config, unet_index: int, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for one U-Net.
+
+    Raises:
+        ConfigError: If the batch sizes do not fit the number of processes.
+    """
+    global_batch = config.per_unet("training", "global_batch", unet_index)
+    micro_batch = config.per_unet("training", "micro_batch", unet_index)
+    if micro_batch is None:
+        micro_batch = max(1, global_batch // ranks)
+    if global_batch % (micro_batch * ranks):
+        raise ConfigError(
+            f"training.global_batch: {global_batch} is not a multiple of micro_batch "
+            f"{micro_batch} x {ranks} processes (U-Net {unet_index + 1}); change one of them."
+        )
+    settings = {
+        "zero_optimization": {"stage": 0},
+        "steps_per_print": 2**31,  # our own telemetry reports
+        # The optimizer is ours even when its states are offloaded.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **config.deepspeed,
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": global_batch // (micro_batch * ranks),
+        "gradient_clipping": config.training.grad_clip or 0.0,
+        "bf16": {"enabled": config.training.precision == "bf16"},
+    }
+    return settings
+
+
+def make_optimizer(parameters: Any, config: Config, lr: float) -> Any:
+    """AdamW: DeepSpeed's CPU kernel for offloaded states, torch's fused one otherwise."""
+    import torch
+
+    training = config.training
+    options = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
+    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and has_compiler():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def make_engine(unet: Any, config: Config, unet_index: int) -> Any:
+    """A DeepSpeed engine around one U-Net; checkpoints load without running code from files."""
+    import deepspeed
+
+    lr = config.per_unet("training", "lr", unet_index)
+    engine, *_ = deepspeed.initialize(
+        model=unet,
+        optimizer=make_optimizer(unet.parameters(), config, lr),
+        config=engine_config(config, unet_index, world_size()),
+        dist_init_required=False,
+    )
+    engine.checkpoint_engine.load = _load_without_code
+    return engine
+
+
+def _load_without_code(path: str, map_location: Any = None) -> Any:
+    """Loads one of DeepSpeed's shards with only the three classes that it needs.
+
+    DeepSpeed 0.19 calls `torch.load` with `weights_only=False`, which runs whatever code a
+    crafted file holds.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,0 +1,93 @@
+"""What one training step computes for a batch: noise in, loss out."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.config import Config
+from imagen_scale.data.dataset import Batch, seeded
+from imagen_scale.diffusion.loss import image_loss
+from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.diffusion.schedule import NoiseSchedule
+
+
+class Draws(NamedTuple):
+    """Every random number that a batch needs, (B, ...) each."""
+
+    t: Tensor  # times, int64
+    eps: Tensor  # noise, (B, C, H, W)
+    keep_mask: Tensor  # False where the caption is dropped
+    lowres_t: Tensor  # times of the noise on the low-resolution image, int64
+    lowres_eps: Tensor | None  # that noise, (B, C, H, W); super-resolution only
+
+
+class Objective:
+    """The loss of one U-Net.
+
+    Each sample's random numbers are a function of the seed and of its position in the run alone.
+    So two ranks together compute what one computes, a resumed run repeats nothing and misses
+    nothing, and no generator state needs saving.
+
+    Args:
+        config: The run.
+        unet_index: Which U-Net, from 0.
+        device: Where the batches are computed.
+    """
+
+    def __init__(self, config: Config, unet_index: int, device: torch.device) -> None:
+        imagen, sizes = config.imagen, config.imagen.image_sizes
+        self.config, self.unet_index, self.device = config, unet_index, device
+        self.pred_type = config.unets[unet_index].pred_type
+        self.small_size = sizes[unet_index - 1] if unet_index > 0 else None
+        timesteps = config.per_unet("imagen", "timesteps", unet_index)
+        self.schedule = NoiseSchedule.linear(timesteps).to(device)
+        self.lowres_times = max(1, round(timesteps * config.training.lowres_aug_max))
+        self.loss_type = imagen.loss_type
+
+    def loss(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
+        """Mean loss over a batch, a float32 scalar.
+
+        Args:
+            unet: The network, or DeepSpeed's engine around it.
+            batch: On any device.
+            purpose: Keeps the random numbers of validation apart from those of training.
+        """
+        x_0 = batch.images.to(self.device, non_blocking=True)
+        draws = self.draw(batch.positions, x_0.shape[1:], purpose)
+        x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
+        lowres: tuple[Tensor, ...] = ()
+        if self.small_size is not None:
+            lowres_img = shrink_and_enlarge(x_0, self.small_size)
+            noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
+            lowres = (noised, draws.lowres_t)
+        text = batch.text_embeds.to(self.device), batch.text_mask.to(self.device)
+        prediction = unet(x_t, draws.t, *text, draws.keep_mask, *lowres)
+        if self.pred_type == "v":
+            target = self.schedule.v_target(x_0, draws.t, draws.eps)
+        else:
+            target = draws.eps
+        return image_loss(prediction, target, self.loss_type).mean()
+
+    def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
+        """Random numbers of the samples at `positions`, (B,), for images of `shape`."""
+        samples = [self._draw_one(int(position), shape, purpose) for position in positions]
+        t, eps, keep_mask, lowres_t, lowres_eps = zip(*samples, strict=True)
+        return Draws(
+            torch.stack(t),
+            torch.stack(eps),
+            torch.stack(keep_mask),
+            torch.stack(lowres_t),
+            None if self.small_size is None else torch.stack(lowres_eps),
+        )
+
+    def _draw_one(self, position: int, shape: torch.Size, purpose: str) -> tuple[Tensor, ...]:
+        seed = seeded(purpose, self.config.training.seed, self.unet_index, position)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        where = {"generator": generator, "device": self.device}
+        t = torch.randint(self.schedule.timesteps, (), **where)
+        lowres_t = torch.randint(self.lowres_times, (), **where)
+        keep = torch.rand((), **where) >= self.config.imagen.cond_drop_prob
+        eps = torch.randn(shape, **where)
+        lowres_eps = eps if self.small_size is None else torch.randn(shape, **where)
+        return t, eps, keep, lowres_t, lowres_eps

@@ -1,0 +1,181 @@
+"""What a run reports: metrics.jsonl, a progress line, and Weights & Biases when asked for."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from imagen_scale.checkpoint import write_atomically
+from imagen_scale.config import Config
+from imagen_scale.errors import MissingExtraError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One plain line for the person watching."""
+    console.print(message, markup=False)
+
+
+class Telemetry:
+    """Reports of one U-Net's training; made on rank 0 only.
+
+    Args:
+        run_dir: The run's folder.
+        config: The run's configuration.
+        unet_number: 1-based.
+        start_step: Steps already done; later lines of an interrupted run are dropped, since
+            those steps are about to be repeated.
+        steps: Steps in all.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, unet_number: int, start_step: int, steps: int
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.unet_number = unet_number
+        drop_metrics_after(self.path, unet_number, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(run_dir, config)
+        self._progress = Progress(
+            TextColumn(f"U-Net {unet_number}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps  {task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=start_step, status="")
+        self._steps = steps
+        self._last_time, self._last_step = time.monotonic(), start_step
+
+    def __enter__(self) -> "Telemetry":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def train(self, step: int, *, loss: float, lr: float, grad_norm: float | None, images: int) -> None:
+        """Reports the mean loss since the last report, and the speed.
+
+        Args:
+            step: Optimizer steps done.
+            loss: Mean over all ranks and steps since the last report.
+            lr: Learning rate of the step.
+            grad_norm: Norm before clipping, where DeepSpeed tells it.
+            images: Pictures per step over all ranks.
+        """
+        now = time.monotonic()
+        elapsed, self._last_time = now - self._last_time, now
+        images_per_s = images * (step - self._last_step) / max(elapsed, 1e-9)
+        seconds_left = (self._steps - step) * elapsed / max(step - self._last_step, 1)
+        self._last_step = step
+        memory = peak_memory_gib()
+        status = f"loss {loss:.4f}  {images_per_s:.1f} images/s  {memory:.2f} GiB"
+        self._progress.update(self._task, completed=step, status=status)
+        if self._progress.disable:
+            minutes, seconds = divmod(round(seconds_left), 60)
+            say(
+                f"U-Net {self.unet_number}  step {step}/{self._steps}  {status}  "
+                f"left {minutes}:{seconds:02d}"
+            )
+        self.write(
+            step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=images_per_s,
+            peak_memory_gib=memory,
+        )  # fmt: skip
+
+    def write(self, step: int, **values: float | None) -> None:
+        """Appends one line to metrics.jsonl."""
+        row = {"unet": self.unet_number, "step": step, **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            prefix = f"unet{self.unet_number}/"
+            self._wandb.log({prefix + name: value for name, value in row.items() if name != "unet"})
+
+    def picture(self, step: int, path: Path) -> None:
+        """Reports a sample grid."""
+        if self._progress.disable:
+            say(f"U-Net {self.unet_number}  step {step}/{self._steps}  pictures: {path}")
+        if self._wandb is not None:
+            import wandb
+
+            name = f"unet{self.unet_number}/"
+            self._wandb.log({name + "samples": wandb.Image(str(path)), name + "step": step})
+
+
+def drop_metrics_after(path: Path, unet_number: int, step: int) -> None:
+    """Removes lines of steps that a resumed run repeats, and a last line cut by a kill."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["unet"] != unet_number or row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, lambda temporary: _write_text(temporary, "".join(kept)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB: allocated on the card, or resident in this process without one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    settings = config.logging.wandb
+    if settings is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise MissingExtraError(
+            "logging.wandb is set, but wandb is not installed. Install it with "
+            "`pip install 'imagen-scale[wandb]'`, or set logging.wandb to null."
+        ) from None
+    # The same id at each start, so that a resumed run continues its own curves.
+    id_file = run_dir / "wandb_id.txt"
+    if not id_file.is_file():
+        id_file.write_text(os.urandom(4).hex())
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        mode=settings.mode,
+        id=id_file.read_text(),
+        resume="allow",
+        name=run_dir.name,
+        dir=str(run_dir),
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,485 @@
+"""Training of a cascade: one U-Net after another, each with an engine of its own."""
+
+import gc
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagen_scale import checkpoint as ckpt
+from imagen_scale.cascade import Stage, Text, default_device, encode_prompts, to_uint8
+from imagen_scale.config import Config, dump_config, parse_config
+from imagen_scale.data.dataset import (
+    CaptionedImages,
+    Prepared,
+    batches,
+    prepare,
+    seeded,
+    split_indices,
+)
+from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.diffusion.lowres import resize
+from imagen_scale.errors import CheckpointError, ConfigError, ImagenScaleError, UsageError
+from imagen_scale.models.memory import apply_checkpointing
+from imagen_scale.models.unet import UNet
+from imagen_scale.pictures import save_grid
+from imagen_scale.training import distributed
+from imagen_scale.training.distributed import from_rank_0, rank, world_size
+from imagen_scale.training.ema import Ema
+from imagen_scale.training.objective import Objective
+from imagen_scale.training.telemetry import Telemetry, say
+
+# What may change between the start of a run and its continuation.
+_MAY_CHANGE = {
+    "logging": None,
+    "memory": None,
+    "text": ("batch_size",),
+    "data": ("num_workers", "cache_dir", "cache_images_gb"),
+    "imagen": ("only_train_unet_number", "dynamic_thresholding_percentile",
+               "lowres_sample_noise_level"),
+    "training": ("micro_batch", "checkpoint_every", "keep_checkpoints", "val_every", "val_batches",
+                 "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale"),
+}  # fmt: skip
+GRID_COLUMNS = 8
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    unet_number: int | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+) -> None:
+    """Trains every U-Net of a cascade in turn, or one.
+
+    Started again after an interruption it goes on where the newest good checkpoint stands.
+
+    Args:
+        config: The run.
+        run_dir: Where everything is written.
+        unet_number: Train this one only, from 1; None takes the configuration's, else all.
+        resume: Refuse to start from nothing.
+        fresh: Delete what an earlier run left in `run_dir` and start anew.
+
+    Raises:
+        ImagenScaleError: With what to do next.
+    """
+    numbers = _unet_numbers(config, unet_number)
+    if config.imagen.channels != 3:
+        raise ConfigError(
+            f"imagen.channels: {config.imagen.channels}; training pictures are RGB: write 3."
+        )
+    quiet = say if distributed.rank() == 0 else _silent
+    if distributed.rank() == 0:
+        check_run(config, run_dir, resume=resume, fresh=fresh)
+    # Prepared before the group is joined: it may take longer than any collective may wait.
+    prepared = prepare(config, progress=_progress(quiet))
+    distributed.start(quiet)
+    try:
+        from_rank_0(lambda: open_run(config, run_dir, fresh=fresh))
+        if prepared.source.attribution:
+            quiet(f"pictures: {prepared.source.attribution}")
+        for number in numbers:
+            UnetTraining(config, run_dir, number, prepared, quiet).run()
+        quiet(f"run: {run_dir}")
+    finally:
+        distributed.stop()
+
+
+def _unet_numbers(config: Config, unet_number: int | None) -> list[int]:
+    number = unet_number or config.imagen.only_train_unet_number
+    num_unets = len(config.unets)
+    if number is None:
+        return list(range(1, num_unets + 1))
+    if not 1 <= number <= num_unets:
+        raise UsageError(f"--unet {number}: this cascade has U-Nets 1 to {num_unets}.")
+    return [number]
+
+
+def check_run(config: Config, run_dir: Path, *, resume: bool, fresh: bool) -> None:
+    """Refuses, before anything is written, what cannot be continued.
+
+    Raises:
+        UsageError: If there is nothing to resume.
+        ConfigError: If `run_dir` belongs to a run with another configuration.
+    """
+    saved = run_dir / "config.json"
+    if resume and not saved.is_file():
+        raise UsageError(f"--resume: {run_dir} holds no run yet. Leave --resume out to start one.")
+    if fresh or not saved.is_file():
+        return
+    before = parse_config(saved.read_text(encoding="utf-8"), source=str(saved))
+    changes = _changes(before, config)
+    if changes:
+        raise ConfigError(
+            f"{run_dir} was started with another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nUndo the change, write to another folder with --run, or start anew with --fresh."
+        )
+
+
+def open_run(config: Config, run_dir: Path, *, fresh: bool) -> None:
+    """Makes the run's folder, or empties it when asked for a fresh start."""
+    if fresh and (run_dir / "config.json").is_file():
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ckpt.write_atomically(
+        run_dir / "config.json",
+        lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
+    )
+
+
+def _changes(before: Config, now: Config) -> list[str]:
+    """Differences that would make a resumed run another run, as 'key: old -> new'."""
+    changes: list[str] = []
+
+    def compare(path: str, old: Any, new: Any) -> None:
+        section, _, key = path.partition(".")
+        allowed = _MAY_CHANGE.get(section, ())
+        if old == new or allowed is None or key in allowed:
+            return
+        if isinstance(old, dict) and isinstance(new, dict):
+            for name in old | new:
+                compare(f"{path}.{name}".lstrip("."), old.get(name), new.get(name))
+        else:
+            changes.append(f"{path}: {old} -> {new}")
+
+    compare("", before.model_dump(mode="json"), now.model_dump(mode="json"))
+    return changes
+
+
+def learning_rate(config: Config, unet_index: int, step: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to zero."""
+    training = config.training
+    peak = config.per_unet("training", "lr", unet_index)
+    steps = config.per_unet("training", "steps", unet_index)
+    if step < training.warmup_steps:
+        return peak * (step + 1) / training.warmup_steps
+    if training.lr_schedule == "constant":
+        return peak
+    done = (step - training.warmup_steps) / (steps - training.warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class UnetTraining:
+    """Training of one U-Net from its newest checkpoint, or from nothing, to its last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        unet_number: int,
+        prepared: Prepared,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
+        self.unet_number, self.index = unet_number, unet_number - 1
+        self.training = config.training
+        self.folder = ckpt.unet_dir(run_dir, unet_number)
+        self.steps = config.per_unet("training", "steps", self.index)
+        self.size = config.imagen.image_sizes[self.index]
+        # The learned null embedding of every caption is as wide as the encoder's features.
+        self.text_embed_dim = prepared.embeddings.dim
+        self.fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
+        self.train_indices, self.val_indices = split_indices(
+            prepared.source.keys, config.data.val_fraction
+        )
+
+    def run(self) -> None:
+        """Trains to the last step; does nothing when that was reached before."""
+        if from_rank_0(self._is_finished):
+            self.say(f"U-Net {self.unet_number}: already trained ({self.steps} steps)")
+            return
+        self._build()
+        try:
+            step = self._resume()
+            self._loop(step)
+        finally:
+            self.engine.destroy()
+            del self.engine, self.ema
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _is_finished(self) -> bool:
+        path = ckpt.inference_path(self.run_dir, self.unet_number)
+        return path.is_file() and ckpt.read_inference(path).step >= self.steps
+
+    def _build(self) -> None:
+        # The same initial weights on every rank and at every start.
+        torch.manual_seed(seeded("init", self.training.seed, self.index) % 2**63)
+        unet = UNet(self.config.unet(self.index, self.text_embed_dim))
+        self.num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        level = self.config.per_unet("memory", "checkpointing", self.index)
+        apply_checkpointing(unet, level).train()
+        self.engine = distributed.make_engine(unet, self.config, self.index)
+        self.ema = Ema(self.engine, self.training.ema_decay)
+        self.objective = Objective(self.config, self.index, self.engine.device)
+        self.micro_batch = self.engine.train_micro_batch_size_per_gpu()
+        self.accumulation = self.engine.gradient_accumulation_steps()
+        self.global_batch = self.engine.train_batch_size()
+        self.say(
+            f"U-Net {self.unet_number}: {self.num_parameters / 1e6:.1f} M parameters, "
+            f"{self.size} px, {len(self.train_indices)} pictures, global batch "
+            f"{self.global_batch} = {self.micro_batch} x {self.accumulation} accumulated x "
+            f"{world_size()} processes, ZeRO-{self.engine.zero_optimization_stage()}, "
+            f"{self.training.precision}"
+        )
+
+    # Checkpoints.
+
+    def _resume(self) -> int:
+        """Loads the newest good checkpoint; returns the steps done."""
+        found = from_rank_0(lambda: ckpt.newest_good(self.folder, self.say))
+        folder, manifest = found
+        if folder is None:
+            return 0
+        for key, ours in self._facts().items():
+            if manifest[key] != ours:
+                raise CheckpointError(
+                    f"{folder}: saved with {key} {manifest[key]}, but this run has {ours}. "
+                    f"Continue it with {manifest[key]}."
+                )
+        from safetensors.torch import load_file
+
+        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
+        self.ema.load_state_dict(load_file(folder / self._ema_name()))
+        step: int = manifest["step"]
+        self.say(f"U-Net {self.unet_number}: continues at step {step} of {self.steps}")
+        return step
+
+    def _facts(self) -> dict[str, Any]:
+        """What DeepSpeed's shards depend on."""
+        return {"processes": world_size(), "zero_stage": self.engine.zero_optimization_stage()}
+
+    def _ema_name(self) -> str:
+        return f"ema_rank_{rank():04d}.safetensors"
+
+    def _save(self, step: int) -> None:
+        from safetensors.torch import save_file
+
+        staging = Path(from_rank_0(lambda: str(ckpt.staging_folder(self.folder, step))))
+        # DeepSpeed would publish `latest` before the other ranks have finished: we commit.
+        self.engine.save_checkpoint(str(staging), tag="deepspeed", save_latest=False)
+        save_file(self.ema.state_dict(), staging / self._ema_name())
+        distributed.barrier()
+        from_rank_0(lambda: str(ckpt.commit(staging, step, self._facts())))
+        from_rank_0(lambda: ckpt.remove_old(self.folder, self.training.keep_checkpoints))
+
+    def _save_inference(self, step: int) -> None:
+        """Writes the EMA weights for sampling; all ranks gather, rank 0 writes."""
+        weights = self.ema.named_weights()
+        if rank() != 0:
+            for _ in weights:
+                pass
+        else:
+            ckpt.save_inference(
+                ckpt.inference_path(self.run_dir, self.unet_number),
+                weights,
+                config=self.config,
+                unet_number=self.unet_number,
+                text_embed_dim=self.text_embed_dim,
+                text_fingerprint=self.fingerprint,
+                step=step,
+                steps=self.steps,
+            )
+        distributed.barrier()
+
+    # Steps.
+
+    def _dataset(self, indices: list[int], *, shuffle: bool) -> CaptionedImages:
+        return CaptionedImages(
+            self.prepared.images[self.size],
+            self.prepared.source.captions,
+            self.prepared.embeddings,
+            indices,
+            seed=seeded("data", self.training.seed, self.index),
+            flip=self.config.data.flip and shuffle,
+            max_text_len=self.config.unets[self.index].max_text_len,
+            shuffle=shuffle,
+        )
+
+    def _loop(self, step: int) -> None:
+        micro_batches = batches(
+            self._dataset(self.train_indices, shuffle=True),
+            start_step=step,
+            steps=self.steps - step,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=self.config.data.num_workers,
+        )
+        telemetry = self._telemetry(step)
+        window: list[torch.Tensor] = []
+        try:
+            while step < self.steps:
+                lr = learning_rate(self.config, self.index, step)
+                window.append(self._step(micro_batches, lr))
+                step += 1
+                self.ema.update(step)
+                if telemetry is not None:
+                    telemetry.advance(step)
+                if self._is_due(step, self.config.logging.log_every):
+                    self._report(telemetry, step, lr, window)
+                    window = []
+                if self.val_indices and self._is_due(step, self.training.val_every):
+                    self._validate(telemetry, step)
+                is_checkpoint = self._is_due(step, self.training.checkpoint_every)
+                is_sample = self.training.sample_every is not None and self._is_due(
+                    step, self.training.sample_every
+                )
+                if is_checkpoint or is_sample:
+                    self._save_inference(step)
+                if is_checkpoint:
+                    self._save(step)
+                if is_sample:
+                    from_rank_0(lambda: self._sample_grid(telemetry, step))
+        finally:
+            if telemetry is not None:
+                telemetry.__exit__(None, None, None)
+
+    def _telemetry(self, step: int) -> Telemetry | None:
+        def start() -> Telemetry:
+            return Telemetry(self.run_dir, self.config, self.unet_number, step, self.steps)
+
+        # Ranks must not be left waiting when rank 0 cannot report.
+        made: list[Telemetry] = []
+        from_rank_0(lambda: made.append(start().__enter__()))
+        return made[0] if made else None
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.steps
+
+    def _step(self, micro_batches: Any, lr: float) -> torch.Tensor:
+        """One optimizer step; returns this rank's mean loss."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.engine.device)
+        for _ in range(self.accumulation):
+            loss = self.objective.loss(self.engine, next(micro_batches))
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        return total / self.accumulation
+
+    def _report(
+        self, telemetry: Telemetry | None, step: int, lr: float, window: list[torch.Tensor]
+    ) -> None:
+        loss = self._mean_over_ranks(torch.stack(window).mean())
+        if not math.isfinite(loss):
+            raise ImagenScaleError(
+                f"U-Net {self.unet_number}: the loss is {loss} at step {step}. Lower training.lr, "
+                f"raise training.warmup_steps or use bf16 instead of fp16 data, then run the same "
+                f"command again: it continues from the checkpoint before."
+            )
+        if telemetry is not None:
+            norm = self.engine.get_global_grad_norm()
+            telemetry.train(
+                step,
+                loss=loss,
+                lr=lr,
+                grad_norm=None if norm is None else float(norm),
+                images=self.global_batch,
+            )
+
+    def _mean_over_ranks(self, value: torch.Tensor) -> float:
+        torch.distributed.all_reduce(value)
+        return value.item() / world_size()
+
+    @torch.no_grad()
+    def _validate(self, telemetry: Telemetry | None, step: int) -> None:
+        """Loss on held-out pictures, with the same noise and times at every validation."""
+        together = self.micro_batch * world_size()
+        steps = min(self.training.val_batches, math.ceil(len(self.val_indices) / together))
+        held_out = batches(
+            self._dataset(self.val_indices, shuffle=False),
+            start_step=0,
+            steps=steps,
+            global_batch=together,
+            micro_batch=self.micro_batch,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=0,
+        )
+        self.engine.eval()
+        losses = [self.objective.loss(self.engine, batch, "validation") for batch in held_out]
+        self.engine.train()
+        loss = self._mean_over_ranks(torch.stack(losses).mean())
+        if telemetry is not None:
+            telemetry.write(step, val_loss=loss)
+
+    # Pictures.
+
+    def _sample_grid(self, telemetry: Telemetry | None, step: int) -> None:
+        """Samples fixed prompts with the EMA weights, through the code that users run.
+
+        A super-resolution stage enlarges real pictures of the data set, shown with their input
+        and the original, so that its quality does not depend on the stages before it.
+        """
+        file = ckpt.read_inference(ckpt.inference_path(self.run_dir, self.unet_number))
+        stage = Stage(file, default_device())
+        options = {"steps": self.training.sample_steps}
+        if self.unet_number == 1:
+            captions = list(self.training.sample_prompts) or self._first_captions()
+            images = stage.sample(
+                self._encode(file, captions),
+                [0] * len(captions),
+                cond_scale=self.training.sample_cond_scale,
+                **options,
+            )
+            rows = [to_uint8(images)]
+        else:
+            indices = self.train_indices[:GRID_COLUMNS]
+            captions = self._first_captions()
+            store = self.prepared.images[self.size]
+            real = torch.stack([torch.from_numpy(store[i].copy()) for i in indices])
+            real = real.float() / 127.5 - 1
+            lowres = resize(real, self.config.imagen.image_sizes[self.index - 1])
+            images = stage.sample(
+                self._encode(file, captions),
+                [0] * len(captions),
+                lowres=lowres,
+                cond_scale=1.0,
+                **options,
+            )
+            rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
+        path = self.run_dir / "samples" / f"unet{self.unet_number}_step_{step:08d}.png"
+        save_grid(path, rows, captions)
+        if telemetry is not None:
+            telemetry.picture(step, path)
+
+    def _first_captions(self) -> list[str]:
+        captions = self.prepared.source.captions
+        return [captions[i] for i in self.train_indices[:GRID_COLUMNS]]
+
+    def _encode(self, file: ckpt.InferenceFile, captions: list[str]) -> Text:
+        from imagen_scale.data.text import pad_embeddings
+
+        store = self.prepared.embeddings
+        if all(caption in store for caption in captions):
+            return Text(*pad_embeddings([store[caption] for caption in captions], max_len=256))
+        return encode_prompts(file, captions)
+
+
+def _silent(message: str) -> None:
+    """Ranks other than 0 say nothing."""
+
+
+def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Tells of long preparations once in a while."""
+    import time
+
+    last = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f"preparing {what}: {done} of {total}")
+
+    return progress
