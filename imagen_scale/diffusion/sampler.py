@@ -73,7 +73,7 @@ def sample(
     Returns:
         Images in [-1, 1], (B, C, H, W).
     """
-    abar = schedule.alphas_cumprod.double()
+    abar = schedule.abar
     for i, time in enumerate(times):
         t = torch.full((len(x_t),), time, device=x_t.device, dtype=torch.int64)
         x_0 = threshold(schedule.eps_to_x0(x_t, t, denoiser(x_t, t)))

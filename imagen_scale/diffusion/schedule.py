@@ -10,12 +10,14 @@ from torch import Tensor
 class NoiseSchedule:
     """MinImagen's linear schedule: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
 
-    All tensors are (T,), computed in float64 and kept in float32. Time `t` is an integer in
-    [0, T - 1]; T - 1 is the noisiest.
+    All tensors are (T,), computed in float64 and kept in float32, but for `abar`, which stays
+    in float64: samplers subtract neighbouring values. Time `t` is an integer in [0, T - 1];
+    T - 1 is the noisiest.
 
     Source: Ho et al. 2020, arXiv:2006.11239, equations 4, 6 and 7.
     """
 
+    abar: Tensor
     betas: Tensor
     alphas_cumprod: Tensor
     posterior_variance: Tensor
@@ -49,7 +51,7 @@ class NoiseSchedule:
             "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
             "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
         }
-        return cls(**{name: value.float() for name, value in values.items()})
+        return cls(abar=abar, **{name: value.float() for name, value in values.items()})
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """The same schedule with its tensors on `device`."""

@@ -1,0 +1,70 @@
+"""Files several processes build once: locked while built, renamed into place when whole."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from imagen_scale.errors import EnvironmentProblem
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock `path`; other processes wait here until it is released.
+
+    The operating system frees the lock of a process that dies, so no stale lock can remain.
+
+    Raises:
+        EnvironmentProblem: If the folder cannot be created or written.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears as `path` only after the block has written all of it.
+
+    Hold `exclusive` meanwhile: the temporary file has a fixed name, so that what a killed process
+    left behind is overwritten by the next one instead of piling up.
+
+    Raises:
+        EnvironmentProblem: If the disk refuses, e.g. because it is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to stand inside one of our sentences."""
+    line = str(error).strip().partition("\n")[0].rstrip(". ")
+    return getattr(error, "strerror", None) or line or type(error).__name__
+
+
+def _cannot_write(path: Path, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{path}: cannot be written: {error.strerror or error}; free disk space, or set "
+        f"data.cache_dir (or IMAGEN_SCALE_CACHE) to a writable folder."
+    )

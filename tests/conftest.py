@@ -1,0 +1,100 @@
+"""Shared fixtures: a folder for compiled operators, a tiny configuration, the real launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Timings on a shared machine say nothing.
+settings.register_profile("imagen-scale", deadline=None, max_examples=30)
+settings.load_profile("imagen-scale")
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {
+    "imagen": {"image_sizes": [16, 32], "text_encoder_name": "minilm", "timesteps": 100},
+    "unets": [
+        {"dim": 8, "dim_mults": [1, 2], "layer_attns": [False, True],
+         "layer_cross_attns": [False, True], "attn_heads": 2, "max_text_len": 8},
+        {"dim": 8, "dim_mults": [1, 2], "layer_attns": False,
+         "layer_cross_attns": [False, True], "max_text_len": 8, "pred_type": "v"},
+    ],
+    "data": {"source": "emoji", "names": ["red heart", "sun", "pizza", "rocket", "key", "house"]},
+    "training": {"steps": 6, "global_batch": 8, "lr": 1e-3, "warmup_steps": 2,
+                 "precision": "fp32", "checkpoint_every": 3, "val_every": 3, "sample_every": 6,
+                 "sample_steps": 2, "sample_prompts": ["red heart"]},
+    "logging": {"log_every": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_folders(tmp_path_factory):
+    """Operators and prepared data of the tests stay apart from the user's own.
+
+    Both survive the session under the repository's cache, so that operators compile once.
+    """
+    cache = Path(os.environ.get("PYTEST_CACHE", ROOT / ".pytest_cache")) / "imagen-scale"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "torch_extensions")
+    os.environ["IMAGEN_SCALE_CACHE"] = str(cache / "prepared")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["WANDB_MODE"] = "offline"
+    yield
+    for leftover in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
+        leftover.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """Path of a configuration that trains two U-Nets in seconds."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs launch/train.py under the real deepspeed launcher."""
+
+    def run(config, run_dir, *options, processes=1, check=True, timeout=400):
+        flags = [option for option in options if option.startswith("--") or option.isdigit()]
+        settings = [
+            item
+            for option in options
+            if not option.startswith("--") and not option.isdigit()
+            for item in ("--set", option)
+        ]
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes),
+            "--master_port", str(free_port()), str(ROOT / "launch" / "train.py"),
+            "--config", str(config), "--run", str(run_dir), *flags, *settings,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    return run
+
+
+def free_port():
+    """A port that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def losses(run_dir, unet=1):
+    """The training losses of one U-Net as metrics.jsonl has them, by step."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["loss"] for row in rows if row["unet"] == unet and "loss" in row}

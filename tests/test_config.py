@@ -1,0 +1,176 @@
+"""Configuration: the seed's blocks load, mistakes are explained, all at once."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagen_scale.config import Config, dump_config, load_config, parse_config
+from imagen_scale.errors import ConfigError
+
+SEED_IMAGEN = json.loads(
+    '{"text_embed_dim": null, "channels": 3, "timesteps": 1000, "cond_drop_prob": 0.15, '
+    '"loss_type": "l2", "lowres_sample_noise_level": 0.2, "auto_normalize_img": true, '
+    '"dynamic_thresholding_percentile": 0.9, "only_train_unet_number": null, '
+    '"image_sizes": [64], "text_encoder_name": "t5_small"}'
+)
+SEED_UNET = json.loads(
+    '{"dim": 128, "dim_mults": [1, 2, 4], "channels": 3, "channels_out": null, '
+    '"cond_dim": null, "text_embed_dim": 512, "num_resnet_blocks": 1, '
+    '"layer_attns": [false, true, true], "layer_cross_attns": [false, true, true], '
+    '"attn_heads": 8, "lowres_cond": false, "memory_efficient": false, '
+    '"attend_at_middle": false}'
+)
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+
+
+def test_the_seeds_two_blocks_load_unchanged():
+    seed = {"imagen": SEED_IMAGEN, "unets": [SEED_UNET], "training": {"precision": "fp32"}}
+    config = parse_config(json.dumps(seed))
+    assert config.imagen.model_dump(mode="json") == SEED_IMAGEN
+    loaded = config.unets[0].model_dump(mode="json")
+    assert {key: loaded[key] for key in SEED_UNET} == SEED_UNET
+    shipped = json.loads((ROOT / "configs" / "pokemon_64.json").read_text())
+    assert shipped["imagen"] == SEED_IMAGEN
+    assert shipped["unets"] == [SEED_UNET]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_survive_a_dump(path):
+    config = load_config(path)
+    assert parse_config(dump_config(config)) == config
+
+
+def test_all_four_are_shipped():
+    names = {path.stem for path in CONFIGS}
+    assert names == {"cascade_64_256", "pokemon_64", "imagen_64_256_1024", "emoji_demo"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("unets.0.dim_mult=[1,2]", r"unets.0.dim_mult: unknown key; did you mean dim_mults\?"),
+        ("trainin={}", r"trainin: unknown key; did you mean training\?"),
+        ('unets.0.dim="16"', r'unets.0.dim: "16" is not allowed: it should be a valid integer'),
+        ("unets.0.dim=12", r"unets.0.dim: 12 is not divisible by 8; use 8 or 16"),
+        ("unets.0.dim=4", r"unets.0.dim: 4 is not divisible by 8; use 8"),
+        ("unets.0.dim_mults=2", r"unets.0.dim_mults: 2 is not allowed: it should be a valid array"),
+        ("unets.0.num_resnet_blocks=[1,2,3]", "num_resnet_blocks: 3 values for 2 levels"),
+        ("unets.0.lowres_cond=true", "lowres_cond: true, but U-Net 1 is not conditioned"),
+        ("unets.1.lowres_cond=false", "lowres_cond: false, but U-Net 2 is conditioned"),
+        ("unets.0.text_embed_dim=512", "text_embed_dim: 512, but the encoder 'minilm' gives 384"),
+        ("unets.0.channels=1", "unets.0.channels: 1, but imagen.channels is 3"),
+        ("imagen.image_sizes=[32,16]", r"image_sizes: \[32, 16\] does not increase"),
+        ("imagen.image_sizes=[16,16]", r"image_sizes: \[16, 16\] does not increase"),
+        ("imagen.image_sizes=[16]", "image_sizes: 1 sizes for 2 U-Nets"),
+        ("imagen.image_sizes=[17,32]", "image_sizes.0: 17 is not divisible by 2"),
+        ("imagen.timesteps=20", "timesteps: 20 is not allowed: .*greater than or equal to 21"),
+        ("imagen.loss_type=l3", "loss_type: \"l3\" is not allowed: it should be 'l1', 'l2' or"),
+        ("imagen.cond_drop_prob=1.5", "cond_drop_prob: 1.5 is not allowed"),
+        ("imagen.only_train_unet_number=3", "only_train_unet_number: 3, but there are 2"),
+        ("training.steps=[1,2,3]", "training.steps: 3 values for 2 U-Nets"),
+        ("training.micro_batch=3", "global_batch: 8 is not a multiple of micro_batch 3"),
+        ("training.warmup_steps=6", "warmup_steps: 6 is not below the 6 steps"),
+        ("training.lowres_aug_max=0.1", "lowres_sample_noise_level: 0.2 is above"),
+        ("training.precision=bf16", "precision: bf16 needs fp32 master weights"),
+        ("data.source=folder", "data.path: required for source 'folder'"),
+        ("deepspeed.zero_optimisation={}", r"did you mean zero_optimization\?"),
+        ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
+        ('deepspeed.zero_optimization={"stage":5}', 'give an object with "stage" 0, 1, 2 or 3'),
+        ("logging.wandb={}", "logging.wandb.project: this key is required"),
+    ],
+)
+def test_mistakes_are_explained(change, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(json.dumps(TINY), source="run.json", overrides=(change,))
+    assert caught.value.exit_code == 2
+    assert all(line.startswith("run.json: ") for line in str(caught.value).splitlines())
+
+
+def test_all_problems_come_at_once():
+    broken = TINY | {"data": {"sorce": "emoji"}, "training": {"steps": 0, "lr": "abc"}}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(json.dumps(broken))
+    message = str(caught.value)
+    for part in ("data.sorce", "training.steps", "training.lr"):
+        assert message.count(part) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list; a configuration is an object"),
+        ('{"imagen": {"image_sizes": [8], "image_sizes": [16]}}', "stands twice"),
+        ('{"imagen": NaN}', "NaN is not allowed"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+    ],
+)
+def test_broken_json_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read: No such file"):
+        load_config(tmp_path / "none.json")
+
+
+def test_overrides_reach_lists_and_take_bare_words():
+    overrides = ("unets.1.dim=16", "data.source=emoji", "training.lr=1e-3")
+    config = parse_config(json.dumps(TINY), overrides=overrides)
+    assert config.unets[1].dim == 16
+    assert config.training.lr == 1e-3
+    with pytest.raises(ConfigError, match="the list has 2 entries"):
+        parse_config(json.dumps(TINY), overrides=("unets.2.dim=8",))
+    with pytest.raises(ConfigError, match="write section.key=value"):
+        parse_config(json.dumps(TINY), overrides=("seed",))
+
+
+def leaves(node, path=()):
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            yield (*path, key)
+            yield from leaves(value, (*path, key))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    path=st.sampled_from(list(leaves(json.loads(json.dumps(TINY))))),
+    value=JSON_VALUES,
+    rename=st.booleans(),
+)
+def test_mutations_are_accepted_or_explained_but_never_crash(path, value, rename):
+    config = json.loads(json.dumps(TINY))
+    node = config
+    for key in path[:-1]:
+        node = node[key]
+    if rename and isinstance(node, dict):
+        node["x" + str(path[-1])] = node.pop(path[-1])
+    else:
+        node[path[-1]] = value
+    try:
+        checked = parse_config(json.dumps(config), source="run.json")
+    except ConfigError as error:
+        assert re.match(r"run\.json: \S", str(error))
+    else:
+        assert isinstance(checked, Config)
+
+
+def test_configuration_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, imagen_scale.config, imagen_scale.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path("/")).returncode == 0

@@ -1,0 +1,175 @@
+"""Real runs through the deepspeed launcher, on CPU ranks.
+
+Every configuration of processes, ZeRO, offload and accumulation must give the loss curve of plain
+one-process training, and a continued run that of an uninterrupted one.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import losses
+from safetensors.torch import load_file
+
+from imagen_scale.checkpoint import list_checkpoints, read_inference
+
+pytestmark = pytest.mark.distributed
+
+ZERO_2 = 'deepspeed.zero_optimization={"stage":2,"offload_optimizer":{"device":"cpu"}}'
+ZERO_3 = (
+    'deepspeed.zero_optimization={"stage":3,"offload_optimizer":{"device":"cpu"},'
+    '"offload_param":{"device":"cpu"},"stage3_param_persistence_threshold":0}'
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    from conftest import TINY
+
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(TINY | {"data": TINY["data"] | {"val_fraction": 0.2}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(config, launch, tmp_path_factory):
+    """Both U-Nets, one process, no ZeRO."""
+    run = tmp_path_factory.mktemp("runs") / "reference"
+    done = launch(config, run)
+    return run, done.stdout
+
+
+def weights(run, unet=1):
+    return load_file(run / f"unet{unet}" / "inference.safetensors")
+
+
+def assert_same_curve(run, reference, unet, tolerance=2e-6):
+    ours, theirs = losses(run, unet), losses(reference, unet)
+    assert list(ours) == list(theirs) == [1, 2, 3, 4, 5, 6]
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], abs=tolerance), f"step {step}"
+
+
+def test_a_run_leaves_everything(reference):
+    run, output = reference
+    assert "OpenMoji" in output
+    for unet in (1, 2):
+        file = read_inference(run / f"unet{unet}" / "inference.safetensors")
+        assert file.is_finished
+        assert file.step == 6
+        assert (run / "samples" / f"unet{unet}_step_00000006.png").is_file()
+        assert [path.name for path in list_checkpoints(run / f"unet{unet}")] == [
+            "step_00000006",
+            "step_00000003",
+        ]
+        assert losses(run, unet)[6] < losses(run, unet)[1]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows if "val_loss" in row} == {3, 6}
+    leftovers = [path for path in run.rglob("*") if path.name.startswith(".")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("zero", [ZERO_2, ZERO_3], ids=["zero2-offload", "zero3-offload"])
+def test_two_processes_give_the_curve_of_one(zero, config, launch, reference, tmp_path):
+    launch(config, tmp_path / "run", zero, "training.micro_batch=2", processes=2)
+    for unet in (1, 2):
+        assert_same_curve(tmp_path / "run", reference[0], unet)
+        for name, value in weights(reference[0], unet).items():
+            ours = weights(tmp_path / "run", unet)[name]
+            torch.testing.assert_close(ours, value, atol=2e-4, rtol=0)
+
+
+def test_accumulation_is_one_large_batch(config, launch, reference, tmp_path):
+    launch(config, tmp_path / "run", "training.micro_batch=2", "--unet", "1")
+    assert_same_curve(tmp_path / "run", reference[0], 1)
+    assert not (tmp_path / "run" / "unet2").exists()
+
+
+def test_starting_again_does_nothing_when_all_is_done(config, launch, reference):
+    done = launch(config, reference[0], "--resume")
+    assert "U-Net 1: already trained (6 steps)" in done.stdout
+    assert "U-Net 2: already trained (6 steps)" in done.stdout
+
+
+def undo_last_checkpoint(run, unet):
+    """Leaves a run as a kill after step 3 would have left it."""
+    shutil.rmtree(run / f"unet{unet}" / "step_00000006")
+    (run / f"unet{unet}" / "inference.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "processes"),
+    [
+        ('deepspeed.zero_optimization={"stage":0}', "fp32", 1),
+        (ZERO_2, "bf16", 2),
+        (ZERO_3, "bf16", 2),
+    ],
+    ids=["zero0", "zero2-offload-2", "zero3-offload-2"],
+)
+def test_a_continued_run_is_the_same_run(zero, precision, processes, config, launch, tmp_path):
+    run = tmp_path / "run"
+    options = (zero, f'training.precision="{precision}"', "training.micro_batch=4", "--unet", "2")
+    launch(config, run, *options, processes=processes)
+    before, curve = weights(run, 2), losses(run, 2)
+    undo_last_checkpoint(run, 2)
+    (run / "unet2" / ".staging_00000006").mkdir()  # a save that the kill interrupted
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"unet": 2, "st')  # a line that it cut
+
+    done = launch(config, run, *options, processes=processes)
+
+    assert "continues at step 3 of 6" in done.stdout
+    assert losses(run, 2) == curve
+    after = weights(run, 2)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not (run / "unet2" / ".staging_00000006").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    config, launch, reference, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    (run / "unet1" / "inference.safetensors").unlink()
+    shard = run / "unet1" / "step_00000006" / "ema_rank_0000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    done = launch(config, run, "--unet", "1")
+
+    assert f"damaged checkpoint passed over: {shard}" in done.stdout
+    assert "continues at step 3 of 6" in done.stdout
+    assert losses(run, 1) == losses(reference[0], 1)
+
+    for folder in list_checkpoints(run / "unet1"):
+        (folder / "manifest.json").unlink()
+    (run / "unet1" / "inference.safetensors").unlink()
+    refused = launch(config, run, "--unet", "1", check=False)
+    assert refused.returncode == 1
+    assert "all 2 checkpoints are damaged" in refused.stderr
+
+
+def test_another_number_of_processes_is_refused_with_the_remedy(
+    config, launch, reference, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    undo_last_checkpoint(run, 1)
+    done = launch(config, run, "--unet", "1", processes=2, check=False)
+    assert done.returncode == 1
+    assert "saved with processes 1, but this run has 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_use_is_one_sentence_and_exit_code_2(config, launch, reference, tmp_path):
+    changed = launch(config, reference[0], "unets.0.dim=16", check=False)
+    assert changed.returncode == 2
+    assert "unets.0.dim: 8 -> 16" in changed.stderr.replace("unets: ", "")
+    nothing = launch(config, tmp_path / "none", "--resume", check=False)
+    assert nothing.returncode == 2
+    assert "holds no run yet" in nothing.stderr
+    assert not (tmp_path / "none").exists()
+    for done in (changed, nothing):
+        assert "Traceback" not in done.stderr
