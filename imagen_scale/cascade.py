@@ -182,10 +182,7 @@ class Stage:
             enlarged = resize(lowres.to(self.device), self.image_size)
             lowres_img = self.schedule.q_sample(enlarged, lowres_t, draw_noise())
 
-        weights_dtype = self.unet.final_conv.weight.dtype
-        cond = self.unet.condition_text(
-            text.embeds.to(self.device, weights_dtype), text.mask.to(self.device)
-        )
+        cond = self.unet.condition_text(text.embeds.to(self.device), text.mask.to(self.device))
         times = spaced_times(self.schedule.timesteps, steps)
         images = sample(
             UNetDenoiser(self.unet, cond, self.schedule, cond_scale, lowres_img, lowres_t),

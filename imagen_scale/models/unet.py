@@ -164,7 +164,8 @@ class UNet(nn.Module):
         max_len = self.config.max_text_len
         text_embeds, text_mask = text_embeds[:, :max_len], text_mask[:, :max_len]
         missing = max_len - text_embeds.shape[1]
-        tokens = F.pad(self.text_to_cond(text_embeds), (0, 0, 0, missing))
+        projection = self.text_to_cond
+        tokens = F.pad(projection(text_embeds.to(projection.weight.dtype)), (0, 0, 0, missing))
         mask = F.pad(text_mask, (0, missing))
         if keep_mask is not None:
             mask = mask & keep_mask[:, None]

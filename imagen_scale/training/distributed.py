@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from imagen_scale.config import Config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
+from imagen_scale.training.optimizers import has_compiler, make_optimizer
 
 # SLURM's names for what torch.distributed reads.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -124,11 +124,6 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def has_compiler() -> bool:
-    """Whether the C++ compiler that torch would call is there."""
-    return shutil.which(os.environ.get("CXX", "c++")) is not None
-
-
 def extensions_dir() -> Path:
     """Where this machine's compiled operators live.
 
@@ -193,20 +188,6 @@ def engine_config(config: Config, unet_index: int, ranks: int) -> dict[str, Any]
         "bf16": {"enabled": config.training.precision == "bf16"},
     }
     return settings
-
-
-def make_optimizer(parameters: Any, config: Config, lr: float) -> Any:
-    """AdamW: DeepSpeed's CPU kernel for offloaded states, torch's fused one otherwise."""
-    import torch
-
-    training = config.training
-    options = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
-    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and has_compiler():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 def make_engine(unet: Any, config: Config, unet_index: int) -> Any:

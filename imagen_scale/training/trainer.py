@@ -145,6 +145,9 @@ def _changes(before: Config, now: Config) -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             for name in old | new:
                 compare(f"{path}.{name}".lstrip("."), old.get(name), new.get(name))
+        elif path == "unets" and len(old) == len(new):
+            for i, pair in enumerate(zip(old, new, strict=True)):
+                compare(f"{path}.{i}", *pair)
         else:
             changes.append(f"{path}: {old} -> {new}")
 
@@ -244,6 +247,8 @@ class UnetTraining:
                     f"{folder}: saved with {key} {manifest[key]}, but this run has {ours}. "
                     f"Continue it with {manifest[key]}."
                 )
+        if manifest["pictures"] != self.prepared.source.fingerprint:
+            self.say("the pictures changed since the checkpoint; training goes on with the new ones")
         from safetensors.torch import load_file
 
         self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
@@ -267,7 +272,8 @@ class UnetTraining:
         self.engine.save_checkpoint(str(staging), tag="deepspeed", save_latest=False)
         save_file(self.ema.state_dict(), staging / self._ema_name())
         distributed.barrier()
-        from_rank_0(lambda: str(ckpt.commit(staging, step, self._facts())))
+        facts = {**self._facts(), "pictures": self.prepared.source.fingerprint}
+        from_rank_0(lambda: str(ckpt.commit(staging, step, facts)))
         from_rank_0(lambda: ckpt.remove_old(self.folder, self.training.keep_checkpoints))
 
     def _save_inference(self, step: int) -> None:

@@ -1,0 +1,40 @@
+# make demo   trains a small cascade, makes pictures from prompts and measures them
+# make test   runs the whole test suite
+# Both create the environment in .venv first; nothing else is touched.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning cat" "snowman"
+
+.PHONY: demo test check-machine clean
+
+demo: $(VENV)/.demo
+	. $(BIN)/activate && deepspeed launch/train.py --config configs/emoji_demo.json
+	$(BIN)/imagen-scale sample $(PROMPTS) --run runs/emoji_demo --steps 25 --cond-scale 2
+	$(BIN)/imagen-scale evaluate --run runs/emoji_demo --steps 25 --cond-scale 2
+
+test: $(VENV)/.test
+	. $(BIN)/activate && python -m pytest
+
+$(VENV)/.demo: pyproject.toml constraints.txt | check-machine
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,emoji]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+check-machine:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found. \
+	Install one, e.g. apt install python3.11 python3.11-venv, or name it: make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: this Python cannot make \
+	environments. Install the venv package of your Python, e.g. apt install python3-venv"; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "error: DeepSpeed compiles its operators and no C++ \
+	compiler was found. Install one, e.g. apt install g++"; exit 2; }
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
