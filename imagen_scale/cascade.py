@@ -71,10 +71,10 @@ class UNetDenoiser:
             prediction = self.unet.denoise(x_t, t, self.text, self.lowres_img, self.lowres_t)
             prediction = prediction.float()
         else:
-            pair = self.unet.denoise(
-                _twice(x_t), _twice(t), self.text, self.lowres_img, self.lowres_t
-            )
-            prediction = guide(*pair.float().chunk(2), self.cond_scale)
+            x_twice, t_twice = torch.cat((x_t, x_t)), torch.cat((t, t))
+            pair = self.unet.denoise(x_twice, t_twice, self.text, self.lowres_img, self.lowres_t)
+            cond, null = pair.float().chunk(2)
+            prediction = guide(cond, null, self.cond_scale)
         # Guidance is linear, so guiding v and guiding the noise are the same.
         if self.unet.config.pred_type == "v":
             return self.schedule.v_to_eps(x_t, t, prediction)
@@ -234,7 +234,9 @@ class Cascade:
         first = read_stage(run, 1, allow_unfinished)
         num_unets = len(first.config.unets)
         if unet_limit is not None and not 1 <= unet_limit <= num_unets:
-            raise UsageError(f"--unet-limit {unet_limit}: this cascade has U-Nets 1 to {num_unets}.")
+            raise UsageError(
+                f"--unet-limit {unet_limit}: this cascade has U-Nets 1 to {num_unets}."
+            )
         numbers = range(2, (unet_limit or num_unets) + 1)
         return cls([first, *(read_stage(run, n, allow_unfinished) for n in numbers)], device)
 

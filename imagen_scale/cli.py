@@ -30,7 +30,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
+    r"""Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
 
     Training itself starts with DeepSpeed's launcher:
 
@@ -40,7 +40,11 @@ def main() -> None:
 
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key, e.g. data.flip=true."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key, e.g. data.flip=true.",
 )
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
 unfinished_option = click.option(
@@ -104,11 +108,29 @@ def prepare(config_path: str, overrides: tuple[str, ...]) -> None:
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
 @click.option("--out", help="Folder for the pictures; default samples/ in the run.")
-@click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same picture.")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage.")
-@click.option("--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage.")
-@click.option("--sr-cond-scale", type=float, default=1.0, show_default=True, help="Guidance of the other stages.")
+@click.option(
+    "--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Same seed, same picture.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
+)
+@click.option(
+    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
+)
+@click.option(
+    "--sr-cond-scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Guidance of the other stages.",
+)
 @click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
 @click.option("--unet-limit", type=int, help="Stop after this U-Net.")
 @unfinished_option
@@ -127,7 +149,7 @@ def sample(
     unet_limit: int | None,
     allow_unfinished: bool,
 ) -> None:
-    """Make pictures from PROMPTS with a trained run.
+    r"""Make pictures from PROMPTS with a trained run.
 
     \b
         imagen-scale sample "red heart" "grinning cat" --cond-scale 3
@@ -170,10 +192,20 @@ def sample(
 
 @main.command()
 @run_option
-@click.option("--num", type=click.IntRange(min=2), default=64, show_default=True, help="Captions used at most.")
+@click.option(
+    "--num",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Captions used at most.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage.")
-@click.option("--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
+)
+@click.option(
+    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
+)
 @unfinished_option
 @user_errors
 def evaluate(
@@ -199,7 +231,7 @@ def evaluate(
         )  # fmt: skip
     report = run_dir / "evaluation.json"
     facts = {**result._asdict(), "seed": seed, "steps": steps, "cond_scale": cond_scale}
-    write_atomically(report, lambda temporary: _write_json(temporary, facts))
+    write_atomically(report, lambda temporary: temporary.write_text(json.dumps(facts, indent=1)))
     for stage, accuracy in enumerate(result.retrieval_accuracy, start=1):
         click.echo(
             f"U-Net {stage}: the nearest real picture is the prompted one for {accuracy:.1%} of "
@@ -212,10 +244,6 @@ def evaluate(
             f"({ours - bicubic:+.2f} dB)"
         )
     click.echo(f"written to {report}")
-
-
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    path.write_text(json.dumps(facts, indent=1))
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -7,8 +7,9 @@ this file states once elsewhere (batch sizes, precision, clipping, optimizer).
 
 import difflib
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,8 +20,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-PerLevel = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
-PerUnet = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
+PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
+PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
 
 NORM_GROUPS = 8  # MinImagen's GroupNorm groups: every channel count is a multiple
 
@@ -355,9 +356,7 @@ def _parse_json(text: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{name} is not allowed; give a finite number")
 
     try:
-        data = json.loads(
-            text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
-        )
+        data = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply to be a configuration.") from None
     except ValueError as error:
@@ -389,16 +388,17 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
                     f"--set {override}: {where} does not exist; the list has {len(node)} "
                     f"entries, numbered from 0."
                 )
-            key = int(key)
+            place: int | str = int(key)
         elif isinstance(node, dict):
+            place = key
             if not is_last:
                 node.setdefault(key, {})
         else:
             raise ConfigError(f"--set {override}: {where} is inside a plain value.")
         if is_last:
-            node[key] = value
+            node[place] = value
         else:
-            node = node[key]
+            node = node[place]
 
 
 _UNION_MARKS = ("int", "float", "bool", "tuple[", "constrained-", "literal[")
@@ -410,7 +410,7 @@ def _explain_all(errors: list[Any]) -> list[str]:
     A 'one value, or a list' key fails both as a value and as a list, and a list with a bad entry
     is also called too short: neither helps.
     """
-    problems = {}
+    problems: dict[str, None] = {}  # a dict keeps the order and drops what comes twice
     for details in errors:
         # A union reports each branch one level below the field: keep the field.
         is_list = isinstance(details["input"], list)
@@ -471,7 +471,7 @@ def _cross_checks(config: Config) -> list[str]:
             f"imagen.image_sizes: {len(sizes)} sizes for {num_unets} U-Nets; give one size "
             f"per entry of unets."
         )
-    if any(small >= large for small, large in zip(sizes, sizes[1:], strict=False)):
+    if any(small >= large for small, large in pairwise(sizes)):
         problems.append(
             f"imagen.image_sizes: {list(sizes)} does not increase; each stage must be larger "
             f"than the one before."
@@ -589,9 +589,7 @@ def _deepspeed_checks(config: Config) -> list[str]:
             problems.append(f"deepspeed.{key}: unknown to DeepSpeed; {hint}")
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(
-            'deepspeed.zero_optimization: give an object with "stage" 0, 1, 2 or 3.'
-        )
+        problems.append('deepspeed.zero_optimization: give an object with "stage" 0, 1, 2 or 3.')
     elif config.training.precision == "bf16" and zero.get("stage", 0) == 0:
         problems.append(
             "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "

@@ -1,7 +1,7 @@
 """How good a trained cascade is, measured without any downloaded network."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def evaluate(
         stage = Stage(file, cascade.device)
         real = real_pictures(prepared, indices, stage.image_size)
         scale = cond_scale if lowres is None else 1.0
-        options = {"steps": steps, "on_step": on_step}
+        options: dict[str, Any] = {"steps": steps, "on_step": on_step}
         generated = stage.sample(text, seeds, lowres=lowres, cond_scale=scale, **options)
         accuracies.append(retrieval_accuracy(generated, real, base_size))
         if lowres is not None:

@@ -34,7 +34,11 @@ def unet_errors(
         return record.get(f"inputs/{name}")
 
     embeds, mask = record["text_embeds"], record["text_mask"]
-    x, t, lowres = given("x"), given("time"), (given("lowres_cond_img"), given("lowres_noise_times"))
+    x, t, lowres = (
+        given("x"),
+        given("time"),
+        (given("lowres_cond_img"), given("lowres_noise_times")),
+    )
     with torch.no_grad():
         cond = unet(x, t, embeds, mask, None, *lowres)
         null = unet(x, t, embeds, mask, torch.zeros(len(x), dtype=torch.bool), *lowres)

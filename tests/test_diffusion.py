@@ -69,9 +69,7 @@ def test_guidance_scales():
     torch.testing.assert_close(guide(cond, null, 3.0), 3 * cond - 2 * null)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "expected"), [("l2", 4.0), ("l1", 2.0), ("huber", 1.5)]
-)
+@pytest.mark.parametrize(("loss_type", "expected"), [("l2", 4.0), ("l1", 2.0), ("huber", 1.5)])
 def test_losses(loss_type, expected):
     loss = image_loss(torch.full((2, 3, 4, 4), 2.0), torch.zeros(2, 3, 4, 4), loss_type)
     torch.testing.assert_close(loss, torch.full((2,), expected))

@@ -115,9 +115,7 @@ def test_checkpointing_changes_no_gradient(index, memory_efficient):
             loss = unet(**inputs).square().mean()
         held.append(kept)
         loss.backward()
-    for (name, ours), theirs in zip(
-        saving.named_parameters(), plain.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(saving.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad), name
     assert held[1] < 0.5 * held[0]
 

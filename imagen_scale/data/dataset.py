@@ -170,7 +170,9 @@ def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 class _PositionBatches:
     """Positions of each micro-batch of one rank, in order; a batch sampler for `DataLoader`."""
 
-    def __init__(self, steps: range, global_batch: int, micro_batch: int, rank: int, world: int):
+    def __init__(
+        self, steps: range, global_batch: int, micro_batch: int, rank: int, world: int
+    ) -> None:
         self._steps = steps
         self._global_batch = global_batch
         self._micro_batch = micro_batch

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ class EmbeddingStore:
                 continue
             offsets = index["offsets"]
             if shape == (offsets[-1], self.dim):
-                spans = zip(offsets, offsets[1:], strict=False)
+                spans = pairwise(offsets)
                 for caption, (start, end) in zip(index["captions"], spans, strict=True):
                     self._rows[caption] = (file.stem, start, end)
 

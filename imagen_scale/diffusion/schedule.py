@@ -100,7 +100,10 @@ class NoiseSchedule:
         return alpha * v + sigma * x_t
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (B, C, H, W), variance and clipped log variance (B, 1, 1, 1) of q(x_t-1 | x_t, x_0)."""
+        """Mean, variance and clipped log variance of q(x_t-1 | x_t, x_0).
+
+        The mean is (B, C, H, W), the others (B, 1, 1, 1).
+        """
         mean = (
             at_time(self.posterior_mean_coef1, t, x_t) * x_0
             + at_time(self.posterior_mean_coef2, t, x_t) * x_t

@@ -49,6 +49,8 @@ class TimeEmbedding(nn.Sequential):
 class LayerNorm(nn.Module):
     """Layer normalisation over the last dimension with a scale only."""
 
+    beta: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -198,7 +200,13 @@ class ResnetBlock(nn.Module):
     """Residual block conditioned on time and, with `cond_dim`, on tokens by cross-attention."""
 
     def __init__(
-        self, dim: int, dim_out: int, *, time_cond_dim: int, groups: int, cond_dim: int | None = None
+        self,
+        dim: int,
+        dim_out: int,
+        *,
+        time_cond_dim: int,
+        groups: int,
+        cond_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_cond_dim, dim_out * 2))
@@ -227,7 +235,9 @@ class ResnetBlock(nn.Module):
 class CrossEmbedLayer(nn.Module):
     """Convolutions of several kernel sizes side by side; half the channels go to the smallest."""
 
-    def __init__(self, dim_in: int, dim_out: int, kernel_sizes: tuple[int, ...] = (3, 7, 15)) -> None:
+    def __init__(
+        self, dim_in: int, dim_out: int, kernel_sizes: tuple[int, ...] = (3, 7, 15)
+    ) -> None:
         super().__init__()
         dims = [dim_out // 2**i for i in range(1, len(kernel_sizes))]
         dims.append(dim_out - sum(dims))
@@ -250,7 +260,7 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sums fn(x) over the functions."""
-        return sum(fn(x) for fn in self.fns)  # type: ignore[return-value]
+        return sum(fn(x) for fn in self.fns)
 
 
 def downsample(dim: int, dim_out: int) -> nn.Module:

@@ -38,4 +38,4 @@ def _recompute(module: nn.Module) -> None:
         # No random numbers are drawn in the blocks, so their state need not be kept.
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
-    module.forward = forward_recomputed  # type: ignore[method-assign]
+    module.forward = forward_recomputed

@@ -1,6 +1,6 @@
 """The U-Net of MinImagen: same function, same parameter names, less memory and time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,10 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         dim, cond_dim, lowres_cond = config.dim, config.cond_dim, config.lowres_cond
+        # `Config.unet` filled these in.
+        assert cond_dim and config.text_embed_dim and config.channels_out
+        assert isinstance(config.num_resnet_blocks, tuple)
+        assert isinstance(config.layer_attns, tuple) and isinstance(config.layer_cross_attns, tuple)
         time_cond_dim = dim * 4 * (2 if lowres_cond else 1)
 
         # Time conditioning.
@@ -216,7 +220,8 @@ class UNet(nn.Module):
 
         x = self.init_conv(x_t.to(self.final_conv.weight.dtype))
         skips = []
-        for before, first, blocks, attention, after in self.downs:
+        levels: Any = self.downs  # ModuleList is not typed by its entries
+        for before, first, blocks, attention, after in levels:
             if before is not None:
                 x = before(x)
             x = first(x, cond, tokens)
@@ -233,7 +238,8 @@ class UNet(nn.Module):
             x = self.mid_attn(x)
         x = self.mid_block2(x, cond, tokens)
 
-        for first, blocks, attention, grow in self.ups:
+        levels = self.ups
+        for first, blocks, attention, grow in levels:
             x = first(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond, tokens)
             for block in blocks:
                 x = block(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond)

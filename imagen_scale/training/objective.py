@@ -58,6 +58,7 @@ class Objective:
         x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
         lowres: tuple[Tensor, ...] = ()
         if self.small_size is not None:
+            assert draws.lowres_eps is not None
             lowres_img = shrink_and_enlarge(x_0, self.small_size)
             noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
             lowres = (noised, draws.lowres_t)
@@ -84,7 +85,7 @@ class Objective:
     def _draw_one(self, position: int, shape: torch.Size, purpose: str) -> tuple[Tensor, ...]:
         seed = seeded(purpose, self.config.training.seed, self.unet_index, position)
         generator = torch.Generator(self.device).manual_seed(seed)
-        where = {"generator": generator, "device": self.device}
+        where: dict[str, Any] = {"generator": generator, "device": self.device}
         t = torch.randint(self.schedule.timesteps, (), **where)
         lowres_t = torch.randint(self.lowres_times, (), **where)
         keep = torch.rand((), **where) >= self.config.imagen.cond_drop_prob

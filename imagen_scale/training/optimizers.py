@@ -21,7 +21,11 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, lr:
     Without a compiler torch's steps the offloaded states too; it is slower there.
     """
     training = config.training
-    options = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
+    options: dict[str, Any] = {
+        "lr": lr,
+        "betas": training.betas,
+        "weight_decay": training.weight_decay,
+    }
     offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and has_compiler():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -75,7 +75,9 @@ class Telemetry:
         """Moves the progress bar."""
         self._progress.update(self._task, completed=step)
 
-    def train(self, step: int, *, loss: float, lr: float, grad_norm: float | None, images: int) -> None:
+    def train(
+        self, step: int, *, loss: float, lr: float, grad_norm: float | None, images: int
+    ) -> None:
         """Reports the mean loss since the last report, and the speed.
 
         Args:
@@ -136,11 +138,7 @@ def drop_metrics_after(path: Path, unet_number: int, step: int) -> None:
             continue
         if row["unet"] != unet_number or row["step"] <= step:
             kept.append(line + "\n")
-    write_atomically(path, lambda temporary: _write_text(temporary, "".join(kept)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
 def peak_memory_gib() -> float:

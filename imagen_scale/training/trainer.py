@@ -1,5 +1,6 @@
 """Training of a cascade: one U-Net after another, each with an engine of its own."""
 
+import functools
 import gc
 import math
 import shutil
@@ -248,7 +249,9 @@ class UnetTraining:
                     f"Continue it with {manifest[key]}."
                 )
         if manifest["pictures"] != self.prepared.source.fingerprint:
-            self.say("the pictures changed since the checkpoint; training goes on with the new ones")
+            self.say(
+                "the pictures changed since the checkpoint; training goes on with the new ones"
+            )
         from safetensors.torch import load_file
 
         self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
@@ -344,7 +347,7 @@ class UnetTraining:
                 if is_checkpoint:
                     self._save(step)
                 if is_sample:
-                    from_rank_0(lambda: self._sample_grid(telemetry, step))
+                    from_rank_0(functools.partial(self._sample_grid, telemetry, step))
         finally:
             if telemetry is not None:
                 telemetry.__exit__(None, None, None)
@@ -429,7 +432,7 @@ class UnetTraining:
         """
         file = ckpt.read_inference(ckpt.inference_path(self.run_dir, self.unet_number))
         stage = Stage(file, default_device())
-        options = {"steps": self.training.sample_steps}
+        options: dict[str, Any] = {"steps": self.training.sample_steps}
         if self.unet_number == 1:
             captions = list(self.training.sample_prompts) or self._first_captions()
             images = stage.sample(

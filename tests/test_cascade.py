@@ -1,0 +1,247 @@
+"""Sampling a saved cascade, the command line around it, and what refuses to be sampled."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import TINY
+from PIL import Image
+
+from imagen_scale.cascade import Cascade, Stage, UNetDenoiser
+from imagen_scale.checkpoint import (
+    find_run,
+    inference_path,
+    load_weights,
+    read_inference,
+    save_inference,
+)
+from imagen_scale.cli import main
+from imagen_scale.config import dump_config, parse_config
+from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.diffusion.guidance import guide
+from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.models.unet import UNet
+
+FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
+
+
+def write_stage(run, number, *, step=6, fingerprint=FINGERPRINT):
+    config = parse_config(json.dumps(TINY))
+    (run / "config.json").parent.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(dump_config(config))
+    torch.manual_seed(number)
+    unet = UNet(config.unet(number - 1, 384))
+    save_inference(
+        inference_path(run, number), unet.state_dict().items(), config=config,
+        unet_number=number, text_embed_dim=384, text_fingerprint=fingerprint, step=step, steps=6,
+    )  # fmt: skip
+    return unet
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    write_stage(folder, 1)
+    write_stage(folder, 2)
+    return folder
+
+
+def sample(run, *prompts, **options):
+    return Cascade.load(run).sample(prompts, **{"steps": 3} | options)
+
+
+def test_shapes_and_range(run):
+    base, large = sample(run, "red heart", "sun", num=2)
+    assert base.shape == (4, 3, 16, 16)
+    assert large.shape == (4, 3, 32, 32)
+    assert large.abs().max() <= 1
+    assert large.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_same_seed_same_picture_whatever_stands_beside(run, sampler):
+    alone = sample(run, "sun", seed=1, sampler=sampler)
+    beside = sample(run, "red heart", "sun", seed=0, num=2, sampler=sampler)
+    for ours, theirs in zip(alone, beside, strict=True):
+        torch.testing.assert_close(ours[0], theirs[3], atol=1e-4, rtol=0)
+    other = sample(run, "sun", seed=2, sampler=sampler)
+    assert (other[0] - alone[0]).abs().max() > 0.01
+
+
+def test_prompts_matter(run):
+    torch_run = sample(run, "red heart", "sun", cond_scale=8.0)[0]
+    assert (torch_run[0] - torch_run[1]).abs().max() > 1e-3
+
+
+def test_guidance_in_one_batch_is_guidance_in_two_passes(run):
+    stage = Stage(read_inference(inference_path(run, 1)), torch.device("cpu"))
+    unet, x_t, t = stage.unet, torch.randn(2, 3, 16, 16), torch.tensor([10, 90])
+    with torch.no_grad():
+        text = unet.condition_text(torch.randn(2, 5, 384), torch.ones(2, 5, dtype=torch.bool))
+        both = UNetDenoiser(unet, text, stage.schedule, 3.0)(x_t, t)
+        cond = UNetDenoiser(unet, text, stage.schedule, 1.0)(x_t, t)
+        null = unet.denoise(x_t, t, unet.null_text(2))
+    torch.testing.assert_close(both, guide(cond, null, 3.0), atol=1e-4, rtol=0)
+
+
+def test_a_large_batch_is_sampled_in_parts_with_the_same_pictures(run, monkeypatch):
+    whole = sample(run, "red heart", num=5)
+    monkeypatch.setattr("imagen_scale.cascade.PIXELS_AT_ONCE", 2 * 32 * 32)
+    parts = sample(run, "red heart", num=5)
+    for ours, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_inference_files_carry_the_weights_and_the_configuration(tmp_path):
+    unet = write_stage(tmp_path, 1)
+    file = read_inference(inference_path(tmp_path, 1))
+    assert file.config == parse_config(json.dumps(TINY))
+    weights = load_weights(file.path)
+    for name, value in unet.state_dict().items():
+        assert torch.equal(weights[name], value)
+
+
+def test_missing_and_half_trained_stages_are_named(tmp_path):
+    write_stage(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"U-Net 2 is not trained yet.*--unet-limit 1"):
+        Cascade.load(tmp_path)
+    assert len(Cascade.load(tmp_path, unet_limit=1).files) == 1
+    write_stage(tmp_path, 2, step=3)
+    with pytest.raises(CheckpointError, match=r"U-Net 2 is half-trained \(3 of 6 steps\)"):
+        Cascade.load(tmp_path)
+    assert len(Cascade.load(tmp_path, allow_unfinished=True).files) == 2
+    with pytest.raises(UsageError, match="U-Nets 1 to 2"):
+        Cascade.load(tmp_path, unet_limit=3)
+
+
+def test_another_text_encoder_is_refused(tmp_path):
+    write_stage(tmp_path, 1, fingerprint="0" * 16)
+    with pytest.raises(CheckpointError, match="another version of the text encoder 'minilm'"):
+        Cascade.load(tmp_path, unet_limit=1).sample(["sun"], steps=1)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    write_stage(tmp_path, 1)
+    path = inference_path(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_inference(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not an inference file"):
+        read_inference(path)
+
+
+def test_newest_run_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no run found under"):
+        find_run(None)
+    import os
+
+    for age, name in enumerate(["old", "new"]):
+        write_stage(tmp_path / "runs" / name, 1)
+        for path in (tmp_path / "runs" / name).rglob("*"):
+            os.utime(path, (1e9 + age, 1e9 + age))
+    assert find_run(None).name == "new"
+    with pytest.raises(UsageError, match="not a run folder"):
+        find_run(tmp_path / "other")
+
+
+def cli(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_command_writes_pictures_facts_and_a_grid(run, tmp_path):
+    out = tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffpizza\n\n  rocket  \n", encoding="utf-8")
+    arguments = ("sample", "../red/heart", "--run", run, "--out", out, "--steps", 2,
+                 "--from-file", prompts, "--seed", 5)  # fmt: skip
+    done = cli(*arguments)
+    assert done.exit_code == 0, done.output
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "00000.json", "00000.png", "00001.json", "00001.png", "00002.json", "00002.png",
+        "grid_00000.png",
+    ]  # fmt: skip
+    facts = [json.loads((out / f"0000{i}.json").read_text()) for i in range(3)]
+    assert [fact["prompt"] for fact in facts] == ["../red/heart", "pizza", "rocket"]
+    assert facts[0]["seed"] == 5
+    with Image.open(out / "00000.png") as image:
+        assert image.size == (32, 32)
+        first = np.asarray(image)
+    # Again: the same picture under a new number; nothing is overwritten.
+    cli(*arguments)
+    with Image.open(out / "00003.png") as image:
+        assert (np.asarray(image) == first).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample"], "no prompt: give one or more"),
+        (["sample", "x", "--run", "nowhere"], "nowhere: not a run folder"),
+        (["sample", "--from-file", "nowhere.txt"], "--from-file nowhere.txt: cannot be read"),
+        (["config", "check", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["prepare", "--config", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["evaluate", "--run", "nowhere"], "nowhere: not a run folder"),
+    ],
+)
+def test_wrong_use_ends_in_one_sentence_and_exit_code_2(arguments, message):
+    done = cli(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_missing_stage_exits_1(tmp_path):
+    write_stage(tmp_path, 1)
+    done = cli("sample", "sun", "--run", tmp_path)
+    assert done.exit_code == 1
+    assert "U-Net 2 is not trained yet" in done.output
+
+
+def test_config_commands(tmp_path, tiny_config):
+    done = cli("config", "check", tiny_config)
+    assert done.exit_code == 0
+    assert "valid; 2 U-Net(s), 16 -> 32 px" in done.output
+    schema = json.loads(cli("config", "schema").output)
+    assert schema["additionalProperties"] is False
+    assert "unets" in schema["properties"]
+
+
+def test_prepare_names_a_missing_picture_and_leaves_nothing(tmp_path, tiny_config):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a key"}\n')
+    cache = tmp_path / "cache"
+    done = cli(
+        "prepare", "--config", tiny_config, "--set", "data.source=folder", "--set",
+        f"data.path={folder}", "--set", "data.names=null", "--set", f"data.cache_dir={cache}",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "line 1" in done.output
+    assert "gone.png" in done.output
+    assert not cache.exists()
+
+
+def test_prepare_then_everything_is_there(tmp_path, tiny_config):
+    cache = tmp_path / "cache"
+    done = cli("prepare", "--config", tiny_config, "--set", f"data.cache_dir={cache}")
+    assert done.exit_code == 0, done.output
+    assert "6 pictures (6 to train on, 0 held out), 6 distinct captions" in done.output
+    assert "OpenMoji" in done.output
+    assert len(list((cache / "images").glob("*.npy"))) == 2
+
+
+def test_evaluate_writes_its_report(run):
+    done = cli("evaluate", "--run", run, "--steps", 2, "--num", 4)
+    assert done.exit_code == 0, done.output
+    assert "U-Net 2: super-resolution" in done.output
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["captions"] == 4
+    assert report["retrieval_chance"] == 0.25
+    assert len(report["retrieval_accuracy"]) == 2

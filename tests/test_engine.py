@@ -1,0 +1,170 @@
+"""DeepSpeed's engine in this process: EMA, refused pickles, build locks, batch arithmetic."""
+
+import json
+import os
+import pickle
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+
+from imagen_scale.config import parse_config
+from imagen_scale.errors import ConfigError
+from imagen_scale.models.unet import UNet
+from imagen_scale.training import distributed
+from imagen_scale.training.ema import Ema, master_shards
+from imagen_scale.training.trainer import learning_rate
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+STAGES = {
+    "zero0": ({"stage": 0}, "fp32"),
+    "zero1": ({"stage": 1}, "fp32"),
+    "zero2-offload-bf16": ({"stage": 2, **OFFLOAD}, "bf16"),
+    "zero3-offload-bf16": (
+        {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
+        "bf16",
+    ),
+}
+
+
+def make_config(zero, precision="fp32", **training):
+    changed = TINY["training"] | {"precision": precision, "micro_batch": 4} | training
+    return parse_config(
+        json.dumps(TINY | {"training": changed, "deepspeed": {"zero_optimization": zero}})
+    )
+
+
+@pytest.fixture(scope="module")
+def process_group(private_folders):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    distributed.start(print)
+    yield
+    distributed.stop()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ema_is_the_average_of_a_full_copy_and_leaves_the_masters_alone(name, process_group):
+    config = make_config(*STAGES[name])
+    torch.manual_seed(0)
+    engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+    ema = Ema(engine, decay=0.9)
+
+    def masters():
+        """The fp32 masters by name, read as the average is: through the same gathering."""
+        probe = Ema(engine, decay=0.9)
+        return dict(probe.named_weights())
+
+    average = masters()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        for _ in range(2):
+            x_t = torch.randn(4, 3, 16, 16, generator=generator)
+            embeds = torch.randn(4, 5, 384, generator=generator)
+            keep = torch.tensor([True, True, False, True])
+            out = engine(x_t, torch.arange(4), embeds, torch.ones(4, 5, dtype=torch.bool), keep)
+            engine.backward(out.float().square().mean())
+            engine.step()
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for key, value in masters().items():
+            average[key] = torch.lerp(average[key], value, 1 - decay)
+
+    before = [shard.detach().clone() for shard in master_shards(engine)]
+    found = dict(ema.named_weights())
+    assert found.keys() == dict(UNet(config.unet(0, 384)).state_dict()).keys()
+    for key, value in average.items():
+        torch.testing.assert_close(found[key], value, atol=1e-7, rtol=0)
+    for shard, kept in zip(master_shards(engine), before, strict=True):
+        assert torch.equal(shard, kept)
+    moved = sum((found[key] - masters()[key]).abs().sum() for key in found)
+    assert moved > 0
+    engine.destroy()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_is_not_run(process_group, tmp_path):
+    config = make_config({"stage": 0})
+    engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+    engine.save_checkpoint(str(tmp_path), tag="deepspeed", save_latest=False)
+    shard = tmp_path / "deepspeed" / "mp_rank_00_model_states.pt"
+    victim = tmp_path / "code_was_run"
+    torch.save({"module": Payload(str(victim))}, shard)
+    with pytest.raises(pickle.UnpicklingError):
+        engine.load_checkpoint(str(tmp_path), tag="deepspeed")
+    assert not victim.exists()
+    engine.destroy()
+
+
+def test_locks_of_killed_builds_are_removed_and_those_in_use_are_kept(tmp_path):
+    for operator in ("dead", "alive"):
+        (tmp_path / operator).mkdir()
+        (tmp_path / operator / "lock").touch()
+    told = []
+    with (tmp_path / "alive" / "lock").open():
+        distributed.clear_stale_locks(tmp_path, told.append)
+    assert not (tmp_path / "dead" / "lock").exists()
+    assert (tmp_path / "alive" / "lock").exists()
+    assert len(told) == 1
+    assert "dead" in told[0]
+
+
+def test_the_lock_of_a_killed_build_does_not_hang_the_next_run(process_group):
+    import torch.utils.file_baton as file_baton
+
+    folder = distributed.extensions_dir() / "imagen_scale_test"
+    folder.mkdir(exist_ok=True)
+    (folder / "lock").touch()
+    distributed.clear_stale_locks(distributed.extensions_dir(), print)
+    started = time.monotonic()
+    baton = file_baton.FileBaton(str(folder / "lock"))
+    assert baton.try_acquire()
+    baton.release()
+    folder.rmdir()
+    assert time.monotonic() - started < 5
+
+
+def test_batches_are_stated_once():
+    config = make_config({"stage": 2})
+    settings = distributed.engine_config(config, 0, ranks=2)
+    assert settings["train_batch_size"] == 8
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 1
+    assert settings["zero_optimization"] == {"stage": 2}
+    with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 4 x 3 processes"):
+        distributed.engine_config(config, 0, ranks=3)
+
+
+def test_learning_rate():
+    config = make_config({"stage": 0}, steps=100, warmup_steps=10, lr=1.0)
+    assert learning_rate(config, 0, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 0, 9) == pytest.approx(1.0)
+    assert learning_rate(config, 0, 10) == pytest.approx(1.0)
+    assert learning_rate(config, 0, 55) == pytest.approx(0.5)
+    assert learning_rate(config, 0, 99) < 0.001
+    constant = make_config({"stage": 0}, steps=100, lr_schedule="constant", lr=[1.0, 2.0])
+    assert learning_rate(constant, 1, 99) == 2.0
+
+
+def test_slurm_and_plain_python_fill_the_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    distributed._fill_environment()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    slurm = SimpleNamespace(SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1")
+    for name, value in vars(slurm).items():
+        monkeypatch.setenv(name, value)
+    distributed._fill_environment()
+    assert (distributed.rank(), distributed.world_size()) == (3, 4)
+    assert os.environ["LOCAL_RANK"] == "1"

@@ -1,0 +1,90 @@
+"""The training objective: randomness belongs to the sample, normalise first, then noise."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+
+from imagen_scale.config import parse_config
+from imagen_scale.data.dataset import Batch
+from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.training.objective import Objective
+
+
+def make_objective(index, **imagen):
+    config = parse_config(json.dumps(TINY | {"imagen": TINY["imagen"] | imagen}))
+    return Objective(config, index, torch.device("cpu"))
+
+
+def make_batch(size, positions):
+    generator = torch.Generator().manual_seed(0)
+    everything = torch.rand(16, 3, size, size, generator=generator) * 2 - 1
+    return Batch(
+        everything[positions],
+        torch.zeros(len(positions), 4, 384),
+        torch.ones(len(positions), 4, dtype=torch.bool),
+        torch.tensor(positions),
+        ["x"] * len(positions),
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_random_numbers_belong_to_the_sample_not_to_the_batch(index):
+    objective = make_objective(index)
+    shape = torch.Size((3, 8, 8))
+    together = objective.draw(torch.arange(6), shape, "train")
+    apart = [objective.draw(torch.tensor([i]), shape, "train") for i in range(6)]
+    for i, alone in enumerate(apart):
+        for ours, theirs in zip(together, alone, strict=True):
+            if ours is not None:
+                assert torch.equal(ours[i], theirs[0])
+    other = objective.draw(torch.arange(6), shape, "validation")
+    assert not torch.equal(other.eps, together.eps)
+
+
+def test_random_numbers_have_their_distributions():
+    objective = make_objective(1, cond_drop_prob=0.25)
+    draws = objective.draw(torch.arange(4000), torch.Size((3, 2, 2)), "train")
+    assert draws.t.min() == 0
+    assert draws.t.max() == 99
+    assert draws.t.float().mean() == pytest.approx(49.5, abs=2)
+    assert draws.keep_mask.float().mean() == pytest.approx(0.75, abs=0.03)
+    assert draws.eps.mean() == pytest.approx(0, abs=0.02)
+    assert draws.eps.std() == pytest.approx(1, abs=0.02)
+    assert abs((draws.eps * draws.lowres_eps).mean()) < 0.02
+    assert draws.lowres_t.max() == 99
+
+
+def test_lowres_aug_max_bounds_the_noise_on_the_lowres_image():
+    config = TINY | {"training": TINY["training"] | {"lowres_aug_max": 0.3}}
+    objective = Objective(parse_config(json.dumps(config)), 1, torch.device("cpu"))
+    draws = objective.draw(torch.arange(500), torch.Size((3, 2, 2)), "train")
+    assert draws.lowres_t.max() == 29
+
+
+@pytest.mark.parametrize(("index", "size"), [(0, 16), (1, 32)])
+def test_what_the_network_sees_and_must_answer(index, size):
+    objective = make_objective(index)
+    batch = make_batch(size, [3, 5, 9])
+    draws = objective.draw(batch.positions, batch.images.shape[1:], "train")
+    seen = {}
+
+    def network(x_t, t, text_embeds, text_mask, keep_mask, *lowres):
+        seen.update(x_t=x_t, t=t, keep_mask=keep_mask, lowres=lowres)
+        schedule = objective.schedule
+        if index == 0:
+            return draws.eps
+        return schedule.v_target(batch.images, t, draws.eps)  # TINY's second U-Net predicts v
+
+    assert objective.loss(network, batch).item() == 0
+    x_t = objective.schedule.q_sample(batch.images, draws.t, draws.eps)
+    assert torch.equal(seen["x_t"], x_t)
+    if index == 0:
+        assert seen["lowres"] == ()
+    else:
+        # In [-1, 1] before the noise comes, as in sampling.
+        lowres = shrink_and_enlarge(batch.images, 16)
+        noised = objective.schedule.q_sample(lowres, draws.lowres_t, draws.lowres_eps)
+        assert torch.equal(seen["lowres"][0], noised)
+        assert torch.equal(seen["lowres"][1], draws.lowres_t)

@@ -1,0 +1,82 @@
+"""The project itself: lint, types, import directions, start-up, what it says about itself."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy",),
+        ("lint-imports",),
+        ("codespell", "imagen_scale", "launch", "configs", "README.md", "CONTRIBUTING.md"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_house_rules(command):
+    done = run(BIN / command[0], *command[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_help_imports_neither_torch_nor_deepspeed():
+    code = (
+        "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
+        "assert CliRunner().invoke(main, ['sample', '--help']).exit_code == 0;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
+    )
+    assert run(sys.executable, "-c", code).returncode == 0
+
+
+def test_only_training_imports_deepspeed():
+    for path in (ROOT / "imagen_scale").rglob("*.py"):
+        if path.parent.name != "training":
+            assert not re.search(r"^\s*(import|from) deepspeed", path.read_text(), re.M), path
+
+
+def test_files_are_loaded_without_running_code():
+    """Every torch.load says weights_only=True; nothing unpickles."""
+    for path in [*(ROOT / "imagen_scale").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        text = path.read_text()
+        for call in re.findall(r"torch\.load\((.*?)\)", text.replace("`torch.load`", "")):
+            assert "weights_only=True" in call, path
+        assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle)", text, re.M), path
+
+
+def test_launch_script_is_short_and_shadows_no_module():
+    assert len((ROOT / "launch" / "train.py").read_text().splitlines()) < 80
+    assert [path.name for path in (ROOT / "launch").glob("*.py")] == ["train.py"]
+
+
+def test_constraints_name_no_host():
+    text = (ROOT / "constraints.txt").read_text()
+    assert "torch==2.13.0\n" in text
+    assert not re.search(r"https?:|--|\+cpu| @ ", text)
+
+
+def test_the_wheel_works_without_the_repository(tmp_path):
+    done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q",
+               "-w", tmp_path, ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", target, wheel)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import imagen_scale.cli as c;"
+        f"assert c.__file__.startswith({str(target)!r}); c.main(['--version'])"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0.1.0" in done.stdout
