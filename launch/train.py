@@ -8,10 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-import click
+try:
+    import click
 
-from imagen_scale.config import load_config
-from imagen_scale.errors import ImagenScaleError
+    from imagen_scale.config import load_config
+    from imagen_scale.errors import ImagenScaleError
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}. Install the project first: pip install -c constraints.txt '.[train]'"
+    )
 
 
 @click.command()

@@ -57,9 +57,9 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def launch():
-    """Runs launch/train.py under the real deepspeed launcher."""
+    """Runs launch/train.py under the real deepspeed launcher, or with plain python."""
 
-    def run(config, run_dir, *options, processes=1, check=True, timeout=400):
+    def run(config, run_dir, *options, processes=1, plain=False, check=True, env=None):
         flags = [option for option in options if option.startswith("--") or option.isdigit()]
         settings = [
             item
@@ -67,15 +67,18 @@ def launch():
             if not option.startswith("--") and not option.isdigit()
             for item in ("--set", option)
         ]
-        command = [
+        launcher = [
             str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes),
-            "--master_port", str(free_port()), str(ROOT / "launch" / "train.py"),
+            "--master_port", str(free_port()),
+        ]  # fmt: skip
+        command = [
+            *([sys.executable] if plain else launcher), str(ROOT / "launch" / "train.py"),
             "--config", str(config), "--run", str(run_dir), *flags, *settings,
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
         )
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")

@@ -82,10 +82,29 @@ def test_two_processes_give_the_curve_of_one(zero, config, launch, reference, tm
         assert change.sqrt() < 1e-4 * sum(w.square().sum() for w in theirs.values()).sqrt()
 
 
-def test_accumulation_is_one_large_batch(config, launch, reference, tmp_path):
-    launch(config, tmp_path / "run", "training.micro_batch=2", "--unet", "1")
+def test_accumulation_is_one_large_batch_also_under_plain_python(
+    config, launch, reference, tmp_path
+):
+    launch(config, tmp_path / "run", "training.micro_batch=2", "--unet", "1", plain=True)
     assert_same_curve(tmp_path / "run", reference[0], 1)
     assert not (tmp_path / "run" / "unet2").exists()
+
+
+def test_wandb_offline_gets_the_curve_and_the_run_needs_no_network(
+    config, launch, reference, tmp_path
+):
+    wandb = 'logging.wandb={"project":"test","mode":"offline"}'
+    launch(config, tmp_path / "run", wandb, "--unet", "1")
+    assert losses(tmp_path / "run") == losses(reference[0])
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_missing_compiler_is_named_with_the_remedy(config, launch, tmp_path):
+    done = launch(config, tmp_path / "run", plain=True, check=False, env={"CXX": "no-such-c++"})
+    assert done.returncode == 1
+    assert "no C++ compiler" in done.stderr
+    assert "apt install g++" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_starting_again_does_nothing_when_all_is_done(config, launch, reference):
