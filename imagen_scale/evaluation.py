@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.cascade import Cascade, OnStep, Stage
-from imagen_scale.data.dataset import Prepared
+from imagen_scale.data.dataset import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 
 
@@ -97,9 +97,3 @@ def evaluate(
         sr_psnr_db=sr_psnr,
         bicubic_psnr_db=bicubic_psnr,
     )
-
-
-def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:
-    """Pictures of the data set, (N, 3, size, size) in [-1, 1]."""
-    pictures = [torch.from_numpy(prepared.images[size][i].copy()) for i in indices]
-    return torch.stack(pictures).float() / 127.5 - 1

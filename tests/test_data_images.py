@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from imagen_scale.data import images
-from imagen_scale.data.images import ImageStore, check_picture, load_picture
+from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.images import check_picture, load_picture
 from imagen_scale.errors import DataError, EnvironmentProblem
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import time
-from types import SimpleNamespace
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,13 +36,23 @@ def make_config(zero, precision="fp32", **training):
     )
 
 
-@pytest.fixture(scope="module")
-def process_group(private_folders):
+@contextmanager
+def environment_of_no_launcher():
+    """No launcher's variables inside; the environment as it was afterwards."""
+    before = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    distributed.start(print)
     yield
-    distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def process_group(private_folders):
+    with environment_of_no_launcher():
+        distributed.start(print)
+        yield
+        distributed.stop()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -155,16 +165,13 @@ def test_learning_rate():
     assert learning_rate(constant, 1, 99) == 2.0
 
 
-def test_slurm_and_plain_python_fill_the_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    distributed._fill_environment()
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name)
-    slurm = SimpleNamespace(SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1")
-    for name, value in vars(slurm).items():
-        monkeypatch.setenv(name, value)
-    distributed._fill_environment()
-    assert (distributed.rank(), distributed.world_size()) == (3, 4)
-    assert os.environ["LOCAL_RANK"] == "1"
+def test_slurm_and_plain_python_fill_the_environment():
+    with environment_of_no_launcher():
+        distributed._fill_environment()
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    with environment_of_no_launcher():
+        os.environ |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+        distributed._fill_environment()
+        assert (distributed.rank(), distributed.world_size()) == (3, 4)
+        assert os.environ["LOCAL_RANK"] == "1"
+    assert "RANK" not in os.environ

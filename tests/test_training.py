@@ -188,6 +188,14 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(config, launch, reference, tm
     changed = launch(config, reference[0], "unets.0.dim=16", check=False)
     assert changed.returncode == 2
     assert "unets.0.dim: 8 -> 16" in changed.stderr
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    for flags in ((), ("--fresh",)):
+        not_a_run = launch(config, foreign, *flags, check=False)
+        assert not_a_run.returncode == 2
+        assert "exists and is not a run" in not_a_run.stderr
+        assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
     nothing = launch(config, tmp_path / "none", "--resume", check=False)
     assert nothing.returncode == 2
     assert "holds no run yet" in nothing.stderr

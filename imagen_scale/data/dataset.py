@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imagen_scale.config import Config
-from imagen_scale.data.images import ImageStore, Picture
+from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.images import Picture
 from imagen_scale.data.sources import Source, open_source
 from imagen_scale.data.storage import Progress
 from imagen_scale.data.text import Embedding, EmbeddingStore, pad_embeddings
@@ -283,3 +284,9 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
         config.text, config.text_encoder, source.captions, folder, progress
     )
     return Prepared(source, images, embeddings)
+
+
+def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:
+    """Pictures of the data set, (N, 3, size, size) in [-1, 1]."""
+    pictures = [torch.from_numpy(prepared.images[size][i].copy()) for i in indices]
+    return torch.stack(pictures).float() / 127.5 - 1

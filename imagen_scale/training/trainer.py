@@ -3,7 +3,6 @@
 import functools
 import gc
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 
 from imagen_scale import checkpoint as ckpt
-from imagen_scale.cascade import Stage, Text, default_device, encode_prompts, to_uint8
-from imagen_scale.config import Config, dump_config, parse_config
+from imagen_scale.config import Config
 from imagen_scale.data.dataset import (
     CaptionedImages,
     Prepared,
@@ -22,29 +20,16 @@ from imagen_scale.data.dataset import (
     split_indices,
 )
 from imagen_scale.data.text import encoder_fingerprint, encoder_folder
-from imagen_scale.diffusion.lowres import resize
-from imagen_scale.errors import CheckpointError, ConfigError, ImagenScaleError, UsageError
+from imagen_scale.errors import CheckpointError, ImagenScaleError
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
-from imagen_scale.pictures import save_grid
 from imagen_scale.training import distributed
 from imagen_scale.training.distributed import from_rank_0, rank, world_size
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.objective import Objective
+from imagen_scale.training.preview import draw_grid
+from imagen_scale.training.run import check_run, check_text_width, open_run, unet_numbers
 from imagen_scale.training.telemetry import Telemetry, say
-
-# What may change between the start of a run and its continuation.
-_MAY_CHANGE = {
-    "logging": None,
-    "memory": None,
-    "text": ("batch_size",),
-    "data": ("num_workers", "cache_dir", "cache_images_gb"),
-    "imagen": ("only_train_unet_number", "dynamic_thresholding_percentile",
-               "lowres_sample_noise_level"),
-    "training": ("micro_batch", "checkpoint_every", "keep_checkpoints", "val_every", "val_batches",
-                 "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale"),
-}  # fmt: skip
-GRID_COLUMNS = 8
 
 
 def train(
@@ -69,16 +54,13 @@ def train(
     Raises:
         ImagenScaleError: With what to do next.
     """
-    numbers = _unet_numbers(config, unet_number)
-    if config.imagen.channels != 3:
-        raise ConfigError(
-            f"imagen.channels: {config.imagen.channels}; training pictures are RGB: write 3."
-        )
     quiet = say if distributed.rank() == 0 else _silent
-    if distributed.rank() == 0:
-        check_run(config, run_dir, resume=resume, fresh=fresh)
+    # On every rank: one that went on alone would wait for the others for ever.
+    numbers = unet_numbers(config, unet_number)
+    check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
     # Prepared before the group is joined: it may take longer than any collective may wait.
     prepared = prepare(config, progress=_progress(quiet))
+    check_text_width(config, prepared.embeddings.dim)
     distributed.start(quiet)
     try:
         from_rank_0(lambda: open_run(config, run_dir, fresh=fresh))
@@ -89,71 +71,6 @@ def train(
         quiet(f"run: {run_dir}")
     finally:
         distributed.stop()
-
-
-def _unet_numbers(config: Config, unet_number: int | None) -> list[int]:
-    number = unet_number or config.imagen.only_train_unet_number
-    num_unets = len(config.unets)
-    if number is None:
-        return list(range(1, num_unets + 1))
-    if not 1 <= number <= num_unets:
-        raise UsageError(f"--unet {number}: this cascade has U-Nets 1 to {num_unets}.")
-    return [number]
-
-
-def check_run(config: Config, run_dir: Path, *, resume: bool, fresh: bool) -> None:
-    """Refuses, before anything is written, what cannot be continued.
-
-    Raises:
-        UsageError: If there is nothing to resume.
-        ConfigError: If `run_dir` belongs to a run with another configuration.
-    """
-    saved = run_dir / "config.json"
-    if resume and not saved.is_file():
-        raise UsageError(f"--resume: {run_dir} holds no run yet. Leave --resume out to start one.")
-    if fresh or not saved.is_file():
-        return
-    before = parse_config(saved.read_text(encoding="utf-8"), source=str(saved))
-    changes = _changes(before, config)
-    if changes:
-        raise ConfigError(
-            f"{run_dir} was started with another configuration:\n  "
-            + "\n  ".join(changes)
-            + "\nUndo the change, write to another folder with --run, or start anew with --fresh."
-        )
-
-
-def open_run(config: Config, run_dir: Path, *, fresh: bool) -> None:
-    """Makes the run's folder, or empties it when asked for a fresh start."""
-    if fresh and (run_dir / "config.json").is_file():
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    ckpt.write_atomically(
-        run_dir / "config.json",
-        lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
-    )
-
-
-def _changes(before: Config, now: Config) -> list[str]:
-    """Differences that would make a resumed run another run, as 'key: old -> new'."""
-    changes: list[str] = []
-
-    def compare(path: str, old: Any, new: Any) -> None:
-        section, _, key = path.partition(".")
-        allowed = _MAY_CHANGE.get(section, ())
-        if old == new or allowed is None or key in allowed:
-            return
-        if isinstance(old, dict) and isinstance(new, dict):
-            for name in old | new:
-                compare(f"{path}.{name}".lstrip("."), old.get(name), new.get(name))
-        elif path == "unets" and len(old) == len(new):
-            for i, pair in enumerate(zip(old, new, strict=True)):
-                compare(f"{path}.{i}", *pair)
-        else:
-            changes.append(f"{path}: {old} -> {new}")
-
-    compare("", before.model_dump(mode="json"), now.model_dump(mode="json"))
-    return changes
 
 
 def learning_rate(config: Config, unet_index: int, step: int) -> float:
@@ -347,10 +264,15 @@ class UnetTraining:
                 if is_checkpoint:
                     self._save(step)
                 if is_sample:
-                    from_rank_0(functools.partial(self._sample_grid, telemetry, step))
+                    from_rank_0(functools.partial(self._draw, telemetry, step))
         finally:
             if telemetry is not None:
                 telemetry.__exit__(None, None, None)
+
+    def _draw(self, telemetry: Telemetry | None, step: int) -> None:
+        path = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
+        if telemetry is not None:
+            telemetry.picture(step, path)
 
     def _telemetry(self, step: int) -> Telemetry | None:
         def start() -> Telemetry:
@@ -421,58 +343,6 @@ class UnetTraining:
         loss = self._mean_over_ranks(torch.stack(losses).mean())
         if telemetry is not None:
             telemetry.write(step, val_loss=loss)
-
-    # Pictures.
-
-    def _sample_grid(self, telemetry: Telemetry | None, step: int) -> None:
-        """Samples fixed prompts with the EMA weights, through the code that users run.
-
-        A super-resolution stage enlarges real pictures of the data set, shown with their input
-        and the original, so that its quality does not depend on the stages before it.
-        """
-        file = ckpt.read_inference(ckpt.inference_path(self.run_dir, self.unet_number))
-        stage = Stage(file, default_device())
-        options: dict[str, Any] = {"steps": self.training.sample_steps}
-        if self.unet_number == 1:
-            captions = list(self.training.sample_prompts) or self._first_captions()
-            images = stage.sample(
-                self._encode(file, captions),
-                [0] * len(captions),
-                cond_scale=self.training.sample_cond_scale,
-                **options,
-            )
-            rows = [to_uint8(images)]
-        else:
-            indices = self.train_indices[:GRID_COLUMNS]
-            captions = self._first_captions()
-            store = self.prepared.images[self.size]
-            real = torch.stack([torch.from_numpy(store[i].copy()) for i in indices])
-            real = real.float() / 127.5 - 1
-            lowres = resize(real, self.config.imagen.image_sizes[self.index - 1])
-            images = stage.sample(
-                self._encode(file, captions),
-                [0] * len(captions),
-                lowres=lowres,
-                cond_scale=1.0,
-                **options,
-            )
-            rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
-        path = self.run_dir / "samples" / f"unet{self.unet_number}_step_{step:08d}.png"
-        save_grid(path, rows, captions)
-        if telemetry is not None:
-            telemetry.picture(step, path)
-
-    def _first_captions(self) -> list[str]:
-        captions = self.prepared.source.captions
-        return [captions[i] for i in self.train_indices[:GRID_COLUMNS]]
-
-    def _encode(self, file: ckpt.InferenceFile, captions: list[str]) -> Text:
-        from imagen_scale.data.text import pad_embeddings
-
-        store = self.prepared.embeddings
-        if all(caption in store for caption in captions):
-            return Text(*pad_embeddings([store[caption] for caption in captions], max_len=256))
-        return encode_prompts(file, captions)
 
 
 def _silent(message: str) -> None:

@@ -1,0 +1,59 @@
+"""Pictures drawn while training, from fixed prompts with the EMA weights."""
+
+from pathlib import Path
+
+from imagen_scale.cascade import Stage, Text, default_device, encode_prompts, to_uint8
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.data.dataset import Prepared, real_pictures, split_indices
+from imagen_scale.data.text import pad_embeddings
+from imagen_scale.diffusion.lowres import resize
+from imagen_scale.pictures import save_grid
+
+GRID_COLUMNS = 8
+
+
+def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) -> Path:
+    """Samples one stage from its inference file, through the code that users run.
+
+    The base stage draws `training.sample_prompts`. A super-resolution stage enlarges real pictures
+    of the data set, shown with their input and the original, so that its quality does not depend
+    on the stages before it.
+
+    Args:
+        run_dir: The run's folder.
+        unet_number: Which stage, from 1.
+        step: Optimizer steps done, for the file's name.
+        prepared: The data set.
+
+    Returns:
+        The PNG file.
+    """
+    file = read_inference(inference_path(run_dir, unet_number))
+    config, training = file.config, file.config.training
+    stage = Stage(file, default_device())
+    indices = split_indices(prepared.source.keys, config.data.val_fraction)[0][:GRID_COLUMNS]
+    captions = [prepared.source.captions[i] for i in indices]
+    if unet_number == 1:
+        captions = list(training.sample_prompts) or captions
+        lowres, cond_scale = None, training.sample_cond_scale
+    else:
+        real = real_pictures(prepared, indices, stage.image_size)
+        lowres, cond_scale = resize(real, config.imagen.image_sizes[unet_number - 2]), 1.0
+    store = prepared.embeddings
+    if all(caption in store for caption in captions):
+        text = Text(*pad_embeddings([store[caption] for caption in captions], max_len=256))
+    else:
+        text = encode_prompts(file, captions)
+    images = stage.sample(
+        text,
+        [0] * len(captions),
+        lowres=lowres,
+        steps=training.sample_steps,
+        cond_scale=cond_scale,
+    )
+    rows = [to_uint8(images)]
+    if lowres is not None:
+        rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
+    path = run_dir / "samples" / f"unet{unet_number}_step_{step:08d}.png"
+    save_grid(path, rows, captions)
+    return path

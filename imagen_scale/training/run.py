@@ -1,0 +1,143 @@
+"""What may be trained into a run's folder, checked before anything is written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from imagen_scale.checkpoint import write_atomically
+from imagen_scale.config import Config, dump_config, parse_config
+from imagen_scale.errors import ConfigError, UsageError
+
+# What may change when a run is continued: sections whole (None), or some of their keys.
+_MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
+    "logging": None,
+    "memory": None,
+    "text": ("batch_size",),
+    "data": ("num_workers", "cache_dir", "cache_images_gb"),
+    "imagen": ("only_train_unet_number", "dynamic_thresholding_percentile",
+               "lowres_sample_noise_level"),
+    "training": ("micro_batch", "checkpoint_every", "keep_checkpoints", "val_every", "val_batches",
+                 "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
+                 *("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas",
+                   "grad_clip", "ema_decay")),
+}  # fmt: skip
+# Of these, the ones that bend the loss curve: allowed, and said.
+_TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
+         "ema_decay")  # fmt: skip
+
+
+def unet_numbers(config: Config, asked: int | None) -> list[int]:
+    """The U-Nets to train, from 1: the one asked for or configured, else all.
+
+    Raises:
+        UsageError: If there is no such U-Net.
+        ConfigError: If the pictures cannot have that many channels.
+    """
+    if config.imagen.channels != 3:
+        raise ConfigError(
+            f"imagen.channels: {config.imagen.channels}; training pictures are RGB: write 3."
+        )
+    number = asked or config.imagen.only_train_unet_number
+    num_unets = len(config.unets)
+    if number is None:
+        return list(range(1, num_unets + 1))
+    if not 1 <= number <= num_unets:
+        raise UsageError(f"--unet {number}: this cascade has U-Nets 1 to {num_unets}.")
+    return [number]
+
+
+def check_text_width(config: Config, dim: int) -> None:
+    """Refuses a declared feature width that is not the encoder's.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    declared = {"imagen.text_embed_dim": config.imagen.text_embed_dim}
+    for i, unet in enumerate(config.unets):
+        declared[f"unets.{i}.text_embed_dim"] = unet.text_embed_dim
+    for key, value in declared.items():
+        if value not in (None, dim):
+            raise ConfigError(
+                f"{key}: {value}, but the encoder {config.text_encoder!r} gives {dim}; write "
+                f"{dim} or null."
+            )
+
+
+def check_run(
+    config: Config, run_dir: Path, say: Callable[[str], None], *, resume: bool, fresh: bool
+) -> None:
+    """Refuses what cannot be continued.
+
+    Args:
+        config: The run.
+        run_dir: Its folder, which may hold an earlier run.
+        say: Told of what changed and may change.
+        resume: Whether there has to be a run to continue.
+        fresh: Whether an earlier run is to be deleted.
+
+    Raises:
+        UsageError: If there is nothing to resume, or the folder is not a run's.
+        ConfigError: If `run_dir` belongs to a run with another configuration.
+    """
+    saved = run_dir / "config.json"
+    if not saved.is_file():
+        if resume:
+            raise UsageError(
+                f"--resume: {run_dir} holds no run yet. Leave --resume out to start one."
+            )
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UsageError(
+                f"{run_dir} exists and is not a run (it has no config.json); nothing is written "
+                f"into it. Name another folder with --run."
+            )
+        return
+    if fresh:
+        return
+    before = parse_config(saved.read_text(encoding="utf-8"), source=str(saved))
+    refused, told = _changes(before, config)
+    if refused:
+        raise ConfigError(
+            f"{run_dir} was started with another configuration:\n  "
+            + "\n  ".join(refused)
+            + "\nUndo the change, write to another folder with --run, or start anew with --fresh."
+        )
+    for change in told:
+        say(f"changed since this run was started: {change}")
+
+
+def open_run(config: Config, run_dir: Path, *, fresh: bool) -> None:
+    """Makes the run's folder, or empties it when asked for a fresh start."""
+    if fresh and (run_dir / "config.json").is_file():
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        run_dir / "config.json",
+        lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
+    )
+
+
+def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Differences as 'key: old -> new': those that make it another run, and those to be told."""
+    refused: list[str] = []
+    told: list[str] = []
+
+    def compare(path: str, old: Any, new: Any) -> None:
+        section, _, key = path.partition(".")
+        allowed = _MAY_CHANGE.get(section, ())
+        if old == new or allowed is None:
+            return
+        if key in allowed:
+            if section == "training" and key in _TOLD:
+                told.append(f"{path}: {old} -> {new}")
+        elif isinstance(old, dict) and isinstance(new, dict):
+            for name in old | new:
+                compare(f"{path}.{name}".lstrip("."), old.get(name), new.get(name))
+        elif path == "unets" and len(old) == len(new):
+            for i, pair in enumerate(zip(old, new, strict=True)):
+                compare(f"{path}.{i}", *pair)
+        else:
+            refused.append(f"{path}: {old} -> {new}")
+
+    compare("", before.model_dump(mode="json"), now.model_dump(mode="json"))
+    return refused, told

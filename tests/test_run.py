@@ -1,0 +1,75 @@
+"""What may be trained into an existing run's folder."""
+
+import json
+
+import pytest
+from conftest import TINY
+
+from imagen_scale.config import parse_config
+from imagen_scale.errors import ConfigError, UsageError
+from imagen_scale.training.run import check_run, check_text_width, open_run, unet_numbers
+
+
+def config(*overrides):
+    return parse_config(json.dumps(TINY), overrides=overrides)
+
+
+@pytest.fixture
+def run(tmp_path):
+    open_run(config(), tmp_path / "run", fresh=False)
+    return tmp_path / "run"
+
+
+def check(run, *overrides, **flags):
+    told = []
+    check_run(config(*overrides), run, told.append, **{"resume": False, "fresh": False} | flags)
+    return told
+
+
+def test_the_same_configuration_continues(run):
+    assert check(run, resume=True) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["unets.1.dim=16", "imagen.timesteps=200", "training.seed=1", "training.global_batch=16",
+     "data.flip=true", "imagen.image_sizes=[16,64]", "deepspeed.steps_per_print=1"],
+)  # fmt: skip
+def test_what_makes_it_another_run_is_refused_by_name(run, change):
+    key, _, value = change.partition("=")
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.") + ".* -> ") as caught:
+        check(run, change)
+    assert value.strip("[]").split(",")[0].capitalize() in str(caught.value).title()
+    assert check(run, change, fresh=True) == []
+
+
+def test_what_bends_the_curve_is_told(run):
+    assert check(run, "training.steps=60") == [
+        "changed since this run was started: training.steps: 6 -> 60"
+    ]
+
+
+def test_what_does_not_matter_is_not_mentioned(run):
+    changes = ("training.micro_batch=2", "logging.log_every=7", "data.num_workers=1")
+    assert check(run, *changes) == []
+
+
+def test_fresh_empties_a_run(run):
+    (run / "metrics.jsonl").touch()
+    open_run(config(), run, fresh=True)
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_unet_numbers():
+    assert unet_numbers(config(), None) == [1, 2]
+    assert unet_numbers(config(), 2) == [2]
+    assert unet_numbers(config("imagen.only_train_unet_number=1"), None) == [1]
+    with pytest.raises(UsageError, match="--unet 3: this cascade has U-Nets 1 to 2"):
+        unet_numbers(config(), 3)
+
+
+def test_a_declared_text_width_must_be_the_encoders():
+    check_text_width(config(), 384)
+    other = config("imagen.text_encoder_name=/some/folder", "unets.1.text_embed_dim=512")
+    with pytest.raises(ConfigError, match=r"unets\.1\.text_embed_dim: 512, .* gives 256"):
+        check_text_width(other, 256)
