@@ -12,7 +12,7 @@ PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning c
 .PHONY: demo test check-machine clean
 
 demo: $(VENV)/.demo
-	. $(BIN)/activate && deepspeed launch/train.py --config configs/emoji_demo.json
+	. $(BIN)/activate && deepspeed --num_accelerators 1 launch/train.py --config configs/emoji_demo.json
 	$(BIN)/imagen-scale sample $(PROMPTS) --run runs/emoji_demo --steps 25 --cond-scale 2
 	$(BIN)/imagen-scale evaluate --run runs/emoji_demo --steps 25 --cond-scale 2
 
@@ -33,6 +33,8 @@ check-machine:
 	Install one, e.g. apt install python3.11 python3.11-venv, or name it: make PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: this Python cannot make \
 	environments. Install the venv package of your Python, e.g. apt install python3-venv"; exit 2; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
+	2>/dev/null || { echo "error: Python's headers are missing. Install them, e.g. apt install python3-dev"; exit 2; }
 	@command -v $${CXX:-c++} >/dev/null || { echo "error: DeepSpeed compiles its operators and no C++ \
 	compiler was found. Install one, e.g. apt install g++"; exit 2; }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from imagen_scale.checkpoint import InferenceFile, inference_path, load_weights, read_inference
 from imagen_scale.data.dataset import seeded
 from imagen_scale.data.text import (
+    Embedding,
     TextEncoder,
     encoder_fingerprint,
     encoder_folder,
@@ -238,7 +239,14 @@ class Cascade:
                 f"--unet-limit {unet_limit}: this cascade has U-Nets 1 to {num_unets}."
             )
         numbers = range(2, (unet_limit or num_unets) + 1)
-        return cls([first, *(read_stage(run, n, allow_unfinished) for n in numbers)], device)
+        files = [first, *(read_stage(run, n, allow_unfinished) for n in numbers)]
+        for file in files:
+            if file.text_fingerprint != first.text_fingerprint:
+                raise CheckpointError(
+                    f"{run}: U-Net {file.unet_number} was trained with another version of the text "
+                    f"encoder than U-Net 1. Train one of them again with --unet N --fresh."
+                )
+        return cls(files, device)
 
     def sample(
         self,
@@ -306,7 +314,11 @@ def encode_prompts(file: InferenceFile, prompts: Sequence[str]) -> Text:
             f"one in {folder}. Put the original files back, or train again."
         )
     unique = list(dict.fromkeys(prompts))
-    found = dict(zip(unique, TextEncoder(folder).encode(unique), strict=True))
+    encoder, together = TextEncoder(folder), file.config.text.batch_size
+    found: dict[str, Embedding] = {}
+    for start in range(0, len(unique), together):
+        some = unique[start : start + together]
+        found |= dict(zip(some, encoder.encode(some), strict=True))
     return Text(*pad_embeddings([found[prompt] for prompt in prompts], max_len=256))
 
 

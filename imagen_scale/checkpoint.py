@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +67,8 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
     manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"step": step, **facts, "files": files}, indent=1))
     _sync(manifest)
-    _sync(staging)
+    for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
+        _sync(folder)
     final = staging.parent / f"step_{step:08d}"
     if final.exists():  # the same step again, after a resume that fell back behind it
         shutil.rmtree(final)
@@ -81,7 +82,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -134,10 +135,21 @@ def newest_good(
     return None, None
 
 
-def remove_old(parent: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints; called only after a commit."""
-    for folder in list_checkpoints(parent)[keep:]:
-        shutil.rmtree(folder)
+def remove_old(parent: Path, step: int, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, right after the commit of `step`.
+
+    Those beyond `step` were damaged and passed over by the resume that led here: they go first.
+    """
+    checkpoints = list_checkpoints(parent)
+    beyond = [folder for folder in checkpoints if _step_of(folder) > step]
+    for folder in [*beyond, *checkpoints[len(beyond) + keep :]]:
+        doomed = folder.with_name(f"{_STAGING_PREFIX}{folder.name}")
+        folder.rename(doomed)  # never half a checkpoint under its own name
+        shutil.rmtree(doomed)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _sha256(path: Path) -> str:
@@ -156,7 +168,7 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside its place and renames it, so that readers never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         _sync(temporary)
@@ -187,7 +199,7 @@ class InferenceFile(NamedTuple):
 
 def save_inference(
     path: Path,
-    weights: Iterable[tuple[str, "Tensor"]],
+    weights: dict[str, "Tensor"],
     *,
     config: Config,
     unet_number: int,
@@ -199,7 +211,7 @@ def save_inference(
     """Writes EMA weights with the configuration inside; one file is all that sampling needs."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in weights}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {
         "format": INFERENCE_FORMAT,
         "config": dump_config(config),
@@ -272,5 +284,5 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
 
 def _last_change(run: Path) -> float:
     """When training last wrote into a run."""
-    files = [run / "config.json", *run.glob("unet*/inference.safetensors")]
+    files = [run / "config.json", *run.glob("unet*/*")]
     return max(path.stat().st_mtime for path in files)

@@ -23,6 +23,9 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         except ImagenScaleError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # a full disk, a folder that may not be written
+            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+            sys.exit(1)
 
     return wrapped
 
@@ -164,6 +167,8 @@ def sample(
     from imagen_scale.pictures import save_grid, save_png
 
     cascade = Cascade.load(run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished)
+    folder = Path(out) if out else run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
     with _Progress() as progress:
         outputs = cascade.sample(
             all_prompts,
@@ -175,7 +180,6 @@ def sample(
             sampler=sampler,
             on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
         )
-    folder = Path(out) if out else run_dir / "samples"
     captions = [prompt for prompt in all_prompts for _ in range(num)]
     stages = [to_uint8(images) for images in outputs]
     first = _next_number(folder)

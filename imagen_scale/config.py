@@ -269,11 +269,6 @@ class Config(Section):
         """The encoder in force: `text.encoder`, else MinImagen's `imagen.text_encoder_name`."""
         return self.text.encoder or self.imagen.text_encoder_name
 
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage asked for in the `deepspeed` section (0: none)."""
-        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
-
     def per_unet(self, section: str, key: str, unet_index: int) -> Any:
         """The value of a 'one, or one per U-Net' key for the U-Net at `unet_index`."""
         value = getattr(getattr(self, section), key)
@@ -590,7 +585,14 @@ def _deepspeed_checks(config: Config) -> list[str]:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append('deepspeed.zero_optimization: give an object with "stage" 0, 1, 2 or 3.')
-    elif config.training.precision == "bf16" and zero.get("stage", 0) == 0:
+        return problems
+    for key, value in zero.items():
+        if key.startswith("offload_") and value is not None and not isinstance(value, dict):
+            problems.append(
+                f"deepspeed.zero_optimization.{key}: {json.dumps(value)} is not an object; write "
+                f'{{"device": "cpu"}}.'
+            )
+    if config.training.precision == "bf16" and zero.get("stage", 0) == 0:
         problems.append(
             "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
             "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."

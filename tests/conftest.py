@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ settings.register_profile("imagen-scale", deadline=None, max_examples=30)
 settings.load_profile("imagen-scale")
 
 ROOT = Path(__file__).parent.parent
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 TINY = {
     "imagen": {"image_sizes": [16, 32], "text_encoder_name": "minilm", "timesteps": 100},
@@ -59,7 +62,9 @@ def tiny_config(tmp_path):
 def launch():
     """Runs launch/train.py under the real deepspeed launcher, or with plain python."""
 
-    def run(config, run_dir, *options, processes=1, plain=False, check=True, env=None):
+    def run(
+        config, run_dir, *options, processes=1, plain=False, check=True, env=None, kill_at=None
+    ):
         flags = [option for option in options if option.startswith("--") or option.isdigit()]
         settings = [
             item
@@ -75,11 +80,24 @@ def launch():
             *([sys.executable] if plain else launcher), str(ROOT / "launch" / "train.py"),
             "--config", str(config), "--run", str(run_dir), *flags, *settings,
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+        environment |= {"OMP_NUM_THREADS": "1"} | (env or {})
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-        )
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if kill_at is not None:
+            while process.poll() is None and not list(Path(run_dir).glob(f"*/{kill_at}")):
+                time.sleep(0.005)
+            process.kill()
+            check = False
+        try:
+            stdout, stderr = process.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
         return done
@@ -98,6 +116,6 @@ def free_port():
 
 def losses(run_dir, unet=1):
     """The training losses of one U-Net as metrics.jsonl has them, by step."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(run_dir) / f"unet{unet}" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return {row["step"]: row["loss"] for row in rows if row["unet"] == unet and "loss" in row}
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}

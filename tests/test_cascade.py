@@ -34,7 +34,7 @@ def write_stage(run, number, *, step=6, fingerprint=FINGERPRINT):
     torch.manual_seed(number)
     unet = UNet(config.unet(number - 1, 384))
     save_inference(
-        inference_path(run, number), unet.state_dict().items(), config=config,
+        inference_path(run, number), unet.state_dict(), config=config,
         unet_number=number, text_embed_dim=384, text_fingerprint=fingerprint, step=step, steps=6,
     )  # fmt: skip
     return unet

@@ -81,6 +81,7 @@ def test_all_four_are_shipped():
         ("deepspeed.zero_optimisation={}", r"did you mean zero_optimization\?"),
         ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
         ('deepspeed.zero_optimization={"stage":5}', 'give an object with "stage" 0, 1, 2 or 3'),
+        ('deepspeed.zero_optimization={"stage":2,"offload_optimizer":"cpu"}', "is not an object"),
         ("logging.wandb={}", "logging.wandb.project: this key is required"),
     ],
 )

@@ -3,15 +3,14 @@
 import json
 import os
 import pickle
-import time
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import LAUNCHER_VARIABLES, TINY
 
 from imagen_scale.config import parse_config
-from imagen_scale.errors import ConfigError
+from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.models.unet import UNet
 from imagen_scale.training import distributed
 from imagen_scale.training.ema import Ema, master_shards
@@ -40,7 +39,7 @@ def make_config(zero, precision="fp32", **training):
 def environment_of_no_launcher():
     """No launcher's variables inside; the environment as it was afterwards."""
     before = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     yield
     os.environ.clear()
@@ -50,7 +49,9 @@ def environment_of_no_launcher():
 @pytest.fixture(scope="module")
 def process_group(private_folders):
     with environment_of_no_launcher():
-        distributed.start(print)
+        distributed.fill_environment()
+        distributed.check_machine()
+        distributed.join(print)
         yield
         distributed.stop()
 
@@ -128,19 +129,29 @@ def test_locks_of_killed_builds_are_removed_and_those_in_use_are_kept(tmp_path):
     assert "dead" in told[0]
 
 
-def test_the_lock_of_a_killed_build_does_not_hang_the_next_run(process_group):
-    import torch.utils.file_baton as file_baton
+def test_locks_in_use_are_kept_through_a_symlink_too(tmp_path, monkeypatch):
+    (tmp_path / "real" / "alive").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "link"))
+    with (tmp_path / "link" / "alive" / "lock").open("w"):
+        for folder in (tmp_path / "link", distributed.extensions_dir()):
+            distributed.clear_stale_locks(folder, print)
+        assert (tmp_path / "real" / "alive" / "lock").exists()
 
-    folder = distributed.extensions_dir() / "imagen_scale_test"
-    folder.mkdir(exist_ok=True)
-    (folder / "lock").touch()
-    distributed.clear_stale_locks(distributed.extensions_dir(), print)
-    started = time.monotonic()
-    baton = file_baton.FileBaton(str(folder / "lock"))
-    assert baton.try_acquire()
-    baton.release()
-    folder.rmdir()
-    assert time.monotonic() - started < 5
+
+def test_what_deepspeed_itself_refuses_is_a_sentence(process_group):
+    config = make_config({"stage": 2, "reduce_bucket_sise": 5})
+    with pytest.raises(ConfigError, match=r"(?s)refuses the configuration.*reduce_bucket_sise"):
+        distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+
+
+def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
+    def full():
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    for run in (distributed.together, distributed.from_rank_0):
+        with pytest.raises(EnvironmentProblem, match="process 0: OSError.*No space left"):
+            run(full)
 
 
 def test_batches_are_stated_once():
@@ -167,11 +178,17 @@ def test_learning_rate():
 
 def test_slurm_and_plain_python_fill_the_environment():
     with environment_of_no_launcher():
-        distributed._fill_environment()
+        distributed.fill_environment()
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
     with environment_of_no_launcher():
-        os.environ |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
-        distributed._fill_environment()
+        os.environ |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+        os.environ |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+        os.environ["SLURM_STEP_ID"] = "0"
+        distributed.fill_environment()
         assert (distributed.rank(), distributed.world_size()) == (3, 4)
         assert os.environ["LOCAL_RANK"] == "1"
-    assert "RANK" not in os.environ
+        assert os.environ["MASTER_ADDR"] == "10.0.0.7"
+    with environment_of_no_launcher():  # the batch script itself, not a step of it
+        os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+        distributed.fill_environment()
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)

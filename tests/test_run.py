@@ -6,8 +6,14 @@ import pytest
 from conftest import TINY
 
 from imagen_scale.config import parse_config
-from imagen_scale.errors import ConfigError, UsageError
-from imagen_scale.training.run import check_run, check_text_width, open_run, unet_numbers
+from imagen_scale.errors import ConfigError, DataError, UsageError
+from imagen_scale.training.run import (
+    check_run,
+    check_split,
+    check_text_width,
+    open_run,
+    unet_numbers,
+)
 
 
 def config(*overrides):
@@ -16,7 +22,7 @@ def config(*overrides):
 
 @pytest.fixture
 def run(tmp_path):
-    open_run(config(), tmp_path / "run", fresh=False)
+    open_run(config(), tmp_path / "run", fresh=[])
     return tmp_path / "run"
 
 
@@ -54,10 +60,23 @@ def test_what_does_not_matter_is_not_mentioned(run):
     assert check(run, *changes) == []
 
 
-def test_fresh_empties_a_run(run):
-    (run / "metrics.jsonl").touch()
-    open_run(config(), run, fresh=True)
-    assert [path.name for path in run.iterdir()] == ["config.json"]
+def test_fresh_deletes_the_unets_it_is_asked_for_and_nothing_else(run):
+    for name in ("unet1/step_00000001/x", "unet2/step_00000001/x", "samples/00000.png",
+                 "samples/unet2_step_00000001.png"):  # fmt: skip
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    open_run(config(), run, fresh=[2])
+    assert (run / "unet1" / "step_00000001").is_dir()
+    assert not (run / "unet2").exists()
+    assert [path.name for path in (run / "samples").iterdir()] == ["00000.png"]
+
+
+def test_a_split_with_an_empty_part_is_refused():
+    check_split(config(), ["a", "b"])
+    with pytest.raises(DataError, match=r"0\.01 of 2 pictures leaves none to hold out"):
+        check_split(config("data.val_fraction=0.01"), ["a", "b"])
+    with pytest.raises(DataError, match="none to train on"):
+        check_split(config("data.val_fraction=0.999"), ["a", "b"])
 
 
 def test_unet_numbers():

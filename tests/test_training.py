@@ -6,6 +6,8 @@ one-process training, and a continued run that of an uninterrupted one.
 
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,15 +66,16 @@ def test_a_run_leaves_everything(reference):
             "step_00000003",
         ]
         assert losses(run, unet)[6] < losses(run, unet)[1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows if "val_loss" in row} == {3, 6}
+    lines = (run / "unet1" / "metrics.jsonl").read_text().splitlines()
+    assert {row["step"] for row in map(json.loads, lines) if "val_loss" in row} == {3, 6}
     leftovers = [path for path in run.rglob("*") if path.name.startswith(".")]
     assert leftovers == []
 
 
 @pytest.mark.parametrize("zero", [ZERO_2, ZERO_3], ids=["zero2-offload", "zero3-offload"])
 def test_two_processes_give_the_curve_of_one(zero, config, launch, reference, tmp_path):
-    launch(config, tmp_path / "run", zero, "training.micro_batch=2", processes=2)
+    blocks = "memory.checkpointing=blocks"  # which changes no loss either
+    launch(config, tmp_path / "run", zero, blocks, "training.micro_batch=2", processes=2)
     for unet in (1, 2):
         assert_same_curve(tmp_path / "run", reference[0], unet)
         ours, theirs = weights(tmp_path / "run", unet), weights(reference[0], unet)
@@ -97,6 +100,42 @@ def test_wandb_offline_gets_the_curve_and_the_run_needs_no_network(
     launch(config, tmp_path / "run", wandb, "--unet", "1")
     assert losses(tmp_path / "run") == losses(reference[0])
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_lost_or_damaged_inference_file_is_written_anew(config, launch, reference, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    inference = run / "unet1" / "inference.safetensors"
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"damaged")):
+        damage(inference)
+        launch(config, run, "--unet", "1", plain=True)
+        before = weights(reference[0])
+        assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+    assert losses(run) == losses(reference[0])
+
+
+def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
+    config, launch, reference, tmp_path
+):
+    """Killed with steps that are no multiple of anything; then driven to infinity."""
+    run = tmp_path / "run"
+    options = ("training.steps=7", "training.checkpoint_every=2", "logging.log_every=3")
+    whole = tmp_path / "whole"
+    launch(config, whole, *options, "--unet", "1", plain=True)
+    killed = launch(config, run, *options, "--unet", "1", plain=True, kill_at="step_00000004")
+    assert killed.returncode == -signal.SIGKILL
+    launch(config, run, *options, "--unet", "1", plain=True)
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
+
+    diverged = launch(
+        config, run, *options, "training.lr=1e30", "training.steps=30", "--unet", "1",
+        plain=True, check=False,
+    )  # fmt: skip
+    assert diverged.returncode == 1
+    assert "training diverged before step" in diverged.stderr
+    assert "changed since this run was started: training.lr: 0.001 -> 1e+30" in diverged.stdout
+    assert list_checkpoints(run / "unet1")[0].name == "step_00000007"
 
 
 def test_a_missing_compiler_is_named_with_the_remedy(config, launch, tmp_path):
@@ -135,7 +174,7 @@ def test_a_continued_run_is_the_same_run(zero, precision, processes, config, lau
     before, curve = weights(run, 2), losses(run, 2)
     undo_last_checkpoint(run, 2)
     (run / "unet2" / ".staging_00000006").mkdir()  # a save that the kill interrupted
-    with (run / "metrics.jsonl").open("a") as file:
+    with (run / "unet2" / "metrics.jsonl").open("a") as file:
         file.write('{"unet": 2, "st')  # a line that it cut
 
     done = launch(config, run, *options, processes=processes)

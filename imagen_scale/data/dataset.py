@@ -280,9 +280,9 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
         num_bytes = len(source) * 3 * stage_size**2
         if num_bytes <= bytes_left:
             bytes_left -= num_bytes
-    embeddings = EmbeddingStore.open(
-        config.text, config.text_encoder, source.captions, folder, progress
-    )
+    # The prompts drawn while training too: the encoder is not to be loaded again beside a U-Net.
+    captions = [*source.captions, *config.training.sample_prompts]
+    embeddings = EmbeddingStore.open(config.text, config.text_encoder, captions, folder, progress)
     return Prepared(source, images, embeddings)
 
 

@@ -3,17 +3,24 @@
 import contextlib
 import os
 import platform
+import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import Config
-from imagen_scale.errors import ConfigError, EnvironmentProblem
+from imagen_scale.errors import ConfigError, EnvironmentProblem, ImagenScaleError
 from imagen_scale.training.optimizers import has_compiler, make_optimizer
 
 # SLURM's names for what torch.distributed reads.
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}
 _SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -27,22 +34,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(say: Callable[[str], None]) -> None:
-    """Joins the process group, whoever started this process.
-
-    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). DeepSpeed's
-    operators are compiled into a folder of this machine's own, after locks that a killed build
-    left behind are removed: DeepSpeed would wait for them for ever.
+def check_machine() -> None:
+    """Refuses a machine on which training cannot start, and takes this process's card.
 
     Raises:
-        EnvironmentProblem: If DeepSpeed or a compiler is missing or the group cannot be formed.
+        EnvironmentProblem: If DeepSpeed, a compiler, Python's headers or the card are missing.
     """
-    _fill_environment()
-    folder = extensions_dir()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    clear_stale_locks(folder, say)
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
         import torch
         from deepspeed.accelerator import get_accelerator
     except ImportError as error:
@@ -50,28 +49,64 @@ def start(say: Callable[[str], None]) -> None:
             f"DeepSpeed cannot be imported ({error}). Install it with "
             f"`pip install -c constraints.txt '.[train]'`."
         ) from None
-    if torch.distributed.is_initialized():
-        return
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    # An environment that is called without being activated: ninja lies beside its python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if get_accelerator().device_name() == "cuda":
+        cards, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if cards == 1 and "SLURM_STEP_ID" in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows each task a card of its own
+        if local_rank >= cards:
+            raise EnvironmentProblem(
+                f"process {local_rank} of this machine finds no card: {cards} are visible. Start "
+                f"at most {cards} processes here."
+            )
+        torch.cuda.set_device(local_rank)
     elif not has_compiler():
         raise EnvironmentProblem(
             "DeepSpeed compiles its CPU operators and found no C++ compiler. Install one: "
             "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora)."
         )
+    elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise EnvironmentProblem(
+            "DeepSpeed compiles its CPU operators and Python's headers are missing. Install them: "
+            "`apt install python3-dev` (Debian, Ubuntu), `dnf install python3-devel` (Fedora)."
+        )
+
+
+def join(say: Callable[[str], None]) -> None:
+    """Joins the process group, whoever started this process.
+
+    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). DeepSpeed's
+    operators are compiled into a folder of this machine's own, after locks that a killed build
+    left behind are removed: DeepSpeed would wait for them for ever.
+
+    Raises:
+        EnvironmentProblem: If the group cannot be formed.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what encoding captions left there
+    folder = extensions_dir()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    if os.environ["LOCAL_RANK"] == "0":
+        clear_stale_locks(folder, say)
     if rank() == 0 and not any(folder.glob("*/*.so")):
         say(f"first run on this machine: DeepSpeed compiles its operators (1-3 min) into {folder}")
     try:
         deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
+            dist_backend=get_accelerator().communication_backend_name(),
             auto_mpi_discovery=False,
             timeout=timedelta(minutes=30),
             verbose=False,
         )
     except RuntimeError as error:
         raise EnvironmentProblem(
-            f"the {world_size()} processes could not be joined: {error}"
+            f"DeepSpeed could not start with {world_size()} processes: {error}\nIf this is a build "
+            f"error, delete {folder} and try again; if a port is in use, give another with "
+            f"`deepspeed --master_port`."
         ) from error
 
 
@@ -83,13 +118,6 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    import torch
-
-    torch.distributed.barrier()
-
-
 def from_rank_0(make: Callable[[], Any]) -> Any:
     """Runs `make` on rank 0 and gives its result, or its exception, to every rank."""
     import torch
@@ -99,18 +127,47 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         try:
             result[0] = make()
         except Exception as error:
-            result[1] = error
+            result[1] = _portable(error)
     torch.distributed.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise result[1]
     return result[0]
 
 
-def _fill_environment() -> None:
+def together(work: Callable[[], None]) -> None:
+    """Runs `work` on every rank; if it fails on one, all raise, so that none waits for ever."""
+    import torch
+
+    failure = None
+    try:
+        work()
+    except Exception as error:
+        failure = _portable(error)
+    failures: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as one that can be sent to other ranks."""
+    if isinstance(error, ImagenScaleError):
+        return error
+    if not isinstance(error, OSError):  # a fault of ours: the place matters
+        traceback.print_exception(error)
+    return EnvironmentProblem(f"process {rank()}: {type(error).__name__}: {error}")
+
+
+def fill_environment() -> None:
+    """Names this process as torch.distributed expects, under srun and plain python too."""
     if "RANK" not in os.environ:
-        in_slurm = "SLURM_PROCID" in os.environ
+        # An sbatch script itself, outside srun, is one process whatever the job's size.
+        in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
         for name, value in _SINGLE.items():
-            os.environ[name] = os.environ[_SLURM[name]] if in_slurm else value
+            os.environ[name] = os.environ.get(_SLURM[name], value) if in_step else value
+        if in_step and "SLURM_LAUNCH_NODE_IPADDR" in os.environ:
+            os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else _free_port())
@@ -134,7 +191,7 @@ def extensions_dir() -> Path:
     if folder is None:
         cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         folder = str(Path(cache) / "imagen-scale" / "torch_extensions" / platform.node())
-    path = Path(folder)
+    path = Path(folder).resolve()  # as /proc names the files that processes hold open
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -145,7 +202,7 @@ def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:
     torch's builder keeps its lock file open while it works, so a lock that nobody has open
     belongs to a process that was killed (torch 2.13, `torch/utils/file_baton.py`).
     """
-    locks = {str(path) for path in folder.glob("*/lock")}
+    locks = {str(path.resolve()) for path in folder.glob("*/lock")}
     if not locks:
         return
     import psutil
@@ -195,12 +252,18 @@ def make_engine(unet: Any, config: Config, unet_index: int) -> Any:
     import deepspeed
 
     lr = config.per_unet("training", "lr", unet_index)
-    engine, *_ = deepspeed.initialize(
-        model=unet,
-        optimizer=make_optimizer(unet.parameters(), config, lr),
-        config=engine_config(config, unet_index, world_size()),
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=unet,
+            optimizer=make_optimizer(unet.parameters(), config, lr),
+            config=engine_config(config, unet_index, world_size()),
+            dist_init_required=False,
+        )
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise ConfigError(
+            f"deepspeed: DeepSpeed refuses the configuration: {error}\nCorrect that key of the "
+            f"deepspeed section; where bf16 is not supported, set training.precision to fp32."
+        ) from None
     engine.checkpoint_engine.load = _load_without_code
     return engine
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXCHANGE_ELEMENTS = 2**22  # 16 MiB at a time
+
 
 class Ema:
     """Average of each rank's own share of the fp32 master weights.
@@ -57,19 +59,28 @@ class Ema:
         for name, buffer in module.named_buffers():
             yield name, buffer.detach().float().cpu()
 
+    def is_finite(self) -> bool:
+        """Whether this rank's shards hold numbers only."""
+        return all(bool(shard.isfinite().all()) for shard in self.shards)
+
     @contextmanager
     def _in_place_of_masters(self) -> Iterator[None]:
-        kept = [master.detach().clone() for master in self.masters]
-        self._write_masters(self.shards)
+        self._exchange()
         try:
             yield
         finally:
-            self._write_masters(kept)
+            self._exchange()
 
     @torch.no_grad()
-    def _write_masters(self, values: list[Tensor]) -> None:
-        for master, value in zip(self.masters, values, strict=True):
-            master.data.copy_(value)
+    def _exchange(self) -> None:
+        """Swaps masters and average, piece by piece: no second copy of either is made."""
+        for master, shard in zip(self.masters, self.shards, strict=True):
+            ours, theirs = master.data.view(-1), shard.view(-1)
+            for start in range(0, ours.numel(), EXCHANGE_ELEMENTS):
+                piece = slice(start, start + EXCHANGE_ELEMENTS)
+                kept = ours[piece].clone()
+                ours[piece] = theirs[piece]
+                theirs[piece] = kept
 
 
 def master_shards(engine: Any) -> list[Tensor]:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.checkpoint import write_atomically
+from imagen_scale.checkpoint import unet_dir, write_atomically
 from imagen_scale.config import Config, dump_config, parse_config
-from imagen_scale.errors import ConfigError, UsageError
+from imagen_scale.data.dataset import split_indices
+from imagen_scale.errors import ConfigError, DataError, UsageError
 
 # What may change when a run is continued: sections whole (None), or some of their keys.
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
@@ -64,6 +65,20 @@ def check_text_width(config: Config, dim: int) -> None:
             )
 
 
+def check_split(config: Config, keys: list[str]) -> None:
+    """Refuses a split of the pictures with an empty part.
+
+    Raises:
+        DataError: With the share that did it.
+    """
+    train, held_out = split_indices(keys, config.data.val_fraction)
+    if not train or (config.data.val_fraction > 0 and not held_out):
+        raise DataError(
+            f"data.val_fraction: {config.data.val_fraction} of {len(keys)} pictures leaves none "
+            f"to {'hold out' if train else 'train on'}; change it or add pictures."
+        )
+
+
 def check_run(
     config: Config, run_dir: Path, say: Callable[[str], None], *, resume: bool, fresh: bool
 ) -> None:
@@ -106,11 +121,19 @@ def check_run(
         say(f"changed since this run was started: {change}")
 
 
-def open_run(config: Config, run_dir: Path, *, fresh: bool) -> None:
-    """Makes the run's folder, or empties it when asked for a fresh start."""
-    if fresh and (run_dir / "config.json").is_file():
-        shutil.rmtree(run_dir)
+def open_run(config: Config, run_dir: Path, *, fresh: list[int]) -> None:
+    """Makes the run's folder.
+
+    Args:
+        config: The run.
+        run_dir: Its folder.
+        fresh: U-Nets whose earlier training is deleted.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for number in fresh:
+        shutil.rmtree(unet_dir(run_dir, number), ignore_errors=True)
+        for picture in (run_dir / "samples").glob(f"unet{number}_step_*.png"):
+            picture.unlink()
     write_atomically(
         run_dir / "config.json",
         lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),

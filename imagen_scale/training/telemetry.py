@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from imagen_scale.checkpoint import write_atomically
+from imagen_scale.checkpoint import unet_dir, write_atomically
 from imagen_scale.config import Config
 from imagen_scale.errors import MissingExtraError
 
@@ -37,11 +37,14 @@ class Telemetry:
     def __init__(
         self, run_dir: Path, config: Config, unet_number: int, start_step: int, steps: int
     ) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        # One file per U-Net: several may be trained at the same time.
+        folder = unet_dir(run_dir, unet_number)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
         self.unet_number = unet_number
-        drop_metrics_after(self.path, unet_number, start_step)
+        drop_metrics_after(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(run_dir, config)
+        self._wandb = _start_wandb(run_dir, config, unet_number)
         self._progress = Progress(
             TextColumn(f"U-Net {unet_number}"),
             BarColumn(),
@@ -126,7 +129,7 @@ class Telemetry:
             self._wandb.log({name + "samples": wandb.Image(str(path)), name + "step": step})
 
 
-def drop_metrics_after(path: Path, unet_number: int, step: int) -> None:
+def drop_metrics_after(path: Path, step: int) -> None:
     """Removes lines of steps that a resumed run repeats, and a last line cut by a kill."""
     if not path.is_file():
         return
@@ -136,7 +139,7 @@ def drop_metrics_after(path: Path, unet_number: int, step: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["unet"] != unet_number or row["step"] <= step:
+        if row["step"] <= step:
             kept.append(line + "\n")
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
@@ -152,7 +155,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def _start_wandb(run_dir: Path, config: Config) -> Any:
+def _start_wandb(run_dir: Path, config: Config, unet_number: int) -> Any:
     settings = config.logging.wandb
     if settings is None:
         return None
@@ -164,7 +167,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
             "`pip install 'imagen-scale[wandb]'`, or set logging.wandb to null."
         ) from None
     # The same id at each start, so that a resumed run continues its own curves.
-    id_file = run_dir / "wandb_id.txt"
+    id_file = unet_dir(run_dir, unet_number) / "wandb_id.txt"
     if not id_file.is_file():
         id_file.write_text(os.urandom(4).hex())
     return wandb.init(
@@ -173,7 +176,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         mode=settings.mode,
         id=id_file.read_text(),
         resume="allow",
-        name=run_dir.name,
+        name=f"{run_dir.name}-unet{unet_number}",
         dir=str(run_dir),
         config=config.model_dump(mode="json"),
     )

@@ -24,11 +24,17 @@ from imagen_scale.errors import CheckpointError, ImagenScaleError
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
 from imagen_scale.training import distributed
-from imagen_scale.training.distributed import from_rank_0, rank, world_size
+from imagen_scale.training.distributed import from_rank_0, rank, together, world_size
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.preview import draw_grid
-from imagen_scale.training.run import check_run, check_text_width, open_run, unet_numbers
+from imagen_scale.training.run import (
+    check_run,
+    check_split,
+    check_text_width,
+    open_run,
+    unet_numbers,
+)
 from imagen_scale.training.telemetry import Telemetry, say
 
 
@@ -54,16 +60,23 @@ def train(
     Raises:
         ImagenScaleError: With what to do next.
     """
-    quiet = say if distributed.rank() == 0 else _silent
-    # On every rank: one that went on alone would wait for the others for ever.
+    distributed.fill_environment()
+    quiet = say if rank() == 0 else _silent
+    # On every rank: one that went on alone would wait for the others for ever. And all before
+    # anything is written.
     numbers = unet_numbers(config, unet_number)
+    for number in numbers:
+        distributed.engine_config(config, number - 1, world_size())
     check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
+    distributed.check_machine()
     # Prepared before the group is joined: it may take longer than any collective may wait.
-    prepared = prepare(config, progress=_progress(quiet))
+    size = config.imagen.image_sizes[numbers[0] - 1] if len(numbers) == 1 else None
+    prepared = prepare(config, progress=_progress(quiet), size=size)
     check_text_width(config, prepared.embeddings.dim)
-    distributed.start(quiet)
+    check_split(config, prepared.source.keys)
+    distributed.join(quiet)
     try:
-        from_rank_0(lambda: open_run(config, run_dir, fresh=fresh))
+        from_rank_0(lambda: open_run(config, run_dir, fresh=numbers if fresh else []))
         if prepared.source.attribution:
             quiet(f"pictures: {prepared.source.attribution}")
         for number in numbers:
@@ -118,7 +131,10 @@ class UnetTraining:
         self._build()
         try:
             step = self._resume()
-            self._loop(step)
+            if step < self.steps:
+                self._loop(step)
+            else:  # the file for sampling was lost or damaged
+                self._save_inference(step)
         finally:
             self.engine.destroy()
             del self.engine, self.ema
@@ -128,9 +144,17 @@ class UnetTraining:
 
     def _is_finished(self) -> bool:
         path = ckpt.inference_path(self.run_dir, self.unet_number)
-        return path.is_file() and ckpt.read_inference(path).step >= self.steps
+        if not path.is_file():
+            return False
+        try:
+            return ckpt.read_inference(path).step >= self.steps
+        except CheckpointError as error:
+            self.say(f"written anew from the newest checkpoint: {error}")
+            return False
 
     def _build(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         # The same initial weights on every rank and at every start.
         torch.manual_seed(seeded("init", self.training.seed, self.index) % 2**63)
         unet = UNet(self.config.unet(self.index, self.text_embed_dim))
@@ -165,6 +189,12 @@ class UnetTraining:
                     f"{folder}: saved with {key} {manifest[key]}, but this run has {ours}. "
                     f"Continue it with {manifest[key]}."
                 )
+        if manifest["text_encoder"] != self.fingerprint:
+            raise CheckpointError(
+                f"{folder}: trained with another version of the text encoder "
+                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
+                f"--fresh."
+            )
         if manifest["pictures"] != self.prepared.source.fingerprint:
             self.say(
                 "the pictures changed since the checkpoint; training goes on with the new ones"
@@ -188,22 +218,29 @@ class UnetTraining:
         from safetensors.torch import save_file
 
         staging = Path(from_rank_0(lambda: str(ckpt.staging_folder(self.folder, step))))
-        # DeepSpeed would publish `latest` before the other ranks have finished: we commit.
-        self.engine.save_checkpoint(str(staging), tag="deepspeed", save_latest=False)
-        save_file(self.ema.state_dict(), staging / self._ema_name())
-        distributed.barrier()
-        facts = {**self._facts(), "pictures": self.prepared.source.fingerprint}
+
+        def write() -> None:
+            # DeepSpeed would publish `latest` before the other ranks have finished: we commit.
+            self.engine.save_checkpoint(str(staging), tag="deepspeed", save_latest=False)
+            save_file(self.ema.state_dict(), staging / self._ema_name())
+
+        together(write)
+        facts = {
+            **self._facts(),
+            "pictures": self.prepared.source.fingerprint,
+            "text_encoder": self.fingerprint,
+        }
         from_rank_0(lambda: str(ckpt.commit(staging, step, facts)))
-        from_rank_0(lambda: ckpt.remove_old(self.folder, self.training.keep_checkpoints))
+        from_rank_0(lambda: ckpt.remove_old(self.folder, step, self.training.keep_checkpoints))
 
     def _save_inference(self, step: int) -> None:
         """Writes the EMA weights for sampling; all ranks gather, rank 0 writes."""
-        weights = self.ema.named_weights()
-        if rank() != 0:
-            for _ in weights:
-                pass
-        else:
-            ckpt.save_inference(
+        weights: dict[str, torch.Tensor] = {}
+        for name, value in self.ema.named_weights():
+            if rank() == 0:
+                weights[name] = value
+        from_rank_0(
+            lambda: ckpt.save_inference(
                 ckpt.inference_path(self.run_dir, self.unet_number),
                 weights,
                 config=self.config,
@@ -213,7 +250,7 @@ class UnetTraining:
                 step=step,
                 steps=self.steps,
             )
-        distributed.barrier()
+        )
 
     # Steps.
 
@@ -250,15 +287,15 @@ class UnetTraining:
                 self.ema.update(step)
                 if telemetry is not None:
                     telemetry.advance(step)
-                if self._is_due(step, self.config.logging.log_every):
+                is_checkpoint = self._is_due(step, self.training.checkpoint_every)
+                is_sample = self._is_due(step, self.training.sample_every)
+                # Also before a checkpoint, so that none is made of a diverged state and a resumed
+                # run reports the same means.
+                if is_checkpoint or is_sample or self._is_due(step, self.config.logging.log_every):
                     self._report(telemetry, step, lr, window)
                     window = []
                 if self.val_indices and self._is_due(step, self.training.val_every):
                     self._validate(telemetry, step)
-                is_checkpoint = self._is_due(step, self.training.checkpoint_every)
-                is_sample = self.training.sample_every is not None and self._is_due(
-                    step, self.training.sample_every
-                )
                 if is_checkpoint or is_sample:
                     self._save_inference(step)
                 if is_checkpoint:
@@ -270,7 +307,11 @@ class UnetTraining:
                 telemetry.__exit__(None, None, None)
 
     def _draw(self, telemetry: Telemetry | None, step: int) -> None:
-        path = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
+        try:
+            path = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
+        except torch.OutOfMemoryError:  # pictures are a pleasure, not a reason to stop
+            self.say(f"U-Net {self.unet_number}: no pictures at step {step}: out of memory")
+            return
         if telemetry is not None:
             telemetry.picture(step, path)
 
@@ -283,8 +324,8 @@ class UnetTraining:
         from_rank_0(lambda: made.append(start().__enter__()))
         return made[0] if made else None
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.steps
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return every is not None and (step % every == 0 or step == self.steps)
 
     def _step(self, micro_batches: Any, lr: float) -> torch.Tensor:
         """One optimizer step; returns this rank's mean loss."""
@@ -302,11 +343,15 @@ class UnetTraining:
         self, telemetry: Telemetry | None, step: int, lr: float, window: list[torch.Tensor]
     ) -> None:
         loss = self._mean_over_ranks(torch.stack(window).mean())
+        not_finite = 0.0 if self.ema.is_finite() else 1.0
+        if self._mean_over_ranks(torch.tensor(not_finite, device=self.engine.device)) > 0:
+            loss = math.nan
         if not math.isfinite(loss):
             raise ImagenScaleError(
-                f"U-Net {self.unet_number}: the loss is {loss} at step {step}. Lower training.lr, "
-                f"raise training.warmup_steps or use bf16 instead of fp16 data, then run the same "
-                f"command again: it continues from the checkpoint before."
+                f"U-Net {self.unet_number}: training diverged before step {step} (loss {loss}); "
+                f"nothing of it was saved. Lower it with --set training.lr=... or raise "
+                f"training.warmup_steps, and run the command again: it continues from the newest "
+                f"checkpoint. If that diverges too, start anew with --fresh."
             )
         if telemetry is not None:
             norm = self.engine.get_global_grad_norm()

@@ -1,0 +1,111 @@
+"""Checkpoints on disk: whole or not there, verified, and pruned without losing a good one."""
+
+import pytest
+
+from imagen_scale.checkpoint import (
+    commit,
+    list_checkpoints,
+    newest_good,
+    remove_old,
+    staging_folder,
+    verify,
+    write_atomically,
+)
+from imagen_scale.errors import CheckpointError
+
+
+def save(parent, step):
+    staging = staging_folder(parent, step)
+    (staging / "deepspeed").mkdir()
+    (staging / "deepspeed" / "shard.pt").write_bytes(bytes(range(256)) * step)
+    (staging / "ema.safetensors").write_bytes(b"ema" * step)
+    return commit(staging, step, {"processes": 1})
+
+
+def names(parent):
+    return [path.name for path in list_checkpoints(parent)]
+
+
+def test_a_commit_is_whole(tmp_path):
+    folder = save(tmp_path, 5)
+    manifest = verify(folder)
+    assert manifest["step"] == 5
+    assert manifest["processes"] == 1
+    assert set(manifest["files"]) == {"deepspeed/shard.pt", "ema.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path):
+    staging = staging_folder(tmp_path, 3)
+    (staging / "half").touch()
+    assert names(tmp_path) == []
+    save(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete", "manifest", "no manifest"])
+@pytest.mark.parametrize("name", ["deepspeed/shard.pt", "ema.safetensors"])
+def test_any_damage_is_found_and_the_one_before_is_used(tmp_path, damage, name):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    file = folder / ("manifest.json" if "manifest" in damage else name)
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 3] ^= 4
+    if damage in ("flip", "cut", "manifest"):
+        file.write_bytes(content[: len(content) // (1 if damage == "flip" else 2)])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    told = []
+    found, manifest = newest_good(tmp_path, told.append)
+    assert found.name == "step_00000001"
+    assert manifest["step"] == 1
+    assert len(told) == 1
+    assert str(file) in told[0]
+
+
+def test_all_damaged_is_an_error_and_none_at_all_is_a_start(tmp_path):
+    assert newest_good(tmp_path / "none", print) == (None, None)
+    folder = save(tmp_path, 1)
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints are damaged.*--fresh"):
+        newest_good(tmp_path, lambda _: None)
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        remove_old(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_00000003", "step_00000002"]
+
+
+def test_pruning_removes_a_passed_over_future_before_a_good_past(tmp_path):
+    for step in (500, 1000):
+        save(tmp_path, step)
+    (tmp_path / "step_00001000" / "ema.safetensors").unlink()
+    save(tmp_path, 600)
+    remove_old(tmp_path, 600, keep=1)
+    assert names(tmp_path) == ["step_00000600"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000600"]
+
+
+def test_the_same_step_may_be_saved_again(tmp_path):
+    save(tmp_path, 2)
+    folder = save(tmp_path, 2)
+    assert verify(folder)["step"] == 2
+
+
+def test_a_failed_write_leaves_the_file_before_and_no_debris(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
