@@ -117,7 +117,7 @@ def test_a_lost_or_damaged_inference_file_is_written_anew(config, launch, refere
 def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
     config, launch, reference, tmp_path
 ):
-    """Killed with steps that are no multiple of anything; then driven to infinity."""
+    """Killed with steps that are no multiple of anything; then driven to infinity, where the weights overflow."""
     run = tmp_path / "run"
     options = ("training.steps=7", "training.checkpoint_every=2", "logging.log_every=3")
     whole = tmp_path / "whole"
@@ -129,12 +129,12 @@ def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
 
     diverged = launch(
-        config, run, *options, "training.lr=1e30", "training.steps=30", "--unet", "1",
+        config, run, *options, "training.lr=1e39", "training.steps=30", "--unet", "1",
         plain=True, check=False,
     )  # fmt: skip
     assert diverged.returncode == 1
     assert "training diverged before step" in diverged.stderr
-    assert "changed since this run was started: training.lr: 0.001 -> 1e+30" in diverged.stdout
+    assert "changed since this run was started: training.lr: 0.001 -> 1e+39" in diverged.stdout
     assert list_checkpoints(run / "unet1")[0].name == "step_00000007"
 
 
