@@ -117,7 +117,7 @@ def test_a_lost_or_damaged_inference_file_is_written_anew(config, launch, refere
 def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
     config, launch, reference, tmp_path
 ):
-    """Killed with steps that are no multiple of anything; then driven to infinity, where the weights overflow."""
+    """Killed with steps that are no multiple of anything; then driven to overflow."""
     run = tmp_path / "run"
     options = ("training.steps=7", "training.checkpoint_every=2", "logging.log_every=3")
     whole = tmp_path / "whole"

@@ -20,7 +20,7 @@ from imagen_scale.data.dataset import (
     split_indices,
 )
 from imagen_scale.data.text import encoder_fingerprint, encoder_folder
-from imagen_scale.errors import CheckpointError, ImagenScaleError
+from imagen_scale.errors import CheckpointError, EnvironmentProblem, ImagenScaleError
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
 from imagen_scale.training import distributed
@@ -135,6 +135,13 @@ class UnetTraining:
                 self._loop(step)
             else:  # the file for sampling was lost or damaged
                 self._save_inference(step)
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentProblem(
+                f"U-Net {self.unet_number}: the card's memory is full ({error}). Lower "
+                f"training.micro_batch (now {self.micro_batch}; the global batch stays), set "
+                f"memory.checkpointing to blocks, or offload the optimizer with "
+                f"deepspeed.zero_optimization. The run continues from its newest checkpoint."
+            ) from None
         finally:
             self.engine.destroy()
             del self.engine, self.ema
@@ -156,7 +163,7 @@ class UnetTraining:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         # The same initial weights on every rank and at every start.
-        torch.manual_seed(seeded("init", self.training.seed, self.index) % 2**63)
+        torch.manual_seed(seeded("init", self.training.seed, self.index))
         unet = UNet(self.config.unet(self.index, self.text_embed_dim))
         self.num_parameters = sum(parameter.numel() for parameter in unet.parameters())
         level = self.config.per_unet("memory", "checkpointing", self.index)
