@@ -10,6 +10,7 @@ from torch import Tensor
 from imagen_scale.checkpoint import InferenceFile, inference_path, load_weights, read_inference
 from imagen_scale.data.dataset import seeded
 from imagen_scale.data.text import (
+    MAX_TOKENS,
     Embedding,
     TextEncoder,
     encoder_fingerprint,
@@ -301,25 +302,21 @@ class Cascade:
         Raises:
             CheckpointError: If the encoder at hand is not the one of training.
         """
-        return encode_prompts(self.files[0], prompts)
-
-
-def encode_prompts(file: InferenceFile, prompts: Sequence[str]) -> Text:
-    """Encodes prompts with the encoder that `file` was trained with; see `Cascade.encode`."""
-    name = file.config.text_encoder
-    folder = encoder_folder(name)
-    if encoder_fingerprint(folder) != file.text_fingerprint:
-        raise CheckpointError(
-            f"{file.path}: trained with another version of the text encoder {name!r} than the "
-            f"one in {folder}. Put the original files back, or train again."
-        )
-    unique = list(dict.fromkeys(prompts))
-    encoder, together = TextEncoder(folder), file.config.text.batch_size
-    found: dict[str, Embedding] = {}
-    for start in range(0, len(unique), together):
-        some = unique[start : start + together]
-        found |= dict(zip(some, encoder.encode(some), strict=True))
-    return Text(*pad_embeddings([found[prompt] for prompt in prompts], max_len=256))
+        file = self.files[0]
+        name = file.config.text_encoder
+        folder = encoder_folder(name)
+        if encoder_fingerprint(folder) != file.text_fingerprint:
+            raise CheckpointError(
+                f"{file.path}: trained with another version of the text encoder {name!r} than the "
+                f"one in {folder}. Put the original files back, or train again."
+            )
+        unique = list(dict.fromkeys(prompts))
+        encoder, together = TextEncoder(folder), file.config.text.batch_size
+        found: dict[str, Embedding] = {}
+        for start in range(0, len(unique), together):
+            some = unique[start : start + together]
+            found |= dict(zip(some, encoder.encode(some), strict=True))
+        return Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
 
 
 def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> InferenceFile:

@@ -54,6 +54,13 @@ unfinished_option = click.option(
     "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
 )
 
+steps_option = click.option(
+    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
+)
+cond_scale_option = click.option(
+    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
+)
+
 
 @main.group()
 def config() -> None:
@@ -121,12 +128,8 @@ def prepare(config_path: str, overrides: tuple[str, ...]) -> None:
     show_default=True,
     help="Same seed, same picture.",
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
-)
-@click.option(
-    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
-)
+@steps_option
+@cond_scale_option
 @click.option(
     "--sr-cond-scale",
     type=float,
@@ -204,12 +207,8 @@ def sample(
     help="Captions used at most.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
-)
-@click.option(
-    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
-)
+@steps_option
+@cond_scale_option
 @unfinished_option
 @user_errors
 def evaluate(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from imagen_scale.cascade import Stage, Text, default_device, encode_prompts, to_uint8
+from imagen_scale.cascade import Stage, Text, default_device, to_uint8
 from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.data.dataset import Prepared, real_pictures, split_indices
-from imagen_scale.data.text import pad_embeddings
+from imagen_scale.data.text import MAX_TOKENS, pad_embeddings
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.pictures import save_grid
 
@@ -23,7 +23,7 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         run_dir: The run's folder.
         unet_number: Which stage, from 1.
         step: Optimizer steps done, for the file's name.
-        prepared: The data set.
+        prepared: The data set; its embeddings hold the prompts too.
 
     Returns:
         The PNG file.
@@ -40,10 +40,7 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         real = real_pictures(prepared, indices, stage.image_size)
         lowres, cond_scale = resize(real, config.imagen.image_sizes[unet_number - 2]), 1.0
     store = prepared.embeddings
-    if all(caption in store for caption in captions):
-        text = Text(*pad_embeddings([store[caption] for caption in captions], max_len=256))
-    else:
-        text = encode_prompts(file, captions)
+    text = Text(*pad_embeddings([store[caption] for caption in captions], MAX_TOKENS))
     images = stage.sample(
         text,
         [0] * len(captions),

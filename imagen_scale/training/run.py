@@ -10,6 +10,9 @@ from imagen_scale.config import Config, dump_config, parse_config
 from imagen_scale.data.dataset import split_indices
 from imagen_scale.errors import ConfigError, DataError, UsageError
 
+# Keys of `training` that bend the loss curve: they may change, and that is said.
+_TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
+         "ema_decay")  # fmt: skip
 # What may change when a run is continued: sections whole (None), or some of their keys.
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "logging": None,
@@ -20,12 +23,8 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
                "lowres_sample_noise_level"),
     "training": ("micro_batch", "checkpoint_every", "keep_checkpoints", "val_every", "val_batches",
                  "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
-                 *("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas",
-                   "grad_clip", "ema_decay")),
+                 *_TOLD),
 }  # fmt: skip
-# Of these, the ones that bend the loss curve: allowed, and said.
-_TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
-         "ema_decay")  # fmt: skip
 
 
 def unet_numbers(config: Config, asked: int | None) -> list[int]:

@@ -4,6 +4,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,8 @@ class UnetTraining:
             world_size=world_size(),
             num_workers=self.config.data.num_workers,
         )
-        telemetry = self._telemetry(step)
         window: list[torch.Tensor] = []
-        try:
+        with self._telemetry(step) as telemetry:
             while step < self.steps:
                 lr = learning_rate(self.config, self.index, step)
                 window.append(self._step(micro_batches, lr))
@@ -309,9 +309,6 @@ class UnetTraining:
                     self._save(step)
                 if is_sample:
                     from_rank_0(functools.partial(self._draw, telemetry, step))
-        finally:
-            if telemetry is not None:
-                telemetry.__exit__(None, None, None)
 
     def _draw(self, telemetry: Telemetry | None, step: int) -> None:
         try:
@@ -322,14 +319,15 @@ class UnetTraining:
         if telemetry is not None:
             telemetry.picture(step, path)
 
-    def _telemetry(self, step: int) -> Telemetry | None:
-        def start() -> Telemetry:
-            return Telemetry(self.run_dir, self.config, self.unet_number, step, self.steps)
-
-        # Ranks must not be left waiting when rank 0 cannot report.
+    def _telemetry(self, step: int) -> AbstractContextManager[Telemetry | None]:
+        """Telemetry on rank 0, nothing on the others."""
         made: list[Telemetry] = []
-        from_rank_0(lambda: made.append(start().__enter__()))
-        return made[0] if made else None
+
+        def make() -> None:
+            made.append(Telemetry(self.run_dir, self.config, self.unet_number, step, self.steps))
+
+        from_rank_0(make)  # ranks must not be left waiting when rank 0 cannot report
+        return made[0] if made else nullcontext()
 
     def _is_due(self, step: int, every: int | None) -> bool:
         return every is not None and (step % every == 0 or step == self.steps)
