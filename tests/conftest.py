@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,30 @@ def tiny_config(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY))
     return path
+
+
+@contextmanager
+def environment_of_no_launcher():
+    """No launcher's variables inside; the environment as it was afterwards."""
+    before = dict(os.environ)
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def process_group(private_folders):
+    """DeepSpeed in this process, as the only rank."""
+    from imagen_scale.training import distributed
+
+    with environment_of_no_launcher():
+        distributed.fill_environment()
+        distributed.check_machine()
+        distributed.join(print)
+        yield
+        distributed.stop()
 
 
 @pytest.fixture(scope="session")

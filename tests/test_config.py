@@ -99,7 +99,7 @@ IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
     [
         (("training.precision=bf16", 'deepspeed.zero_optimization={"stage":0}'),
          "precision: bf16 needs fp32 master weights"),
-        (("memory.checkpointing=[[\"norms\"],\"blocks\"]",), "1 values for the 2 levels of U-Net 1"),
+        (('memory.checkpointing=[["norms"],"blocks"]',), "1 values for the 2 levels of U-Net 1"),
         (("memory.checkpointing=[\"norms\"]",), "checkpointing: 1 values for 2 U-Nets"),
         (("memory.checkpointing=all",), "checkpointing: \"all\" is not allowed"),
         (("memory.budget=12",), "budget: 12 is not allowed"),
