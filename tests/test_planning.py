@@ -59,7 +59,8 @@ def test_live_bytes_count_what_is_made_and_still_alive():
 def test_activations_are_predicted_within_two_percent(
     config, index, micro_batch, levels, precision
 ):
-    checked = load_config(f"configs/{config}.json", (f"training.precision={precision}",))
+    changes = (f"training.precision={precision}", "deepspeed={}")
+    checked = load_config(f"configs/{config}.json", changes)
     options = {"micro_batch": micro_batch, "checkpointing": levels}
     predicted = measure(checked, index, 384, **options)
     measured = measure(checked, index, 384, **options, real=True)
