@@ -164,6 +164,14 @@ class DataConfig(Section):
     skin_tones: bool = Field(False, description="Source emoji: keep skin-tone variants.")
     flags: bool = Field(False, description="Source emoji: keep flags.")
     max_items: PositiveInt | None = Field(None, description="Keep only the first N pictures.")
+    max_bad_fraction: Probability = Field(
+        0.05,
+        description="Pictures that cannot be used are left out and named in data_report.json; "
+        "if they are more than this share, the run refuses to start.",
+    )
+    follow_symlinks: bool = Field(
+        False, description="Take pictures behind symbolic links, wherever these lead."
+    )
     flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
     val_fraction: Probability = Field(
         0.0, description="Share of pictures held out for the validation loss, chosen by hash."

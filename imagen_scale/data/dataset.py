@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from imagen_scale.config import Config
 from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.images import Picture
-from imagen_scale.data.sources import Source, open_source
+from imagen_scale.data.screening import usable_source
+from imagen_scale.data.sources import Source
 from imagen_scale.data.storage import Progress
 from imagen_scale.data.text import Embedding, EmbeddingStore, pad_embeddings
 from imagen_scale.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     source: Source
     images: dict[int, ImageStore]  # by size in pixels
     embeddings: EmbeddingStore
+    report: Path  # data_report.json: which pictures were left out, and why
 
 
 def seeded(*parts: int | str) -> int:
@@ -265,12 +267,12 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
         size: Prepare pictures of this size only; default: those of every stage.
 
     Raises:
-        DataError: If pictures, captions or the text encoder are not usable.
+        DataError: If the text encoder, or too many of the pictures, are not usable.
         EnvironmentProblem: If the cache folder cannot be written.
         MissingExtraError: If a package is missing.
     """
     folder = cache_dir(config)
-    source = open_source(config.data)
+    source, report = usable_source(config.data, folder / "images", progress)
     images: dict[int, ImageStore] = {}
     # One limit for all sizes, given to the small ones first, whichever are opened now.
     bytes_left = round(config.data.cache_images_gb * 1e9)
@@ -283,7 +285,7 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
     # The prompts drawn while training too: the encoder is not to be loaded again beside a U-Net.
     captions = [*source.captions, *config.training.sample_prompts]
     embeddings = EmbeddingStore.open(config.text, config.text_encoder, captions, folder, progress)
-    return Prepared(source, images, embeddings)
+    return Prepared(source, images, embeddings, report)
 
 
 def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:
