@@ -28,13 +28,13 @@ def clean_caption(caption: Any) -> str:
         raise DataError(
             f"the caption is a {type(caption).__name__}, not text; give one text per picture."
         )
-    text = " ".join("".join(" " if _is_control(c) else c for c in caption).split())
-    if not any(unicodedata.category(c)[0] not in "CZ" for c in text):
-        raise DataError("the caption is empty; write one or remove the picture.")
     try:
-        text.encode("utf-8")
+        caption.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
         raise DataError("the caption holds a broken character; correct it.") from None
+    text = " ".join("".join(" " if _is_control(c) else c for c in caption).split())
+    if all(unicodedata.category(c)[0] in "CZ" for c in text):
+        raise DataError("the caption is empty; write one or remove the picture.")
     return text
 
 

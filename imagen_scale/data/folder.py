@@ -54,16 +54,15 @@ class FolderSource:
         lists = [file for file in files if file.name in METADATA_NAMES]
         if lists:
             self._read_lists(lists, config)
+            if not self._listed and not self.skipped:
+                raise DataError(f"{lists[0]}: lists no pictures; write one row per picture.")
             if config.max_items is None:
                 self._tell_unlisted(pictures)
-        else:
+        elif pictures:
             self._read_sidecars(pictures[: config.max_items])
-        if not self.keys and not self.skipped:
+        else:
             raise DataError(
-                f"{lists[0]}: lists no pictures; write one row per picture."
-                if lists
-                else f"{folder}: no pictures found; put files ending in {', '.join(EXTENSIONS)} "
-                f"there."
+                f"{folder}: no pictures found; put files ending in {', '.join(EXTENSIONS)} there."
             )
         self.fingerprint = fingerprint("folder", self.keys, self._stats)
 
@@ -183,7 +182,7 @@ def _files(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
             continue
         seen.add(real)
         if not follow_symlinks:
-            names += [name for name in folders if os.path.islink(os.path.join(parent, name))]
+            names += [name for name in folders if Path(parent, name).is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".")]
         # `.cache`, `._copy.jpg` and the like are not looked at.
         found += [Path(parent, name) for name in names if not name.startswith(".")]

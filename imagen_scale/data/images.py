@@ -121,7 +121,7 @@ def _content(file: Path | BinaryIO) -> Iterator[BinaryIO]:
     if not isinstance(file, Path):
         yield file
         return
-    with open(file, "rb", opener=_open_without_waiting) as content:  # noqa: PTH123
+    with open(file, "rb", opener=_open_without_waiting) as content:
         status = os.fstat(content.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DataError("not a regular file; remove it.")
