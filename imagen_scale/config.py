@@ -19,8 +19,8 @@ from imagen_scale.secret_values import secret_problems
 from imagen_scale.strict_json import parse_json
 
 T = TypeVar("T")
-PositiveInt = Annotated[int, Field(gt=0)]
-NaturalInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
@@ -430,7 +430,7 @@ def _cross_checks(config: Config) -> list[str]:
             if global_batch % micro_batch:
                 problems.append(
                     f"training.global_batch: {global_batch} is not a multiple of "
-                    f"micro_batch {micro_batch} (U-Net {i + 1})."
+                    f"micro_batch {micro_batch} (U-Net {i + 1}); change one of them."
                 )
             steps = config.per_unet("training", "steps", i)
             if training.warmup_steps >= steps:

@@ -41,8 +41,9 @@ def usable_source(
     total = len(source) + len(source.skipped)
     with exclusive(folder / "screening.lock"):
         unreadable: dict[int, str] = {}
-        # Not worth the decoding when the list alone is bad enough.
-        if len(source.skipped) <= config.max_bad_fraction * total:
+        # Not worth the decoding when names and captions alone are bad enough.
+        is_hopeless = len(source.skipped) > config.max_bad_fraction * total
+        if not is_hopeless:
             unreadable = _unreadable(source, folder / "unreadable.json", progress)
         skipped = [
             *source.skipped,
@@ -62,7 +63,7 @@ def usable_source(
         if len(skipped) > FIRST:
             lines.append(f"  and {len(skipped) - FIRST} more, all of them in {report}")
         raise DataError(
-            f"data.path: {found}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
+            f"data.path: {found}{' (none was decoded yet)' * is_hopeless}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
             f"allows; correct or remove them, or raise that share:\n" + "\n".join(lines)
         )
     if skipped:
