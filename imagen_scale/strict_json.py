@@ -50,7 +50,7 @@ def _finite(digits: str) -> float:
 
 
 def _check(value: Any, levels: int) -> None:
-    if levels < 0:
+    if levels == 0 and isinstance(value, dict | list):
         raise _TOO_DEEP
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -178,7 +178,9 @@ def test_too_many_pixels_are_refused(tmp_path, monkeypatch, suffix, options, lim
     file = save(tmp_path / f"a.{suffix}", np.zeros((40, 40), np.uint8), **options)
     assert load_picture(file, 8).shape == (3, 8, 8)
     file = save(tmp_path / f"b.{suffix}", np.zeros((40, 41), np.uint8), **options)
-    with pytest.raises(DataError, match=r"too large: 41 x 40 .* \(.*\) at most 1,600 .*scale it"):
+    with pytest.raises(
+        DataError, match=r"too large: 41 x 40 pixels, and of a .* at most 1,600 .*scale it"
+    ):
         load_picture(file, 8)
 
 

@@ -23,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 # Larger pictures are refused before they are decoded. What decoding takes per pixel differs: a
 # WebP 18 bytes, a progressive JPEG up to 8, others 4; a plain JPEG is shrunk while it is decoded.
-# With these limits each stays below 500 MB; `benchmarks/faults.py largest` measures it.
+# With these limits none takes more than 500 MB and 2 s; `benchmarks/faults.py largest` measures it.
 MAX_PIXELS = 50_000_000
 MAX_PIXELS_OF = {"WEBP": 25_000_000, "plain JPEG": 100_000_000}
 MAX_FILE_BYTES = 200_000_000  # a decoder may read the whole file before it looks at the header
@@ -134,12 +134,13 @@ def _content(file: Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _check_pixels(image: Image.Image) -> None:
-    is_plain_jpeg = image.format == "JPEG" and not image.info.get("progressive")
-    kind = "plain JPEG" if is_plain_jpeg else str(image.format)
+    kind = str(image.format)
+    if kind == "JPEG":
+        kind = "progressive JPEG" if image.info.get("progressive") else "plain JPEG"
     limit = MAX_PIXELS_OF.get(kind, MAX_PIXELS)
     if image.width * image.height > limit:
         raise DataError(
-            f"too large: {image.width} x {image.height} pixels, and of this kind ({kind}) at most "
+            f"too large: {image.width} x {image.height} pixels, and of a {kind} at most "
             f"{limit:,} are read; scale it down."
         )
 
