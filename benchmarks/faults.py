@@ -105,6 +105,7 @@ def decode(source, index: int) -> str | None:
 
 
 def faults_of(name: str, outcome: Outcome) -> list[str]:
+    """What of a picture's outcome breaks the promise."""
     found = [outcome.fault] if outcome.fault else []
     if outcome.seconds > MAX_SECONDS:
         found.append(f"took {outcome.seconds:.1f} s")
@@ -148,8 +149,10 @@ def pictures(trials: int, folder: Path) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         used, report = usable_source(config, folder / "cache")
-    named = {e["picture"].rpartition(": ")[2]: e["reason"] for e in json.loads(report.read_text())["skipped"]}  # fmt: skip
-    if set(named) != refused or not all(named.values()) or len(used) + len(named) != len(expected):
+    entries = json.loads(report.read_text())["skipped"]
+    named = {entry["picture"].rpartition(": ")[2]: entry["reason"] for entry in entries}
+    is_complete = len(used) + len(named) == len(expected)
+    if set(named) != refused or not all(named.values()) or not is_complete:
         failures.append(f"data_report.json: {set(named) ^ refused}")
     try:
         usable_source(config.model_copy(update={"max_bad_fraction": 0.05}), folder / "cache")
@@ -400,6 +403,7 @@ def write_between_marks(document: Path, header: str, lines: dict[str, str]) -> N
 
 
 def page(header: str, table: list[str]) -> str:
+    """The machine, then the table."""
     title = f"| {' | '.join(HEADER)} |"
     return "\n".join([header, "", title, "|---" * len(HEADER) + "|", *table])
 
@@ -419,6 +423,7 @@ def run_storm(name: str, trials: int) -> Result:
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 @click.option("--inside", type=click.Path(path_type=Path), hidden=True)
 def main(rows: tuple[str, ...], write: Path | None, inside: Path | None) -> None:
+    """Runs the rows asked for, prints the table and exits with 1 if any trial failed."""
     asked: dict[str, int] = {}
     for text in rows or ROWS:
         name, _, trials = text.partition("=")

@@ -112,7 +112,7 @@ CASES = [
     Case("listed twice", lines(RED_CAT, RED_CAT), used="a red cat", skipped="was listed before"),
     Case("list not UTF-8", lines(b'{"text": "gr\xf6\xdfe"}'), refused="is not UTF-8 text"),
     Case("line not JSON", lines('{"file_name": "case.png"'), refused="line 2: not JSON"),
-    Case("no such column", table("file_name,prompt\ncase.png,x\n"), refused="no row has the column"),
+    Case("no such column", table("file_name,prompt\ncase.png,x\n"), refused="no row has the col"),
     Case("table", table('\ufefffile_name,text\r\ncase.png,"a ""red""\r\ncat"'), used='a "red" cat'),
     Case("open quote", table('file_name,text\ncase.png,"a cat\n'), refused="not a CSV row"),
 ]  # fmt: skip

@@ -257,8 +257,10 @@ def test_prepare_serves_every_stage(tmp_path):
         8: (3, 8, 8),
         16: (3, 16, 16),
     }
+    assert prepared.report.is_file()
     assert prepared.embeddings["dog"].shape == (3, 384) and prepared.embeddings.dim == 384
     assert [what for what, done, total in reports if done == total] == [
+        "checking pictures",
         "preparing pictures (8 px)",
         "preparing pictures (16 px)",
         "encoding captions",

@@ -31,7 +31,7 @@ def module():
 def test_a_small_storm_leaves_no_fault(row):
     done = faults(row)
     assert done.returncode == 0, done.stdout + done.stderr
-    name, trials = row.split("=")
+    name = row.partition("=")[0]
     assert re.search(rf"^\| \d+ \| {name} \| .* \| \d+ \| 0 \| .*\d.* \|$", done.stdout, re.M)
 
 
@@ -53,9 +53,9 @@ def test_a_fault_is_a_failure(module):
         import os
         import signal
 
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    assert module.in_own_process(crash).fault == "killed by SIGSEGV"
+    assert module.in_own_process(crash).fault == "killed by SIGKILL"
     assert module.in_own_process(lambda: 1 / 0).fault.startswith("ZeroDivisionError")
     slow = module.Outcome(seconds=3, bytes=600_000_000, error=None, fault=None)
     assert module.faults_of("a.png", slow) == ["a.png: took 3.0 s", "a.png: took 600 MB"]

@@ -62,8 +62,9 @@ def usable_source(
         lines = [f"  {skip.picture}: {skip.reason}" for skip in skipped[:FIRST]]
         if len(skipped) > FIRST:
             lines.append(f"  and {len(skipped) - FIRST} more, all of them in {report}")
+        found += " (none was decoded yet)" * is_hopeless
         raise DataError(
-            f"data.path: {found}{' (none was decoded yet)' * is_hopeless}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
+            f"data.path: {found}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
             f"allows; correct or remove them, or raise that share:\n" + "\n".join(lines)
         )
     if skipped:
