@@ -237,7 +237,7 @@ def captions(trials: int, folder: Path) -> Result:
     from imagen_scale.errors import DataError
 
     failures, used = [], []
-    outcomes = {"used": 0, "left out and named": 0, "list refused": 0}
+    outcomes = {"used": 0, "left out and named": 0, "lists refused": 0}
     for number, case in enumerate(CASES[:trials]):
         write_case(case, folder / str(number) / "set")
         config = DataConfig(source="folder", path=str(folder / str(number) / "set"))
@@ -252,7 +252,7 @@ def captions(trials: int, folder: Path) -> Result:
             refused = str(error)
         except Exception as error:
             failures.append(f"{case.name}: {type(error).__name__}: {error}")
-        outcomes["list refused" if refused else "used" if caption else "left out and named"] += 1
+        outcomes["lists refused" if refused else "used" if caption else "left out and named"] += 1
         used += [caption] if caption else []
         follows_rule = (
             caption == case.used
@@ -303,6 +303,14 @@ def configs(trials: int, folder: Path) -> Result:
     return Result(tried + len(MISTAKES), failures, figure)
 
 
+def written_paths(event: str, details: tuple) -> list[str]:
+    """The file that an audit event of Python opens for writing, or nothing."""
+    if event != "open" or not isinstance(details[0], str | bytes | os.PathLike):
+        return []
+    path, _, flags = details
+    return [os.fsdecode(path)] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+
+
 def prompts(trials: int, folder: Path) -> Result:
     """Any text as a prompt of `imagen-scale sample`: a picture each, and nothing elsewhere."""
     from click.testing import CliRunner
@@ -329,7 +337,9 @@ def prompts(trials: int, folder: Path) -> Result:
     del texts[trials:]
     before = {path for path in folder.rglob("*") if path.is_file()}
     failures = []
+    opened: set[str] = set()
     os.chdir(folder)
+    sys.addaudithook(lambda event, details: opened.update(written_paths(event, details)))
     for start in range(0, trials, 50):
         some = texts[start : start + 50]
         command = ["sample", "--run", str(run), "--out", "out", "--steps", "1", "--", *some]
@@ -337,8 +347,9 @@ def prompts(trials: int, folder: Path) -> Result:
         if done.exit_code:
             failures.append(f"prompts from {start}: {done.output[-300:]}{done.exception!r}")
     written = {path for path in folder.rglob("*") if path.is_file()} - before
-    out = folder / "out"
-    failures += [f"written elsewhere: {path}" for path in written if path.parent != out]
+    out = (folder / "out").resolve()
+    failures += [f"written elsewhere: {path}" for path in written if path.parent.resolve() != out]
+    failures += [f"opened to write: {p}" for p in opened if Path(p).resolve().parent != out]
     kept = [json.loads(file.read_text()).get("prompt") for file in sorted(out.glob("0*.json"))]
     failures += [f"no picture of {text!r}" for text in texts if text not in kept]
     images = len([path for path in written if re.fullmatch(r"\d{5}\.png", path.name)])

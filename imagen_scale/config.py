@@ -496,7 +496,7 @@ def _deepspeed_checks(config: Config) -> list[str]:
     if problems:
         return problems
     zero = config.deepspeed.get("zero_optimization", {})
-    if config.training.precision == "bf16" and zero.get("stage", 0) in (0, "auto"):
+    if config.training.precision == "bf16" and zero.get("stage", 0) == 0:
         problems.append(
             "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
             "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."

@@ -8,7 +8,7 @@ left to DeepSpeed.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imagen_scale.explain import explain_all, unknown_key
 
@@ -40,16 +40,9 @@ UNUSED_KEYS = (
 
 
 class DeepSpeedSection(BaseModel):
-    """A section as DeepSpeed reads it: no unknown keys, 5e8 for 500000000, "auto" for default."""
+    """A section as DeepSpeed reads it: no unknown keys, and 5e8 for 500000000 is fine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_auto(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value != "auto"}
 
 
 class OffloadParam(DeepSpeedSection):

@@ -1,7 +1,8 @@
 """Configuration: the seed's blocks load, mistakes are explained, all at once."""
 
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_the_valid_ones_are_valid():
         parse_config(json.dumps(config))
 
 
-@settings(max_examples=int(os.environ.get("IMAGEN_SCALE_MUTATIONS", "200")))
+@settings(max_examples=200)  # `benchmarks/faults.py configs` tries a thousand
 @given(mutants())
 def test_mutations_are_accepted_or_explained_but_never_crash(mutant):
     assert fault(mutant) is None
@@ -201,9 +202,19 @@ def test_common_mistakes_are_named(change):
     assert mistake_fault(change) is None
 
 
+def test_a_wrong_configuration_is_explained_without_torch(tmp_path):
+    wrong = TINY | {"deepspeed": {"zero_optimization": {"stge": 2}}}
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    code = (
+        "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
+        f"done = CliRunner().invoke(main, ['config', 'check', {str(tmp_path / 'wrong.json')!r}]);"
+        "assert done.exit_code == 2 and 'did you mean stage?' in done.output, done.output;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_configuration_needs_no_torch():
-    import subprocess
-    import sys
 
     code = "import sys, imagen_scale.config, imagen_scale.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path("/")).returncode == 0

@@ -69,7 +69,7 @@ def test_every_key_is_one_that_deepspeed_reads():
 @pytest.mark.parametrize(
     "section",
     [
-        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": "auto"}},
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": None}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
         {"zero_optimization": {"offload_optimizer": None}, "wall_clock_breakdown": True},
         {"tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"}},
@@ -95,6 +95,7 @@ def test_what_deepspeed_takes_is_taken(section):
         ({"zero_optimization": {"reduce_bucket_size": 0}}, "bucket_size: 0 is not allowed"),
         ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, "'none', 'cpu' or 'nvme'"),
         ({"zero_optimization": {"reduce_bucket_size": "5 MB"}}, "should be a valid integer"),
+        ({"zero_optimization": {"stage": "auto"}}, '"auto" is not allowed: it should be 0, 1, 2'),
         ({"flops_profiler": [1]}, "is not an object; its keys are enabled, "),
         ({"zero_optimization": None}, "zero_optimization: null is not an object"),
         ({"fp16": {"enabled": True}}, "fp16: is written from training.precision; set it there"),

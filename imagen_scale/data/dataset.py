@@ -20,7 +20,7 @@ from imagen_scale.data.screening import usable_source
 from imagen_scale.data.sources import Source
 from imagen_scale.data.storage import Progress
 from imagen_scale.data.text import Embedding, EmbeddingStore, pad_embeddings
-from imagen_scale.errors import ConfigError, DataError
+from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
 
 class Sample(NamedTuple):
@@ -220,7 +220,8 @@ def batches(
 
     Raises:
         ConfigError: If the ranks cannot share the global batch evenly.
-        DataError: If a picture that is decoded at every read turns out damaged.
+        DataError: If a picture that is decoded at every read was damaged since it was checked.
+        EnvironmentProblem: If the disk cannot be read.
     """
     if global_batch % (micro_batch * world_size):
         raise ConfigError(
@@ -246,8 +247,9 @@ def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:
     """Takes the worker's traceback, which `DataLoader` puts into the message, out again."""
     try:
         yield from loaded
-    except DataError as error:
-        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+    except (DataError, EnvironmentProblem) as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
 
 
 def cache_dir(config: Config) -> Path:
