@@ -22,11 +22,12 @@ def parse_json(text: str) -> Any:
         )
         _check(value, MAX_DEPTH)
     except RecursionError:
-        raise _TOO_DEEP from None
+        raise _too_deep() from None
     return value
 
 
-_TOO_DEEP = ValueError(f"nested too deeply; {MAX_DEPTH} levels are allowed")
+def _too_deep() -> ValueError:
+    return ValueError(f"nested too deeply; {MAX_DEPTH} levels are allowed")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _finite(digits: str) -> float:
 
 def _check(value: Any, levels: int) -> None:
     if levels == 0 and isinstance(value, dict | list):
-        raise _TOO_DEEP
+        raise _too_deep()
     if isinstance(value, dict):
         for key, inner in value.items():
             _check(key, levels)

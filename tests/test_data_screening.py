@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY, losses
 from corpus import mutant, photo, write_corpus
 
 from imagen_scale.config import DataConfig
@@ -151,6 +152,20 @@ def test_pictures_may_move_with_their_verdicts(tmp_path):
     config = DataConfig(source="folder", path=str(tmp_path / "moved"))
     usable_source(config, tmp_path, lambda *call: calls.append(call))
     assert calls == []
+
+
+def test_a_run_trains_on_the_others_and_says_so(tmp_path, launch):
+    folder = photos(tmp_path / "set", 20)
+    (folder / "007.png").write_text("broken")
+    config = TINY | {
+        "data": {"source": "folder", "path": str(folder), "cache_dir": str(tmp_path / "cache")},
+        "training": TINY["training"] | {"steps": 3, "warmup_steps": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = launch(tmp_path / "config.json", tmp_path / "run", "--unet", "1", plain=True)
+    assert "19 pictures, global batch 8" in done.stdout
+    assert "1 of 20 pictures (5.0%) cannot be used and are left out; see " in done.stderr
+    assert len(losses(tmp_path / "run")) == 3
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -50,7 +50,11 @@ class HuggingFaceSource:
                 self.keys.append(str(i))
         # `datasets` keeps it private, yet it is what its own cache of prepared rows is keyed by.
         self.fingerprint = fingerprint(
-            "huggingface", rows._fingerprint, config.image_column, [s.picture for s in self.skipped]
+            "huggingface",
+            rows._fingerprint,
+            config.image_column,
+            config.follow_symlinks,
+            [skipped.picture for skipped in self.skipped],
         )
         # Undecoded, so that pictures go through `load_picture` like all others.
         rows = rows.select_columns([config.image_column])
