@@ -10,14 +10,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagen_scale.config import Config, dump_config, parse_config
 from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.tensor_file import write_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MANIFEST = "manifest.json"
@@ -199,7 +201,7 @@ class InferenceFile(NamedTuple):
 
 def save_inference(
     path: Path,
-    weights: dict[str, "Tensor"],
+    weights: "Mapping[str, Tensor]",
     *,
     config: Config,
     unet_number: int,
@@ -209,9 +211,32 @@ def save_inference(
     steps: int,
 ) -> None:
     """Writes EMA weights with the configuration inside; one file is all that sampling needs."""
-    from safetensors.torch import save_file
+    stream_inference(
+        path,
+        {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()},
+        weights.items(),
+        config=config,
+        unet_number=unet_number,
+        text_embed_dim=text_embed_dim,
+        text_fingerprint=text_fingerprint,
+        step=step,
+        steps=steps,
+    )
 
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+
+def stream_inference(
+    path: Path,
+    shapes: "Mapping[str, tuple[torch.dtype, Iterable[int]]]",
+    weights: "Iterable[tuple[str, Tensor]]",
+    *,
+    config: Config,
+    unet_number: int,
+    text_embed_dim: int,
+    text_fingerprint: str,
+    step: int,
+    steps: int,
+) -> None:
+    """`save_inference` of weights that come one at a time, in the order of `shapes`."""
     metadata = {
         "format": INFERENCE_FORMAT,
         "config": dump_config(config),
@@ -221,7 +246,7 @@ def save_inference(
         "step": str(step),
         "steps": str(steps),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: write_tensors(temporary, shapes, weights, metadata))
 
 
 def read_inference(path: Path) -> InferenceFile:

@@ -6,11 +6,12 @@ this file states once elsewhere (batch sizes, precision, clipping, optimizer).
 """
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imagen_scale.deepspeed_config import deepspeed_problems
 from imagen_scale.errors import ConfigError
@@ -25,6 +26,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
 PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
+
+CheckpointingLevel: TypeAlias = Literal["none", "norms", "blocks"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"]
 
 MAX_LENGTH = 1_000_000  # characters of a file
 NORM_GROUPS = 8  # MinImagen's GroupNorm groups: every channel count is a multiple
@@ -109,6 +113,11 @@ class UnetConfig(Section):
     max_text_len: PositiveInt = Field(
         256, description="Text tokens the U-Net attends to; longer captions are cut."
     )
+    crop: PositiveInt | None = Field(
+        None,
+        description="Super-resolution: train on random crops of this side in pixels, as the "
+        "Imagen paper does from 256 px on. Sampling is whole. null: whole pictures.",
+    )
     pred_type: Literal["eps", "v"] = Field(
         "eps",
         description="What the network predicts: the noise, as MinImagen's, or v (Salimans & Ho "
@@ -187,9 +196,16 @@ class TrainingConfig(Section):
     micro_batch: PerUnet[PositiveInt] | None = Field(
         None,
         description="Pictures per rank and forward pass, or one per U-Net; accumulation "
-        "follows. null: the global batch divided by the ranks.",
+        "follows. null: the largest that fits memory.budget, without a budget the global batch "
+        "divided by the ranks.",
     )
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: PerUnet[OptimizerName] | None = Field(
+        None,
+        description="adamw; adamw_8bit (bitsandbytes: moments of 1 byte each); adamw_bf16 "
+        "(master weights and moments in bf16: least memory, visibly less exact); adafactor (the "
+        "Imagen paper's for its base; no ZeRO). Or one per U-Net. null: adamw, or what "
+        "memory.budget needs.",
+    )
     lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -215,10 +231,43 @@ class TrainingConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What is traded for memory on the card."""
+    """What is traded for memory on the card. Nothing here changes what is learned.
 
-    checkpointing: PerUnet[Literal["none", "blocks"]] = Field(
-        "none", description="Recompute each residual and attention block in backward."
+    With a budget, whatever is null here, `training.micro_batch`, `training.optimizer` and
+    `deepspeed.zero_optimization` are chosen by the planner; what is written is kept.
+    """
+
+    budget: str | None = Field(
+        None,
+        description='Memory of each card that training may use, e.g. "12GB"; "auto" is what the '
+        "card has free. null: nothing is planned.",
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            parse_bytes(value)
+        return value
+
+    checkpointing: PerUnet[CheckpointingLevel | tuple[CheckpointingLevel, ...]] | None = Field(
+        None,
+        description="What backward recomputes instead of holding: none; norms (normalisations "
+        "and activations, nearly free); blocks (whole blocks). One per U-Net in a list; an entry "
+        "that is a list itself has one per resolution level. null: norms.",
+    )
+    offload_activations: PerUnet[bool] | None = Field(
+        None, description="Keep in host memory what recomputation starts from. null: no."
+    )
+    optimizer_in_backward: PerUnet[bool] | None = Field(
+        None,
+        description="Apply and free each gradient as it appears: one card, fp32, no clipping, no "
+        "accumulation, no host memory. null: no.",
+    )
+    ema_offload: bool | None = Field(
+        None,
+        description="Keep the averaged weights in host memory even where the master weights are "
+        "on the card. null: no.",
     )
 
 
@@ -281,6 +330,20 @@ class Config(Section):
 def per_level(value: PerLevel[T], num_levels: int) -> tuple[T, ...]:
     """Repeats a single value for each level; a tuple is returned as it is."""
     return value if isinstance(value, tuple) else (value,) * num_levels
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "12GB", "11.5 GiB" or "900MB"; GB is 10^9, GiB 2^30.
+
+    Raises:
+        ValueError: If it is not a positive number and one of these units.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is not a size: write a number and MB, GB, MiB or GiB")
+    unit = match[2]
+    power = "kMGT".index(unit[0]) + 1
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** power)
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -421,7 +484,9 @@ def _cross_checks(config: Config) -> list[str]:
                     f"unets.{i}.{key}: {value}, but imagen.channels is {imagen.channels}; they "
                     f"must be equal."
                 )
-        problems += _unet_checks(f"unets.{i}", unet, i, sizes[i] if i < len(sizes) else None)
+        size = sizes[i] if i < len(sizes) else None
+        problems += _unet_checks(f"unets.{i}", unet, i, size)
+        problems += _crop_checks(f"unets.{i}", unet, i, sizes)
 
     if not problems:
         for i in range(num_unets):
@@ -452,13 +517,16 @@ def _cross_checks(config: Config) -> list[str]:
     if config.data.source != "emoji" and config.data.names is not None:
         problems.append("data.names: only the source 'emoji' takes it; remove it.")
     problems += _deepspeed_checks(config)
+    if not problems:
+        for i in range(num_unets):
+            problems += _memory_checks(config, i)
     return problems
 
 
 _PER_UNET_KEYS = {
     "imagen": ("timesteps",),
-    "training": ("steps", "global_batch", "micro_batch", "lr"),
-    "memory": ("checkpointing",),
+    "training": ("steps", "global_batch", "micro_batch", "optimizer", "lr"),
+    "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
 }
 
 
@@ -491,12 +559,88 @@ def _unet_checks(where: str, unet: UnetConfig, index: int, size: int | None) -> 
     return problems
 
 
+def _crop_checks(where: str, unet: UnetConfig, index: int, sizes: tuple[int, ...]) -> list[str]:
+    if unet.crop is None or index >= len(sizes):
+        return []
+    if index == 0:
+        return [f"{where}.crop: U-Net 1 learns whole pictures; only later ones take a crop."]
+    problems = []
+    if unet.crop >= sizes[index]:
+        problems.append(
+            f"{where}.crop: {unet.crop} is not below the picture's side {sizes[index]}; lower it, "
+            f"or write null."
+        )
+    if unet.crop % unet.size_divisor:
+        problems.append(
+            f"{where}.crop: {unet.crop} is not divisible by {unet.size_divisor}, as the "
+            f"{unet.num_levels} levels need; change it."
+        )
+    return problems
+
+
+def _memory_checks(config: Config, index: int) -> list[str]:
+    """Rules of what is traded for memory, for one U-Net."""
+    problems = []
+    levels = config.unets[index].num_levels
+    checkpointing = config.per_unet("memory", "checkpointing", index)
+    if isinstance(checkpointing, tuple) and len(checkpointing) != levels:
+        problems.append(
+            f"memory.checkpointing: {len(checkpointing)} values for the {levels} levels of U-Net "
+            f"{index + 1}; give one value, or one per level."
+        )
+    optimizer = config.per_unet("training", "optimizer", index)
+    zero = config.deepspeed.get("zero_optimization") or {}
+    stage, fp32 = zero.get("stage", 0), config.training.precision == "fp32"
+    if optimizer == "adafactor" and (stage or not fp32):
+        problems.append(
+            "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
+            "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
+            "adamw_8bit."
+        )
+    if optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
+        problems.append(
+            "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
+            "offloaded; set training.precision to bf16 and "
+            'deepspeed.zero_optimization.offload_optimizer to {"device": "cpu"}.'
+        )
+    if config.per_unet("memory", "optimizer_in_backward", index):
+        problems += _in_backward_checks(config, index, stage, fp32)
+    return problems
+
+
+def _in_backward_checks(config: Config, index: int, stage: int, fp32: bool) -> list[str]:
+    training = config.training
+    global_batch = config.per_unet("training", "global_batch", index)
+    micro_batch = config.per_unet("training", "micro_batch", index) or global_batch
+    key = "memory.optimizer_in_backward"
+    problems = []
+    if training.grad_clip is not None:
+        problems.append(
+            f"{key}: training.grad_clip {training.grad_clip} needs the norm of all gradients "
+            f"before the first is applied; set it to null."
+        )
+    if micro_batch != global_batch:
+        problems.append(
+            f"{key}: a gradient is applied as soon as it appears, so none can be accumulated; set "
+            f"training.global_batch to micro_batch (U-Net {index + 1}: {global_batch} and "
+            f"{micro_batch})."
+        )
+    if not fp32 or stage:
+        problems.append(
+            f"{key}: exact fp32 weights on one card; set training.precision to fp32 and leave "
+            f"deepspeed.zero_optimization out."
+        )
+    if config.per_unet("training", "optimizer", index) == "adamw_bf16":
+        problems.append(f"{key}: takes the optimizers adamw, adamw_8bit and adafactor.")
+    return problems
+
+
 def _deepspeed_checks(config: Config) -> list[str]:
     problems = deepspeed_problems(config.deepspeed)
     if problems:
         return problems
     zero = config.deepspeed.get("zero_optimization", {})
-    if config.training.precision == "bf16" and zero.get("stage", 0) == 0:
+    if config.training.precision == "bf16" and zero and zero.get("stage", 0) == 0:
         problems.append(
             "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
             "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."

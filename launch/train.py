@@ -26,6 +26,9 @@ except ModuleNotFoundError as error:
 @click.option("--run", "run_dir", help="Folder of the run; default runs/<name of the config>.")
 @click.option("--resume", is_flag=True, help="Refuse to start anew if there is no run yet.")
 @click.option("--fresh", is_flag=True, help="Delete the run's folder and start anew.")
+@click.option(
+    "--plan-check", type=click.IntRange(min=1), help="Compare memory with the plan after N steps."
+)
 @click.option("--local_rank", type=int, hidden=True)  # appended by the deepspeed launcher
 def main(
     config_path: str,
@@ -34,6 +37,7 @@ def main(
     run_dir: str | None,
     resume: bool,
     fresh: bool,
+    plan_check: int | None,
     local_rank: int | None,
 ) -> None:
     """Trains every U-Net of a cascade in turn; run again, it continues where it stopped."""
@@ -46,7 +50,8 @@ def main(
         folder = run_dir or config.logging.run_dir or f"runs/{Path(config_path).stem}"
         from imagen_scale.training.trainer import train  # torch and deepspeed take seconds
 
-        train(config, Path(folder), unet_number=unet, resume=resume, fresh=fresh)
+        train(config, Path(folder), unet_number=unet, resume=resume, fresh=fresh,
+              plan_check=plan_check)  # fmt: skip
     except ImagenScaleError as error:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"error: {error}", err=True)

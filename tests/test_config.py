@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 from hypothesis import given, settings
 from mutations import MISTAKES, VALID, Mutant, fault, mistake_fault, mutants
 
-from imagen_scale.config import dump_config, load_config, parse_config
+from imagen_scale.config import dump_config, load_config, parse_bytes, parse_config
 from imagen_scale.errors import ConfigError
 
 SEED_IMAGEN = json.loads(
@@ -77,7 +77,6 @@ def test_all_four_are_shipped():
         ("training.micro_batch=3", "global_batch: 8 is not a multiple of micro_batch 3"),
         ("training.warmup_steps=6", "warmup_steps: 6 is not below the 6 steps"),
         ("training.lowres_aug_max=0.1", "lowres_sample_noise_level: 0.2 is above"),
-        ("training.precision=bf16", "precision: bf16 needs fp32 master weights"),
         ("data.source=folder", "data.path: required for source 'folder'"),
         ("deepspeed.zero_optimisation={}", r"did you mean zero_optimization\?"),
         ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
@@ -107,6 +106,52 @@ def test_mistakes_are_explained(change, message):
         parse_config(json.dumps(TINY), source="run.json", overrides=(change,))
     assert caught.value.exit_code == 2
     assert all(line.startswith("run.json: ") for line in str(caught.value).splitlines())
+
+
+IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("training.precision=bf16", 'deepspeed.zero_optimization={"stage":0}'),
+         "precision: bf16 needs fp32 master weights"),
+        (("memory.checkpointing=[[\"norms\"],\"blocks\"]",), "1 values for the 2 levels of U-Net"),
+        (("memory.checkpointing=[\"norms\"]",), "checkpointing: 1 values for 2 U-Nets"),
+        (("memory.checkpointing=all",), "checkpointing: \"all\" is not allowed"),
+        (("memory.budget=12",), "budget: 12 is not allowed"),
+        (("memory.budget=12 gigs",), "budget: \"12 gigs\" is not allowed: .* is not a size"),
+        (("unets.0.crop=8",), "unets.0.crop: U-Net 1 learns whole pictures"),
+        (("unets.1.crop=32",), "unets.1.crop: 32 is not below the picture's side 32"),
+        (("unets.1.crop=15",), "unets.1.crop: 15 is not divisible by 2"),
+        (("training.optimizer=adafactor", 'deepspeed.zero_optimization={"stage":1}'),
+         "adafactor factors whole matrices, which ZeRO flattens"),
+        (("training.optimizer=adafactor", "training.precision=bf16"), "adafactor factors whole"),
+        (("training.optimizer=adamw_bf16",), "adamw_bf16 is DeepSpeed's for a bf16 network"),
+        (("memory.optimizer_in_backward=true",), "grad_clip 1.0 needs the norm of all gradients"),
+        ((*IN_BACKWARD, "training.micro_batch=4"), "none can be accumulated"),
+        ((*IN_BACKWARD, "training.precision=bf16"), "exact fp32 weights on one card"),
+        ((*IN_BACKWARD, 'deepspeed.zero_optimization={"stage":2}'), "exact fp32 weights on one"),
+    ],
+)  # fmt: skip
+def test_memory_that_cannot_be_traded_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(json.dumps(TINY), source="run.json", overrides=changes)
+    assert all(line.startswith("run.json: ") for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("12GB", 12 * 10**9), ("11.5 GiB", int(11.5 * 2**30)), ("900MB", 9 * 10**8), ("1TB", 10**12)],
+)
+def test_sizes(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "12", "GB", "0GB", "-1GB", "12G", "1e3GB", "nanGB"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
 
 
 def test_all_problems_come_at_once():

@@ -163,7 +163,7 @@ def test_a_run_trains_on_the_others_and_says_so(tmp_path, launch):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = launch(tmp_path / "config.json", tmp_path / "run", "--unet", "1", plain=True)
-    assert "19 pictures, global batch 8" in done.stdout
+    assert "16 px, 19 pictures" in done.stdout
     assert "1 of 20 pictures (5.0%) cannot be used and are left out; see " in done.stderr
     assert len(losses(tmp_path / "run")) == 3
 

@@ -12,6 +12,7 @@ from conftest import LAUNCHER_VARIABLES, TINY
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.models.unet import UNet
+from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import distributed
 from imagen_scale.training.ema import Ema, master_shards
 from imagen_scale.training.trainer import learning_rate
@@ -46,6 +47,11 @@ def environment_of_no_launcher():
     os.environ.update(before)
 
 
+def make_engine(config):
+    setup = written_setup(config, 0, 1, on_card=False)
+    return distributed.make_engine(UNet(config.unet(0, 384)), config, 0, setup)
+
+
 @pytest.fixture(scope="module")
 def process_group(private_folders):
     with environment_of_no_launcher():
@@ -60,7 +66,7 @@ def process_group(private_folders):
 def test_ema_is_the_average_of_a_full_copy_and_leaves_the_masters_alone(name, process_group):
     config = make_config(*STAGES[name])
     torch.manual_seed(0)
-    engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+    engine = make_engine(config)
     ema = Ema(engine, decay=0.9)
 
     def masters():
@@ -105,7 +111,7 @@ class Payload:
 
 def test_a_checkpoint_that_holds_code_is_refused_and_the_code_is_not_run(process_group, tmp_path):
     config = make_config({"stage": 0})
-    engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+    engine = make_engine(config)
     engine.save_checkpoint(str(tmp_path), tag="deepspeed", save_latest=False)
     shard = tmp_path / "deepspeed" / "mp_rank_00_model_states.pt"
     victim = tmp_path / "code_was_run"
@@ -142,7 +148,7 @@ def test_locks_in_use_are_kept_through_a_symlink_too(tmp_path, monkeypatch):
 def test_what_deepspeed_itself_refuses_is_a_sentence(process_group):
     config = make_config({"stage": 2, "reduce_bucket_sise": 5})
     with pytest.raises(ConfigError, match=r"(?s)refuses the configuration.*reduce_bucket_sise"):
-        distributed.make_engine(UNet(config.unet(0, 384)), config, 0)
+        make_engine(config)
 
 
 def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
@@ -156,13 +162,17 @@ def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
 
 def test_batches_are_stated_once():
     config = make_config({"stage": 2})
-    settings = distributed.engine_config(config, 0, ranks=2)
+    setup = written_setup(config, 0, 2, on_card=False)
+    settings = distributed.engine_config(config, setup, num_parameters=5000)
     assert settings["train_batch_size"] == 8
     assert settings["train_micro_batch_size_per_gpu"] == 4
     assert settings["gradient_accumulation_steps"] == 1
-    assert settings["zero_optimization"] == {"stage": 2}
+    assert settings["zero_optimization"] == {
+        "stage": 2, "reduce_bucket_size": 5120, "allgather_bucket_size": 5120,
+        "overlap_comm": False,
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 4 x 3 processes"):
-        distributed.engine_config(config, 0, ranks=3)
+        written_setup(config, 0, 3, on_card=False)
 
 
 def test_learning_rate():

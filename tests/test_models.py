@@ -100,7 +100,7 @@ def test_cross_attention_sees_every_token_and_the_null_one():
 def test_checkpointing_changes_no_gradient(index, memory_efficient):
     changes = {"memory_efficient": memory_efficient, "num_resnet_blocks": [1, 2]}
     plain, saving = make_unet(index, **changes).train(), make_unet(index, **changes).train()
-    apply_checkpointing(saving, "blocks")
+    apply_checkpointing(saving, ("blocks",) * saving.config.num_levels)
     inputs = make_inputs(index) | {"keep_mask": torch.tensor([True, False, True])}
     held = []
     for unet in (plain, saving):

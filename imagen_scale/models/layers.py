@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 ATTN_DIM_HEAD = 64
 CROSS_ATTN_HEADS = 8  # MinImagen ignores `attn_heads` in cross-attention
+SKIP_SCALE = 2**-0.5  # keeps the variance where a skip connection joins
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -91,6 +92,13 @@ class OverPixels(nn.Module):
         return out.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
 
 
+class ToOut(nn.Sequential):
+    """Attention's last step: back to the width of the features, normalised."""
+
+    def __init__(self, inner: int, dim: int) -> None:
+        super().__init__(nn.Linear(inner, dim, bias=False), LayerNorm(dim))
+
+
 class Attention(nn.Module):
     """Self-attention with several query heads and one shared key/value head."""
 
@@ -102,18 +110,22 @@ class Attention(nn.Module):
         self.null_kv = nn.Parameter(torch.randn(2, ATTN_DIM_HEAD))
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, ATTN_DIM_HEAD * 2, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False), LayerNorm(dim))
+        self.to_out = ToOut(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends over (B, N, dim) and a learned null token."""
-        batch = x.shape[0]
-        x = self.norm(x)
-        q = self.to_q(x).unflatten(-1, (self.heads, ATTN_DIM_HEAD)).transpose(1, 2)  # (B, h, N, d)
-        kv = self.to_kv(x).unflatten(-1, (2, ATTN_DIM_HEAD))  # (B, N, 2, d)
-        kv = torch.cat((self.null_kv.expand(batch, 1, -1, -1), kv), dim=1)
+        q, kv = self.project(x)
+        q = q.unflatten(-1, (self.heads, ATTN_DIM_HEAD)).transpose(1, 2)  # (B, h, N, d)
+        kv = kv.unflatten(-1, (2, ATTN_DIM_HEAD))  # (B, N, 2, d)
+        kv = torch.cat((self.null_kv.expand(x.shape[0], 1, -1, -1), kv), dim=1)
         k, v = kv[:, None].expand(-1, self.heads, -1, -1, -1).unbind(-2)  # (B, h, N+1, d)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises, then projects to queries (B, N, h*d) and to keys and values (B, N, 2*d)."""
+        x = self.norm(x)
+        return self.to_q(x), self.to_kv(x)
 
 
 class CrossAttention(nn.Module):
@@ -126,17 +138,21 @@ class CrossAttention(nn.Module):
         self.null_kv = nn.Parameter(torch.randn(2, ATTN_DIM_HEAD))
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(context_dim, inner * 2, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False), LayerNorm(dim))
+        self.to_out = ToOut(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attends from (B, N, dim) to (B, M, context_dim) and a learned null token."""
         heads = (CROSS_ATTN_HEADS, ATTN_DIM_HEAD)
-        q = self.to_q(self.norm(x)).unflatten(-1, heads).transpose(1, 2)  # (B, h, N, d)
+        q = self.project(x).unflatten(-1, heads).transpose(1, 2)  # (B, h, N, d)
         kv = self.to_kv(context).unflatten(-1, (2, *heads))  # (B, M, 2, h, d)
         null = self.null_kv[None, None, :, None].expand(x.shape[0], 1, -1, CROSS_ATTN_HEADS, -1)
         k, v = torch.cat((null, kv), dim=1).transpose(1, 3).unbind(2)  # (B, h, M+1, d)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Normalises, then projects to queries (B, N, h*d)."""
+        return self.to_q(self.norm(x))
 
 
 class Residual(nn.Module):
@@ -163,6 +179,20 @@ class FeedForward(nn.Sequential):
             nn.Conv2d(dim * 2, dim, 1, bias=False),
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, dim, H, W) to the same shape."""
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The first convolution with what comes before it, to (B, 2 * dim, H, W)."""
+        norm, conv, *_ = self
+        return conv(norm(x))
+
+    def contract(self, x: Tensor) -> Tensor:
+        """The second convolution with what comes before it, back to (B, dim, H, W)."""
+        *_, activation, norm, conv = self
+        return conv(norm(activation(x)))
+
 
 class TransformerBlock(nn.Module):
     """Self-attention over the pixels, then the feed-forward, each with a residual."""
@@ -179,7 +209,11 @@ class TransformerBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """GroupNorm, optional scale and shift by time, SiLU, 3x3 convolution."""
+    """GroupNorm, optional scale and shift by time, SiLU, 3x3 convolution.
+
+    The skip connection is joined here rather than outside: the joined tensor is then part of what
+    checkpointing recomputes instead of a copy that is held.
+    """
 
     def __init__(self, dim: int, dim_out: int, groups: int) -> None:
         super().__init__()
@@ -187,13 +221,42 @@ class Block(nn.Module):
         self.activation = nn.SiLU()
         self.project = nn.Conv2d(dim, dim_out, 3, padding=1)
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Maps (B, dim, H, W) to (B, dim_out, H, W); scale and shift are (B, dim, 1, 1)."""
+    def forward(
+        self,
+        x: Tensor,
+        scale_shift: tuple[Tensor, Tensor] | None = None,
+        *,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """Maps (B, dim, H, W) to (B, dim_out, H, W).
+
+        Args:
+            x: Features; with `skip`, the first of the `dim` channels.
+            scale_shift: Each (B, dim, 1, 1).
+            skip: Features of the down path, the remaining channels.
+        """
+        if skip is not None:
+            x = torch.cat((x, skip * SKIP_SCALE), dim=1)
         x = self.groupnorm(x)
         if scale_shift is not None:
             scale, shift = scale_shift
             x = torch.addcmul(shift, x, scale + 1)
         return self.project(self.activation(x))
+
+
+class ResConv(nn.Conv2d):
+    """1x1 convolution of features and, beside them, a skip connection, without joining them."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(dim, dim_out, 1)
+
+    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
+        """Maps (B, C, H, W) and (B, dim - C, H, W) to (B, dim_out, H, W)."""
+        if skip is None:
+            return super().forward(x)
+        for_x, for_skip = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        of_skip = F.conv2d(skip, for_skip)
+        return torch.add(F.conv2d(x, for_x, self.bias), of_skip, alpha=SKIP_SCALE)
 
 
 class ResnetBlock(nn.Module):
@@ -215,21 +278,25 @@ class ResnetBlock(nn.Module):
         )
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
-        self.res_conv = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
+        self.res_conv = ResConv(dim, dim_out) if dim != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, c: Tensor | None = None, *, skip: Tensor | None = None
+    ) -> Tensor:
         """Maps (B, dim, H, W) to (B, dim_out, H, W).
 
         Args:
-            x: Features.
+            x: Features; with `skip`, the first of the `dim` channels.
             t: Time and pooled text, (B, time_cond_dim).
             c: Conditioning tokens, (B, M, cond_dim); needed when the block has cross-attention.
+            skip: Features of the down path, the remaining channels.
         """
         scale_shift = self.time_mlp(t)[:, :, None, None].chunk(2, dim=1)
-        h = self.block1(x)
+        joined = {} if skip is None else {"skip": skip}
+        h = self.block1(x, **joined)
         if self.cross_attn is not None:
             h = self.cross_attn(h, c) + h
-        return self.block2(h, scale_shift) + self.res_conv(x)
+        return self.block2(h, scale_shift) + self.res_conv(x, **joined)
 
 
 class CrossEmbedLayer(nn.Module):
@@ -268,8 +335,10 @@ def downsample(dim: int, dim_out: int) -> nn.Module:
     return nn.Conv2d(dim, dim_out, 4, stride=2, padding=1)
 
 
-def upsample(dim: int, dim_out: int) -> nn.Module:
+class Upsample(nn.Sequential):
     """Doubles the side of an image."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1)
-    )
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(
+            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1)
+        )

@@ -17,12 +17,11 @@ from imagen_scale.models.layers import (
     ResnetBlock,
     TimeEmbedding,
     TransformerBlock,
+    Upsample,
     downsample,
-    upsample,
 )
 
 NUM_TIME_TOKENS = 2
-SKIP_SCALE = 2**-0.5
 
 
 class TextCond(NamedTuple):
@@ -139,7 +138,7 @@ class UNet(nn.Module):
             joined = dim_out + skip_dims[level]
             blocks = nn.ModuleList(block(joined, dim_out, False) for _ in range(num_blocks))
             grows = level > 0 or config.memory_efficient
-            grow = upsample(dim_out, dim_in) if grows else nn.Identity()
+            grow = Upsample(dim_out, dim_in) if grows else nn.Identity()
             up = [block(joined, dim_out, cross), blocks, attention(dim_out, attn), grow]
             self.ups.append(nn.ModuleList(up))
 
@@ -240,9 +239,9 @@ class UNet(nn.Module):
 
         levels = self.ups
         for first, blocks, attention, grow in levels:
-            x = first(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond, tokens)
+            x = first(x, cond, tokens, skip=skips.pop())
             for block in blocks:
-                x = block(torch.cat((x, skips.pop() * SKIP_SCALE), dim=1), cond)
+                x = block(x, cond, skip=skips.pop())
             x = grow(attention(x))
 
         return self.final_conv(self.final_res_block(x, cond))

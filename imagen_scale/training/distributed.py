@@ -6,6 +6,7 @@ import platform
 import sys
 import sysconfig
 import traceback
+import zipfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 
 from imagen_scale.config import Config
 from imagen_scale.errors import ConfigError, EnvironmentProblem, ImagenScaleError
+from imagen_scale.planning.machine import can_pin
+from imagen_scale.planning.setup import Setup, complete_zero
+from imagen_scale.training.in_backward import InBackwardEngine
 from imagen_scale.training.optimizers import has_compiler, make_optimizer
 
 # SLURM's names for what torch.distributed reads.
@@ -216,47 +220,48 @@ def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:
         say(f"removed the lock of a killed build: {lock}")
 
 
-def engine_config(config: Config, unet_index: int, ranks: int) -> dict[str, Any]:
+def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one U-Net.
 
-    Raises:
-        ConfigError: If the batch sizes do not fit the number of processes.
+    Args:
+        config: The run; its `deepspeed` section is passed through.
+        setup: How the U-Net is trained.
+        num_parameters: Of the U-Net.
     """
-    global_batch = config.per_unet("training", "global_batch", unet_index)
-    micro_batch = config.per_unet("training", "micro_batch", unet_index)
-    if micro_batch is None:
-        micro_batch = max(1, global_batch // ranks)
-    if global_batch % (micro_batch * ranks):
-        raise ConfigError(
-            f"training.global_batch: {global_batch} is not a multiple of micro_batch "
-            f"{micro_batch} x {ranks} processes (U-Net {unet_index + 1}); change one of them."
-        )
-    settings = {
-        "zero_optimization": {"stage": 0},
+    bf16: dict[str, Any] = {"enabled": setup.precision == "bf16"}
+    if setup.optimizer == "adamw_bf16":
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return {
         "steps_per_print": 2**31,  # our own telemetry reports
         # The optimizer is ours even when its states are offloaded.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **config.deepspeed,
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": global_batch // (micro_batch * ranks),
+        "zero_optimization": complete_zero(setup.zero, num_parameters, pin=can_pin()),
+        "train_batch_size": setup.global_batch,
+        "train_micro_batch_size_per_gpu": setup.micro_batch,
+        "gradient_accumulation_steps": setup.accumulation,
         "gradient_clipping": config.training.grad_clip or 0.0,
-        "bf16": {"enabled": config.training.precision == "bf16"},
+        "bf16": bf16,
     }
-    return settings
 
 
-def make_engine(unet: Any, config: Config, unet_index: int) -> Any:
-    """A DeepSpeed engine around one U-Net; checkpoints load without running code from files."""
+def make_engine(unet: Any, config: Config, unet_index: int, setup: Setup) -> Any:
+    """An engine around one U-Net; its checkpoints load without running code from files."""
     import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
 
-    lr = config.per_unet("training", "lr", unet_index)
+    if setup.in_backward:
+        device = torch.device(get_accelerator().current_device_name())
+        return InBackwardEngine(unet, config, unet_index, setup, device)
+
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in unet.parameters())
     try:
         engine, *_ = deepspeed.initialize(
             model=unet,
-            optimizer=make_optimizer(unet.parameters(), config, lr),
-            config=engine_config(config, unet_index, world_size()),
+            optimizer=make_optimizer(unet.parameters(), config, unet_index, setup),
+            config=engine_config(config, setup, num_parameters),
             dist_init_required=False,
         )
     except ValueError as error:  # pydantic's ValidationError is one
@@ -280,4 +285,40 @@ def _load_without_code(path: str, map_location: Any = None) -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        # Mapped, not read: what is copied out of it never stands in memory as a whole.
+        is_mappable = zipfile.is_zipfile(path) and str(map_location) in ("cpu", "None")
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable)
+
+
+def release_engine(engine: Any) -> None:
+    """Frees an engine's memory, whoever still refers to it.
+
+    DeepSpeed 0.19's ZeRO-3 leaves its states alive after `destroy`: hooks in the autograd graph
+    refer to them, out of the garbage collector's sight.
+    """
+    import torch
+
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    seen: set[int] = set()
+
+    def empty(holder: Any) -> None:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
+        if isinstance(holder, torch.Tensor):
+            empty(getattr(holder, "ds_tensor", None))
+            holder.grad = None
+            holder.data = holder.data.new_empty(0)
+        elif isinstance(holder, dict):
+            for value in list(holder.values()):
+                empty(value)
+        elif isinstance(holder, list | tuple):
+            for value in holder:
+                empty(value)
+        elif isinstance(holder, torch.optim.Optimizer):
+            empty(vars(holder))
+
+    empty(parameters)
+    if engine.optimizer is not None:
+        empty(vars(engine.optimizer))

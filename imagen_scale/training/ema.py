@@ -16,13 +16,21 @@ class Ema:
     Nothing is gathered: under ZeRO each rank averages its shard, on the CPU when the optimizer
     is offloaded. Averaging masters rather than bf16 weights matters: at decay 0.9999 an update
     is below bf16's resolution.
+
+    Args:
+        engine: DeepSpeed's, or one like it.
+        decay: Of the average, once it has grown to it.
+        offload: Keep the average in host memory wherever the masters are.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
+    def __init__(self, engine: Any, decay: float, *, offload: bool = False) -> None:
         self.engine = engine
         self.decay = decay
         self.masters = master_shards(engine)
-        self.shards = [master.detach().clone() for master in self.masters]
+        self.shards = [
+            master.detach().to("cpu" if offload else master.device, torch.float32, copy=True)
+            for master in self.masters
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -31,7 +39,14 @@ class Ema:
         The decay grows from 0.1 so that the random start is forgotten early.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shards, [master.detach() for master in self.masters], 1 - decay)
+        masters = [master.detach() for master in self.masters]
+        if all(map(_are_alike, self.shards, masters)):
+            torch._foreach_lerp_(self.shards, masters, 1 - decay)
+            return
+        for shard, master in zip(self.shards, masters, strict=True):
+            ours, theirs = shard.view(-1), master.view(-1)
+            for piece in _pieces(ours):  # brought over a little at a time
+                ours[piece].lerp_(theirs[piece].to(ours), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's shards, for its own file in a checkpoint."""
@@ -42,6 +57,15 @@ class Ema:
         """Restores this rank's shards."""
         for i, shard in enumerate(self.shards):
             shard.copy_(state[str(i)])
+
+    def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Type and shape of what `named_weights` yields, in its order."""
+        module = self.engine.module
+        named = {
+            name: (torch.float32, getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in module.named_parameters()
+        }
+        return named | {name: (torch.float32, b.shape) for name, b in module.named_buffers()}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every averaged parameter and buffer, whole, in fp32 on the CPU.
@@ -65,22 +89,43 @@ class Ema:
 
     @contextmanager
     def _in_place_of_masters(self) -> Iterator[None]:
-        self._exchange()
+        pairs = list(zip(self.masters, self.shards, strict=True))
+        aside: list[Tensor | None] = []
+        with torch.no_grad():
+            for master, shard in pairs:
+                if master.dtype == shard.dtype:
+                    aside.append(None)
+                    _exchange(master, shard)
+                else:  # bf16 masters cannot carry the average back: they are put aside
+                    aside.append(master.detach().clone())
+                    master.copy_(shard)
         try:
             yield
         finally:
-            self._exchange()
+            with torch.no_grad():
+                for (master, shard), kept in zip(pairs, aside, strict=True):
+                    if kept is None:
+                        _exchange(master, shard)
+                    else:
+                        master.copy_(kept)
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Swaps masters and average, piece by piece: no second copy of either is made."""
-        for master, shard in zip(self.masters, self.shards, strict=True):
-            ours, theirs = master.data.view(-1), shard.view(-1)
-            for start in range(0, ours.numel(), EXCHANGE_ELEMENTS):
-                piece = slice(start, start + EXCHANGE_ELEMENTS)
-                kept = ours[piece].clone()
-                ours[piece] = theirs[piece]
-                theirs[piece] = kept
+
+def _exchange(master: Tensor, shard: Tensor) -> None:
+    """Swaps two tensors piece by piece: no second copy of either is made."""
+    ours, theirs = master.data.view(-1), shard.view(-1)
+    for piece in _pieces(ours):
+        moved = ours[piece].clone()
+        ours[piece] = theirs[piece]
+        theirs[piece] = moved
+
+
+def _pieces(flat: Tensor) -> Iterator[slice]:
+    for start in range(0, flat.numel(), EXCHANGE_ELEMENTS):
+        yield slice(start, start + EXCHANGE_ELEMENTS)
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype
 
 
 def master_shards(engine: Any) -> list[Tensor]:

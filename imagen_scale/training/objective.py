@@ -20,6 +20,7 @@ class Draws(NamedTuple):
     keep_mask: Tensor  # False where the caption is dropped
     lowres_t: Tensor  # times of the noise on the low-resolution image, int64
     lowres_eps: Tensor | None  # that noise, (B, C, H, W); super-resolution only
+    corners: Tensor | None  # top and left of the crops, (B, 2) int64; `unets[i].crop` only
 
 
 class Objective:
@@ -39,7 +40,9 @@ class Objective:
         imagen, sizes = config.imagen, config.imagen.image_sizes
         self.config, self.unet_index, self.device = config, unet_index, device
         self.pred_type = config.unets[unet_index].pred_type
+        self.size = sizes[unet_index]
         self.small_size = sizes[unet_index - 1] if unet_index > 0 else None
+        self.crop = config.unets[unet_index].crop
         timesteps = config.per_unet("imagen", "timesteps", unet_index)
         self.schedule = NoiseSchedule.linear(timesteps).to(device)
         self.lowres_times = max(1, round(timesteps * config.training.lowres_aug_max))
@@ -55,11 +58,17 @@ class Objective:
         """
         x_0 = batch.images.to(self.device, non_blocking=True)
         draws = self.draw(batch.positions, x_0.shape[1:], purpose)
+        lowres_img = None
+        if self.small_size is not None:
+            lowres_img = shrink_and_enlarge(x_0, self.small_size)
+        if self.crop is not None and draws.corners is not None and lowres_img is not None:
+            # The same window of both, cut after shrinking: its borders are the whole picture's.
+            x_0 = crop_at(x_0, draws.corners, self.crop)
+            lowres_img = crop_at(lowres_img, draws.corners, self.crop)
         x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
         lowres: tuple[Tensor, ...] = ()
-        if self.small_size is not None:
+        if lowres_img is not None:
             assert draws.lowres_eps is not None
-            lowres_img = shrink_and_enlarge(x_0, self.small_size)
             noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
             lowres = (noised, draws.lowres_t)
         text = batch.text_embeds.to(self.device), batch.text_mask.to(self.device)
@@ -71,15 +80,18 @@ class Objective:
         return image_loss(prediction, target, self.loss_type).mean()
 
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
-        """Random numbers of the samples at `positions`, (B,), for images of `shape`."""
+        """Random numbers of the samples at `positions`, (B,), for pictures of `shape`."""
+        if self.crop is not None:
+            shape = torch.Size((shape[0], self.crop, self.crop))
         samples = [self._draw_one(int(position), shape, purpose) for position in positions]
-        t, eps, keep_mask, lowres_t, lowres_eps = zip(*samples, strict=True)
+        t, eps, keep_mask, lowres_t, lowres_eps, corners = zip(*samples, strict=True)
         return Draws(
             torch.stack(t),
             torch.stack(eps),
             torch.stack(keep_mask),
             torch.stack(lowres_t),
             None if self.small_size is None else torch.stack(lowres_eps),
+            None if self.crop is None else torch.stack(corners),
         )
 
     def _draw_one(self, position: int, shape: torch.Size, purpose: str) -> tuple[Tensor, ...]:
@@ -91,4 +103,29 @@ class Objective:
         keep = torch.rand((), **where) >= self.config.imagen.cond_drop_prob
         eps = torch.randn(shape, **where)
         lowres_eps = eps if self.small_size is None else torch.randn(shape, **where)
-        return t, eps, keep, lowres_t, lowres_eps
+        corner = t
+        if self.crop is not None and self.small_size is not None:
+            # On the grid of the low-resolution pixels, so that every crop sees them alike.
+            grid = max(1, self.size // self.small_size)
+            places = (self.size - self.crop) // grid + 1
+            corner = torch.randint(places, (2,), **where) * grid
+        return t, eps, keep, lowres_t, lowres_eps, corner
+
+
+def crop_at(images: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Cuts a square out of each image.
+
+    Args:
+        images: (B, C, H, W).
+        corners: Top and left, (B, 2) int64.
+        side: In pixels.
+
+    Returns:
+        (B, C, side, side).
+    """
+    places = corners.tolist()
+    windows = [
+        image[:, top : top + side, left : left + side]
+        for image, (top, left) in zip(images, places, strict=True)
+    ]
+    return torch.stack(windows)

@@ -2,12 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from imagen_scale.config import Config
+from imagen_scale.errors import MissingExtraError
+from imagen_scale.planning.setup import Setup
+
+# Without offload ZeRO makes an fp32 copy of one group's gradients at a time.
+GROUP_ELEMENTS = 100_000_000
 
 
 def has_compiler() -> bool:
@@ -15,25 +22,102 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config, lr: float) -> Any:
-    """AdamW: DeepSpeed's CPU kernel for offloaded states, torch's fused one otherwise.
+def make_optimizer(
+    parameters: Iterable[Parameter], config: Config, unet_index: int, setup: Setup
+) -> Any:
+    """The optimizer of one U-Net.
 
-    Without a compiler torch's steps the offloaded states too; it is slower there.
+    AdamW is DeepSpeed's CPU kernel for offloaded states and torch's fused one otherwise; without
+    a compiler torch's steps the offloaded states too, slower.
+
+    Raises:
+        MissingExtraError: If bitsandbytes is needed and not installed.
     """
     training = config.training
+    lr = config.per_unet("training", "lr", unet_index)
+    if setup.optimizer == "adafactor":
+        return MatrixAdafactor(parameters, lr=lr, weight_decay=training.weight_decay)
     options: dict[str, Any] = {
         "lr": lr,
         "betas": training.betas,
         "weight_decay": training.weight_decay,
     }
-    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and has_compiler():
+    groups = _groups(parameters)
+    if setup.optimizer == "adamw_8bit":
+        return _adamw_8bit(groups, options)
+    if setup.offloads_optimizer and (has_compiler() or setup.optimizer == "adamw_bf16"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        exact = setup.optimizer == "adamw"
+        optimizer = DeepSpeedCPUAdam(
+            groups, adamw_mode=True, fp32_optimizer_states=exact, **options
+        )
         optimizer.register_step_pre_hook(_forget_step_count())
         return optimizer
-    return torch.optim.AdamW(parameters, fused=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
+    """Parameters in order, in groups of bounded size."""
+    groups: list[dict[str, Any]] = []
+    elements = GROUP_ELEMENTS
+    for parameter in parameters:
+        if elements >= GROUP_ELEMENTS:
+            groups.append({"params": []})
+            elements = 0
+        groups[-1]["params"].append(parameter)
+        elements += getattr(parameter, "ds_numel", parameter.numel())
+    return groups
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+    """AdamW with moments of one byte each, quantised in blocks.
+
+    Source: Dettmers et al. 2022, arXiv:2110.02861.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingExtraError(
+            f"training.optimizer adamw_8bit needs bitsandbytes ({error}). Install it with "
+            f"`pip install 'imagen-scale[8bit]'`, or set training.optimizer to adamw."
+        ) from None
+    return AdamW8bit(groups, **options)
+
+
+class MatrixAdafactor(torch.optim.Adafactor):
+    """Adafactor that factors a convolution's weight as a matrix (out, in * k * k).
+
+    torch factors the last two dimensions, which for a 3x3 kernel saves a third instead of nearly
+    all. The learning rate is relative to each weight's own size.
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235; the Imagen paper trains its base with it.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """One step; see `torch.optim.Adafactor`."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        with _as_matrices(parameters):
+            return super().step(closure)
+
+
+@contextmanager
+def _as_matrices(parameters: list[Parameter]) -> Iterator[None]:
+    shapes = [parameter.shape for parameter in parameters]
+    for parameter in parameters:
+        if parameter.ndim > 2:
+            _reshape(parameter, torch.Size((len(parameter), -1)))
+    try:
+        yield
+    finally:
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            _reshape(parameter, shape)
+
+
+def _reshape(parameter: Parameter, shape: torch.Size) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    parameter.data = parameter.data.reshape(shape)
+    parameter.grad = None if gradient is None else gradient.reshape(shape)
 
 
 def _forget_step_count() -> Any:

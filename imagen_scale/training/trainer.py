@@ -1,8 +1,8 @@
 """Training of a cascade: one U-Net after another, each with an engine of its own."""
 
 import functools
-import gc
 import math
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,11 +22,23 @@ from imagen_scale.data.dataset import (
 )
 from imagen_scale.data.text import encoder_fingerprint, encoder_folder
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, ImagenScaleError
-from imagen_scale.models.memory import apply_checkpointing
+from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.models.unet import UNet
+from imagen_scale.planning.machine import this_machine
+from imagen_scale.planning.planner import Planner
+from imagen_scale.planning.report import in_words
+from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.training import distributed
+from imagen_scale.training.choice import choose_setup, remember, smaller
 from imagen_scale.training.distributed import from_rank_0, rank, together, world_size
 from imagen_scale.training.ema import Ema
+from imagen_scale.training.memory_use import (
+    check_plan,
+    forget_peaks,
+    host_bytes,
+    is_out_of_memory,
+    release_memory,
+)
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.preview import draw_grid
 from imagen_scale.training.run import (
@@ -46,6 +58,7 @@ def train(
     unet_number: int | None = None,
     resume: bool = False,
     fresh: bool = False,
+    plan_check: int | None = None,
 ) -> None:
     """Trains every U-Net of a cascade in turn, or one.
 
@@ -57,6 +70,7 @@ def train(
         unet_number: Train this one only, from 1; None takes the configuration's, else all.
         resume: Refuse to start from nothing.
         fresh: Delete what an earlier run left in `run_dir` and start anew.
+        plan_check: Compare predicted with measured memory after so many steps of each U-Net.
 
     Raises:
         ImagenScaleError: With what to do next.
@@ -67,7 +81,8 @@ def train(
     # anything is written.
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
-        distributed.engine_config(config, number - 1, world_size())
+        if config.memory.budget is None:
+            written_setup(config, number - 1, world_size(), on_card=False)
     check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
     distributed.check_machine()
     # Prepared before the group is joined: it may take longer than any collective may wait.
@@ -81,7 +96,7 @@ def train(
         if prepared.source.attribution:
             quiet(f"pictures: {prepared.source.attribution}")
         for number in numbers:
-            UnetTraining(config, run_dir, number, prepared, quiet).run()
+            UnetTraining(config, run_dir, number, prepared, quiet, plan_check).run()
         quiet(f"run: {run_dir}")
     finally:
         distributed.stop()
@@ -110,7 +125,9 @@ class UnetTraining:
         unet_number: int,
         prepared: Prepared,
         say: Callable[[str], None],
+        plan_check: int | None = None,
     ) -> None:
+        self.plan_check = plan_check
         self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
         self.unet_number, self.index = unet_number, unet_number - 1
         self.training = config.training
@@ -129,26 +146,71 @@ class UnetTraining:
         if from_rank_0(self._is_finished):
             self.say(f"U-Net {self.unet_number}: already trained ({self.steps} steps)")
             return
-        self._build()
+        self.setup: Setup = from_rank_0(
+            lambda: choose_setup(
+                self.config, self.run_dir, self.unet_number, self.text_embed_dim, world_size(),
+                self.say,
+            )
+        )  # fmt: skip
+        while not self._run_once():
+            pass
+
+    def _run_once(self) -> bool:
+        """Trains from the newest checkpoint; False when memory ran out and less of it may do."""
+        self.step, self.saved_step, self.is_updating = 0, 0, False
         try:
-            step = self._resume()
-            if step < self.steps:
-                self._loop(step)
+            self._build()
+            self.step = self.saved_step = self._resume()
+            if self.step < self.steps:
+                self._loop()
             else:  # the file for sampling was lost or damaged
-                self._save_inference(step)
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentProblem(
-                f"U-Net {self.unet_number}: the card's memory is full ({error}). Lower "
-                f"training.micro_batch (now {self.micro_batch}; the global batch stays), set "
-                f"memory.checkpointing to blocks, or offload the optimizer with "
-                f"deepspeed.zero_optimization. The run continues from its newest checkpoint."
-            ) from None
+                self._save_inference(self.step)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the activations
+            self._take_less(str(error))
+            return False
         finally:
-            self.engine.destroy()
-            del self.engine, self.ema
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if hasattr(self, "engine"):
+                distributed.release_engine(self.engine)
+                del self.engine, self.ema, self.objective
+            release_memory()
+
+    def _take_less(self, message: str) -> None:
+        """Goes on with half the micro-batch: the global batch and its gradient stay the same."""
+        setup = smaller(self.setup)
+        where = f"U-Net {self.unet_number}: out of memory at step {self.step + 1} ({message})"
+        if setup is None:
+            raise EnvironmentProblem(f"{where}. {self._advice()}")
+        remember(self.config, self.run_dir, self.unet_number, setup)
+        change = (
+            f"{setup.micro_batch} x {setup.accumulation} accumulated instead of "
+            f"{self.setup.micro_batch} x {self.setup.accumulation}"
+        )
+        if world_size() > 1:
+            # The other ranks wait in some exchange: only a new start brings all back together.
+            raise EnvironmentProblem(
+                f"{where}. Run the same command again: it continues from the newest checkpoint "
+                f"with {change}; the global batch stays {setup.global_batch}."
+            )
+        self.say(f"{where}; going on with {change}; the global batch stays {setup.global_batch}")
+        release_memory()
+        if self.step > self.saved_step and not self.is_updating:
+            self._save(self.step)  # weights and moments are whole: no step is lost
+        self.setup = setup
+
+    def _advice(self) -> str:
+        machine = this_machine(world_size())
+        plan = Planner(self.config, self.index, self.text_embed_dim, machine).plan()
+        knobs = (
+            "memory.checkpointing blocks, memory.offload_activations, "
+            "deepspeed.zero_optimization with offload_optimizer, or unets[i].crop"
+        )
+        if plan.fault is None and plan.choice.setup != self.setup:
+            return f"Set {knobs}; `imagen-scale plan` would take: {in_words(plan.choice.setup)}."
+        return f"Nothing smaller is left in this setup. Set {knobs}."
 
     def _is_finished(self) -> bool:
         path = ckpt.inference_path(self.run_dir, self.unet_number)
@@ -161,26 +223,24 @@ class UnetTraining:
             return False
 
     def _build(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        release_memory()
+        forget_peaks()
+        self.baseline = host_bytes()
         # The same initial weights on every rank and at every start.
         torch.manual_seed(seeded("init", self.training.seed, self.index))
         unet = UNet(self.config.unet(self.index, self.text_embed_dim))
-        self.num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-        level = self.config.per_unet("memory", "checkpointing", self.index)
-        apply_checkpointing(unet, level).train()
-        self.engine = distributed.make_engine(unet, self.config, self.index)
-        self.ema = Ema(self.engine, self.training.ema_decay)
+        num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        setup = self.setup
+        hold = in_host_memory if setup.offload_activations else nullcontext
+        apply_checkpointing(unet, setup.checkpointing, hold=hold).train()
+        self.engine = distributed.make_engine(unet, self.config, self.index, setup)
+        self.ema = Ema(self.engine, self.training.ema_decay, offload=setup.ema_offload)
         self.objective = Objective(self.config, self.index, self.engine.device)
-        self.micro_batch = self.engine.train_micro_batch_size_per_gpu()
-        self.accumulation = self.engine.gradient_accumulation_steps()
-        self.global_batch = self.engine.train_batch_size()
+        crop = self.config.unets[self.index].crop
+        pixels = f"{self.size} px" if crop is None else f"{crop} px crops of {self.size} px"
         self.say(
-            f"U-Net {self.unet_number}: {self.num_parameters / 1e6:.1f} M parameters, "
-            f"{self.size} px, {len(self.train_indices)} pictures, global batch "
-            f"{self.global_batch} = {self.micro_batch} x {self.accumulation} accumulated x "
-            f"{world_size()} processes, ZeRO-{self.engine.zero_optimization_stage()}, "
-            f"{self.training.precision}"
+            f"U-Net {self.unet_number}: {num_parameters / 1e6:.1f} M parameters, {pixels}, "
+            f"{len(self.train_indices)} pictures; {in_words(setup)}"
         )
 
     # Checkpoints.
@@ -217,7 +277,12 @@ class UnetTraining:
 
     def _facts(self) -> dict[str, Any]:
         """What DeepSpeed's shards depend on."""
-        return {"processes": world_size(), "zero_stage": self.engine.zero_optimization_stage()}
+        return {
+            "processes": world_size(),
+            "zero_stage": self.setup.stage,
+            "optimizer": self.setup.optimizer,
+            "optimizer_in_backward": self.setup.in_backward,
+        }
 
     def _ema_name(self) -> str:
         return f"ema_rank_{rank():04d}.safetensors"
@@ -243,22 +308,32 @@ class UnetTraining:
 
     def _save_inference(self, step: int) -> None:
         """Writes the EMA weights for sampling; all ranks gather, rank 0 writes."""
-        weights: dict[str, torch.Tensor] = {}
-        for name, value in self.ema.named_weights():
-            if rank() == 0:
-                weights[name] = value
-        from_rank_0(
-            lambda: ckpt.save_inference(
-                ckpt.inference_path(self.run_dir, self.unet_number),
-                weights,
-                config=self.config,
-                unet_number=self.unet_number,
-                text_embed_dim=self.text_embed_dim,
-                text_fingerprint=self.fingerprint,
-                step=step,
-                steps=self.steps,
-            )
-        )
+        path = ckpt.inference_path(self.run_dir, self.unet_number)
+        weights = self.ema.named_weights()
+        failure: Exception | None = None
+        if rank() == 0:
+            try:
+                ckpt.stream_inference(
+                    path,
+                    self.ema.shapes(),
+                    weights,
+                    config=self.config,
+                    unet_number=self.unet_number,
+                    text_embed_dim=self.text_embed_dim,
+                    text_fingerprint=self.fingerprint,
+                    step=step,
+                    steps=self.steps,
+                )
+            except Exception as error:  # the other ranks are still giving their shares
+                failure = error
+        for _ in weights:
+            pass
+
+        def fail_together() -> None:
+            if failure is not None:
+                raise failure
+
+        from_rank_0(fail_together)
 
     # Steps.
 
@@ -274,13 +349,14 @@ class UnetTraining:
             shuffle=shuffle,
         )
 
-    def _loop(self, step: int) -> None:
+    def _loop(self) -> None:
+        step = self.step
         micro_batches = batches(
             self._dataset(self.train_indices, shuffle=True),
             start_step=step,
             steps=self.steps - step,
-            global_batch=self.global_batch,
-            micro_batch=self.micro_batch,
+            global_batch=self.setup.global_batch,
+            micro_batch=self.setup.micro_batch,
             rank=rank(),
             world_size=world_size(),
             num_workers=self.config.data.num_workers,
@@ -292,6 +368,9 @@ class UnetTraining:
                 window.append(self._step(micro_batches, lr))
                 step += 1
                 self.ema.update(step)
+                self.step = step
+                if step == self.plan_check:
+                    self._check_plan()
                 if telemetry is not None:
                     telemetry.advance(step)
                 is_checkpoint = self._is_due(step, self.training.checkpoint_every)
@@ -307,6 +386,7 @@ class UnetTraining:
                     self._save_inference(step)
                 if is_checkpoint:
                     self._save(step)
+                    self.saved_step = step
                 if is_sample:
                     from_rank_0(functools.partial(self._draw, telemetry, step))
 
@@ -337,12 +417,20 @@ class UnetTraining:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.engine.device)
-        for _ in range(self.accumulation):
+        for micro_step in range(1, self.setup.accumulation + 1):
             loss = self.objective.loss(self.engine, next(micro_batches))
+            self.is_updating = self.setup.in_backward
             self.engine.backward(loss)
+            self.is_updating |= micro_step == self.setup.accumulation
             self.engine.step()
             total += loss.detach()
-        return total / self.accumulation
+        self.is_updating = False
+        return total / self.setup.accumulation
+
+    def _check_plan(self) -> None:
+        check_plan(
+            self.config, self.index, self.text_embed_dim, self.setup, self.baseline, self.say
+        )
 
     def _report(
         self, telemetry: Telemetry | None, step: int, lr: float, window: list[torch.Tensor]
@@ -365,7 +453,7 @@ class UnetTraining:
                 loss=loss,
                 lr=lr,
                 grad_norm=None if norm is None else float(norm),
-                images=self.global_batch,
+                images=self.setup.global_batch,
             )
 
     def _mean_over_ranks(self, value: torch.Tensor) -> float:
@@ -375,14 +463,14 @@ class UnetTraining:
     @torch.no_grad()
     def _validate(self, telemetry: Telemetry | None, step: int) -> None:
         """Loss on held-out pictures, with the same noise and times at every validation."""
-        together = self.micro_batch * world_size()
+        together = self.setup.micro_batch * world_size()
         steps = min(self.training.val_batches, math.ceil(len(self.val_indices) / together))
         held_out = batches(
             self._dataset(self.val_indices, shuffle=False),
             start_step=0,
             steps=steps,
             global_batch=together,
-            micro_batch=self.micro_batch,
+            micro_batch=self.setup.micro_batch,
             rank=rank(),
             world_size=world_size(),
             num_workers=0,

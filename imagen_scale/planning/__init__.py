@@ -1,0 +1,1 @@
+"""How many bytes a training step needs, and the cheapest way to fit."""

@@ -1,0 +1,55 @@
+"""Counts the bytes of live tensors, real or fake."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, `now` is the bytes of all storages made since and still alive; `peak` their most.
+
+    Works on fake tensors too: what a network would need is known without the memory to run it.
+    Unlike hooks on saved tensors, it sees whatever keeps a tensor alive: checkpointing holds its
+    inputs by reference.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def forget_peak(self) -> None:
+        """Starts a new peak from what is alive now."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one operation and notes the storages that it made."""
+        kwargs = kwargs or {}
+        # What comes in unseen was made elsewhere, e.g. a weight: its views are not new either.
+        tree_map_only(torch.Tensor, lambda tensor: self._note(tensor, 0), (args, kwargs))
+        out = func(*args, **kwargs)
+        # `set_` takes over a storage that exists, e.g. a mapped file's.
+        made = 0 if func.overloadpacket is torch.ops.aten.set_ else 1
+        tree_map_only(torch.Tensor, lambda tensor: self._note(tensor, made), out)
+        return out
+
+    def _note(self, tensor: torch.Tensor, times: int) -> torch.Tensor:
+        if tensor.device.type == "meta":  # a shape, not memory
+            return tensor
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes() * times
+        if key not in self._seen:
+            self._seen.add(key)
+            weakref.finalize(storage, self._forget, key, nbytes)
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+        return tensor
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= nbytes

@@ -1,0 +1,176 @@
+"""A plan in words, tables and JSON."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from imagen_scale.config import Config
+from imagen_scale.planning.machine import Machine
+from imagen_scale.planning.planner import Candidate, UnetPlan, gb
+from imagen_scale.planning.setup import Setup
+
+TERMS = ("weights", "gradients", "optimizer", "ema", "activations", "buckets", "workspace")
+
+
+def as_dict(plan: UnetPlan, ratio: float) -> dict[str, Any]:
+    """One U-Net's plan for scripts; bytes."""
+    candidate = plan.choice
+    return {
+        "unet": plan.unet_number,
+        "fits": plan.fault is None,
+        "fault": plan.fault,
+        "warnings": plan.warnings,
+        "parameters": candidate.activations.num_parameters,
+        "setup": candidate.setup._asdict(),
+        "global_batch": candidate.setup.global_batch,
+        "bytes": {
+            **candidate.cost._asdict(),
+            "card": int(candidate.cost.card * ratio),
+            "activations_held": candidate.activations.held,
+        },
+        "seconds": round(candidate.seconds, 4),
+        "relative_step_cost": round(candidate.seconds / _fastest(plan), 3),
+    }
+
+
+def in_words(setup: Setup) -> str:
+    """A setup in one phrase."""
+    if setup.in_backward:
+        where = "the optimizer inside backward"
+    elif setup.stage == 0:
+        where = "everything on the card"
+    else:
+        where = f"ZeRO-{setup.stage}"
+        if setup.offloads_parameters:
+            where += " with optimizer and weights in host memory"
+        elif setup.offloads_optimizer:
+            where += " with the optimizer in host memory"
+    if setup.ema_offload:
+        where += ", EMA in host memory"
+    held = " (held in host memory)" if setup.offload_activations else ""
+    return (
+        f"{setup.optimizer}, {where}; checkpointing {_levels(setup)}{held}; global batch "
+        f"{setup.global_batch} = {setup.micro_batch} x {setup.accumulation} accumulated x "
+        f"{setup.ranks} {'process' if setup.ranks == 1 else 'processes'}, {setup.precision}"
+    )
+
+
+def why(plan: UnetPlan) -> str:
+    """Why this candidate and not another."""
+    chosen, exact = plan.choice, plan.choice.setup.optimizer in ("adamw", "adafactor")
+    if plan.fault is not None:
+        return f"nothing fits; this comes nearest. At fault: {plan.fault}"
+    rival = next((c for c in plan.others if c.seconds < chosen.seconds and _exact(c)), None)
+    if not exact:
+        return "no exact optimizer fits: host memory holds its moments in less than 4 bytes each"
+    if rival is not None:
+        return "the cheapest step that fits; faster ways need more memory (--explain)"
+    return "the cheapest step that fits"
+
+
+def print_plan(
+    plans: list[UnetPlan],
+    config: Config,
+    machine: Machine,
+    console: Console,
+    *,
+    ratio: float,
+    explain: bool,
+) -> None:
+    """Prints a table of terms, a line of choice and reason per U-Net, and the warnings."""
+    table = Table(title=_title(machine, ratio), title_justify="left")
+    table.add_column("GB (10^9 bytes)")
+    for plan in plans:
+        size = config.imagen.image_sizes[plan.unet_number - 1]
+        crop = config.unets[plan.unet_number - 1].crop
+        pixels = f"{size} px" if crop is None else f"{crop} of {size} px"
+        table.add_column(f"U-Net {plan.unet_number}\n{pixels}", justify="right")
+
+    def row(name: str, values: list[str], **style: Any) -> None:
+        table.add_row(name, *values, **style)
+
+    choices = [plan.choice for plan in plans]
+    row("parameters", [f"{c.activations.num_parameters / 1e6:.1f} M" for c in choices])
+    row(
+        "micro-batch x accumulation",
+        [f"{c.setup.micro_batch} x {c.setup.accumulation}" for c in choices],
+        end_section=True,
+    )
+    for term in TERMS:
+        row(term, [_number(getattr(c.cost, term)) for c in choices])
+    row(
+        "total on the card",
+        [_number(int(c.cost.card * ratio)) for c in choices],
+        style="bold",
+        end_section=True,
+    )
+    row("host memory", [_number(c.cost.host) for c in choices])
+    row("of it pinned", [_number(c.cost.pinned) for c in choices])
+    row("disk per checkpoint", [_number(c.cost.disk) for c in choices])
+    row("relative step cost", [f"{p.choice.seconds / _fastest(p):.2f}" for p in plans])
+    row("fits", ["yes" if plan.fault is None else "NO" for plan in plans])
+    console.print(table)
+    for plan in plans:
+        console.print(f"U-Net {plan.unet_number}: {in_words(plan.choice.setup)}", markup=False)
+        console.print(f"    why: {why(plan)}", markup=False)
+        for warning in plan.warnings:
+            console.print(f"    warning: {warning}", markup=False)
+        if explain:
+            for other in plan.others:
+                console.print(f"    not taken: {_other(other, plan, machine, ratio)}", markup=False)
+    if explain:
+        console.print(
+            "Activations: one training pass of the real U-Net on tensors without memory, peak of "
+            "live bytes. Weights to buckets: DeepSpeed's own allocations. Workspace: CUDA context "
+            "(0.6 GB, assumed) and 6 % allocator slack. Relative step cost: 1 is the fastest way "
+            "without a limit; rates of imagen_scale/planning/speed.py."
+        )  # fmt: skip
+
+
+def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> str:
+    card, host = other.cost.card * ratio, other.cost.host
+    too_large = []
+    if machine.card is None:
+        if card * machine.ranks + host > machine.ram:
+            too_large.append(f"memory {gb(card * machine.ranks + host)}")
+    elif card > machine.card:
+        too_large.append(f"card {gb(card)}")
+    if machine.card is not None and host > machine.ram:
+        too_large.append(f"host {gb(host)}")
+    if too_large:
+        reason = f"does not fit: {', '.join(too_large)}"
+    elif not _exact(other) and _exact(plan.choice):
+        reason = "fits, but is not exact AdamW"
+    elif other.setup.offloads_parameters:
+        reason = "fits, but streams every weight from the host"
+    else:
+        reason = "fits, but is not cheaper"
+    relative = other.seconds / _fastest(plan)
+    return f"{in_words(other.setup)}: {reason} (step cost {relative:.2f})"
+
+
+def _exact(candidate: Candidate) -> bool:
+    return candidate.setup.optimizer in ("adamw", "adafactor")
+
+
+def _fastest(plan: UnetPlan) -> float:
+    return min(c.seconds for c in [plan.choice, *plan.others])
+
+
+def _levels(setup: Setup) -> str:
+    levels = setup.checkpointing
+    return levels[0] if len(set(levels)) == 1 else "/".join(levels)
+
+
+def _number(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f}"
+
+
+def _title(machine: Machine, ratio: float) -> str:
+    ram = f"{gb(machine.ram)} of host memory to spend"
+    processes = f"{machine.ranks} process{'' if machine.ranks == 1 else 'es'}"
+    if machine.card is None:
+        return f"Memory plan: no card, {ram}, {processes}"
+    title = f"Memory plan: {gb(machine.card)} on each card, {ram}, {processes}"
+    return title if ratio == 1 else f"{title}; corrected x{ratio:.3f} as measured on this card"

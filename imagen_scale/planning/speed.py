@@ -1,0 +1,45 @@
+"""Relative time of a training step: only the order of the candidates depends on it.
+
+The rates are round figures of a small card (RTX 3060: 25 TFLOP/s dense bf16, PCIe 4.0 x16,
+360 GB/s) in a desktop with two memory channels, at the share of them that training reaches. They
+were not measured by this project; they decide between ways that all fit.
+"""
+
+from imagen_scale.planning.activations import Activations
+from imagen_scale.planning.cost import Cost
+from imagen_scale.planning.setup import Setup
+
+FLOPS_PER_S = {"bf16": 13e12, "fp32": 6e12}
+PCIE_BYTES_PER_S = 12e9
+CARD_BYTES_PER_S = 250e9
+HOST_BYTES_PER_S = 25e9
+# Starting the kernels of one forward and backward pass: what makes tiny micro-batches slow.
+LAUNCH_S = 0.05
+# Normalisations and activations move bytes rather than compute: recomputing them costs this share
+# of a step beyond its FLOPs (measured on CPU: benchmarks/training_memory.py).
+NORMS_SHARE = 0.02
+
+
+def step_seconds(setup: Setup, cost: Cost, activations: Activations, flops: int) -> float:
+    """Estimated seconds of one optimizer step.
+
+    Args:
+        setup: How the U-Net is trained.
+        cost: From `step_cost`.
+        activations: Of one micro-batch.
+        flops: Of one picture, recomputation included.
+    """
+    parameters = activations.num_parameters
+    compute = setup.micro_batch * flops / FLOPS_PER_S[setup.precision]
+    if any(level != "none" for level in setup.checkpointing):
+        compute *= 1 + NORMS_SHARE
+    micro_step = compute + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
+    # Weight, gradient and moments are read and written once.
+    moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2}[setup.optimizer]
+    if setup.offloads_optimizer:
+        update = (14 + moments) * parameters / HOST_BYTES_PER_S
+    else:
+        update = (14 + moments) * parameters / setup.ranks / CARD_BYTES_PER_S
+    ema_on_host = setup.offloads_optimizer or setup.ema_offload
+    update += 12 * parameters / (HOST_BYTES_PER_S if ema_on_host else CARD_BYTES_PER_S)
+    return setup.accumulation * micro_step + cost.transfer / PCIE_BYTES_PER_S + update

@@ -1,0 +1,115 @@
+"""Memory that training really uses: running out of it, and comparing it with the plan."""
+
+import contextlib
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from imagen_scale.config import Config
+from imagen_scale.planning.cache import cached_measure
+from imagen_scale.planning.cost import process_bytes, step_cost
+from imagen_scale.planning.machine import keep_calibration, this_machine
+from imagen_scale.planning.planner import gb
+from imagen_scale.planning.setup import Setup
+
+# What allocators say when there is no more: torch's on the CPU, and CUDA outside torch's own.
+_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the card's or the host's memory is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+def release_memory() -> None:
+    """Gives back what is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def host_bytes() -> int:
+    """Resident memory of this process now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def forget_peaks() -> None:
+    """Starts new peaks from what is in use now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak of the whole run stays
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_host_bytes() -> int:
+    """Most resident memory of this process since `forget_peaks`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_plan(
+    config: Config,
+    unet_index: int,
+    text_embed_dim: int,
+    setup: Setup,
+    baseline: int,
+    say: Callable[[str], None],
+) -> None:
+    """Says what was predicted and what is used, and keeps the ratio for the next plan.
+
+    Args:
+        config: The run.
+        unet_index: From 0.
+        text_embed_dim: Width of the encoder's features.
+        setup: In force.
+        baseline: Host memory of this process before the U-Net was built.
+        say: Told the figures.
+    """
+    activations = cached_measure(
+        config,
+        unet_index,
+        text_embed_dim,
+        micro_batch=setup.micro_batch,
+        checkpointing=setup.checkpointing,
+        offload_activations=setup.offload_activations,
+    )
+    on_card = torch.cuda.is_available()
+    cost = step_cost(setup, activations, on_card=on_card)
+    host = cost.host / setup.ranks - process_bytes(on_card=on_card)
+    measured_host = peak_host_bytes() - baseline
+    where = f"plan check, U-Net {unet_index + 1}"
+    if not on_card:
+        predicted = cost.card + host
+        say(
+            f"{where}: {gb(predicted)} predicted, {gb(measured_host)} measured, ratio "
+            f"{measured_host / predicted:.3f} (no card: everything is host memory)"
+        )
+        return
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    total, free = _used_outside(reserved)
+    ratio = total / cost.card
+    keep_calibration(this_machine(setup.ranks).name, ratio)
+    say(
+        f"{where}: card {gb(cost.card)} predicted, {gb(total)} measured "
+        f"({gb(allocated)} allocated, {gb(reserved)} reserved, the rest context), ratio "
+        f"{ratio:.3f}, kept for the next plan; host {gb(host)} predicted, {gb(measured_host)} "
+        f"measured; {gb(free)} of the card is free"
+    )
+
+
+def _used_outside(reserved: int) -> tuple[int, int]:
+    """Peak of this process on the card with its context, and what is free now."""
+    free, everything = torch.cuda.mem_get_info()
+    context = max(0, everything - free - torch.cuda.memory_reserved())
+    return reserved + context, free
