@@ -109,6 +109,7 @@ def prepare(config_path: str, overrides: tuple[str, ...]) -> None:
         f"{len(prepared.source)} pictures ({len(train)} to train on, {len(val)} held out), "
         f"{unique} distinct captions, prepared in {cache_dir(checked)}"
     )
+    click.echo(f"which pictures were left out, and why: {prepared.report}")
     if prepared.source.attribution:
         click.echo(prepared.source.attribution)
 
