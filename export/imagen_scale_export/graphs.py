@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from imagen_scale.checkpoint import InferenceFile, load_weights
-from imagen_scale.diffusion.guidance import guide
 from imagen_scale.models.unet import TextCond, UNet
 
 
@@ -45,7 +44,7 @@ class GuidedDenoiser(nn.Module):
         )
         # `chunk` would fix the batch of the exported graph.
         cond, null_prediction = pair.float().unflatten(0, (2, -1)).unbind()
-        return guide(cond, null_prediction, cond_scale[:, None, None, None])
+        return null_prediction + (cond - null_prediction) * cond_scale[:, None, None, None]
 
 
 class Conditioner(nn.Module):

@@ -11,8 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from imagen_scale import __version__
 from imagen_scale.checkpoint import InferenceFile
@@ -123,6 +122,13 @@ class Manifest(Section):
     files: dict[str, FileRecord]
     verification: Verification | None
 
+    @model_validator(mode="after")
+    def _engines_have_a_profile(self) -> "Manifest":
+        is_engine = self.format == "tensorrt"
+        if (self.engine is not None) != is_engine or (self.profile is not None) != is_engine:
+            raise ValueError("engine and profile belong to the format tensorrt")
+        return self
+
     @property
     def dynamic_size(self) -> bool:
         """Whether height and width are free."""
@@ -210,9 +216,7 @@ def write_manifest(
         sampler=sampler_constants(file),
         text=text_facts(file),
         engine=engine,
-        needs=(
-            {engine.library: f"=={engine.version}"} if engine else {"onnxruntime": ">=1.23"}
-        ),
+        needs=({engine.library: f"=={engine.version}"} if engine else {"onnxruntime": ">=1.23"}),
         files={
             path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
             for path in sorted(folder.iterdir())
@@ -322,4 +326,3 @@ def _stale(folder: Path, file: InferenceFile, reason: str) -> ExportError:
 
 def _damaged(path: Path, reason: str) -> ExportError:
     return ExportError(f"{path}: damaged: {reason}. Export again with --force.")
-

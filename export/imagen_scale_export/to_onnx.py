@@ -125,10 +125,10 @@ def example_inputs(
         seed: Same seed, same values.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths: dict[Any, int] = {BATCH: batch, HEIGHT: size, WIDTH: size}
+    lengths = {BATCH: batch, HEIGHT: size, WIDTH: size}
     inputs = {}
     for port in ports:
-        shape = [lengths.get(dim, dim) for dim in port.dims]
+        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in port.dims]
         value = torch.randn(shape, generator=generator)
         if port.dtype == "bool":
             value = value > 0
@@ -219,7 +219,7 @@ def _rename_outputs(graph: Any, names: list[str]) -> None:
         node.output[:] = [renamed.get(name, name) for name in node.output]
 
 
-class _quiet:  # noqa: N801  # used as a statement
+class _quiet:  # used as a statement
     """Keeps libraries' progress chatter off the terminal."""
 
     def __init__(self, *names: str) -> None:
@@ -253,5 +253,3 @@ def data_files(path: Path) -> set[str]:
     graph = onnx.load(path, load_external_data=False).graph
     tensors = [tensor for tensor in graph.initializer if uses_external_data(tensor)]
     return {ExternalDataInfo(tensor).location for tensor in tensors}
-
-
