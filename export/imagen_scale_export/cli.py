@@ -46,11 +46,9 @@ if TYPE_CHECKING:
 @click.pass_context
 @user_errors
 def export(context: click.Context, **options: Any) -> None:
-    r"""Turn trained U-Nets into ONNX files or TensorRT engines, checked against the originals.
+    """Turn trained U-Nets into ONNX files or TensorRT engines, checked against the originals.
 
-    \b
-        imagen-scale export --unet 1 --format onnx
-        imagen-scale export --unet all --format tensorrt --target SM86,SM89
+    For example: imagen-scale export --unet 1 --format onnx
     """
     if context.invoked_subcommand is None:
         _export(**options)
