@@ -149,17 +149,16 @@ def write_stage(run, number, *, seed=0, step=6, fingerprint=None, change=None, o
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A run with ONNX exports of both stages in fp32 and fp16; copy before changing it."""
-    from imagen_scale.checkpoint import inference_path, read_inference
     from imagen_scale_export.exporter import Options, export_unet
+
+    from imagen_scale.checkpoint import inference_path, read_inference
 
     run = tmp_path_factory.mktemp("exported") / "tiny"
     for number in (1, 2):
         write_stage(run, number)
         for precision in ("fp32", "fp16"):
             # The second stage in fp32 takes other sizes as well.
-            options = Options(
-                precision=precision, dynamic_size=number == 2 and precision == "fp32"
-            )
+            options = Options(precision=precision, dynamic_size=number == 2 and precision == "fp32")
             file = read_inference(inference_path(run, number))
             export_unet(file, options, lambda sentence: None)
     return run

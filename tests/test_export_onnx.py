@@ -8,12 +8,6 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, TINY, write_stage
-from torch import nn
-
-from imagen_scale.checkpoint import inference_path, read_inference
-from imagen_scale.config import parse_config
-from imagen_scale.errors import ExportError
-from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale_export.graphs import load_unet
 from imagen_scale_export.io_spec import denoiser_inputs
 from imagen_scale_export.to_onnx import (
@@ -23,6 +17,12 @@ from imagen_scale_export.to_onnx import (
     export_conditioner,
     op_census,
 )
+from torch import nn
+
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.config import parse_config
+from imagen_scale.errors import ExportError
+from imagen_scale.models.unet import TextCond, UNet
 
 SIZES = TINY["imagen"]["image_sizes"]
 LIMITS = {"fp32": 1e-5, "fp16": 1e-2}
@@ -74,9 +74,7 @@ def test_a_dynamic_graph_takes_other_sizes(exported, size):
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_conditioner_computes_text_tokens_and_pooled_text(exported, number):
     unet = load_unet(read_inference(inference_path(exported, number)))
-    session = onnxruntime.InferenceSession(
-        folder_of(exported, number, "fp32") / "conditioner.onnx"
-    )
+    session = onnxruntime.InferenceSession(folder_of(exported, number, "fp32") / "conditioner.onnx")
     embeds = torch.randn(3, 8, 384)
     mask = torch.arange(8) < torch.tensor([[0], [3], [8]])  # none, some, all are tokens
     found = session.run(None, {"text_embeds": embeds.numpy(), "text_mask": mask.numpy()})
@@ -106,7 +104,9 @@ def test_operators_follow_the_precision(exported, number):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_every_input_keeps_a_free_batch(exported, number):
-    model = onnx.load(folder_of(exported, number, "fp16") / "denoiser.onnx", load_external_data=False)
+    model = onnx.load(
+        folder_of(exported, number, "fp16") / "denoiser.onnx", load_external_data=False
+    )
     for value in [*model.graph.input, *model.graph.output]:
         dims = value.type.tensor_type.shape.dim
         assert dims[0].dim_param == "batch"
