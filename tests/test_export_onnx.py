@@ -66,6 +66,26 @@ def test_the_graph_computes_guided_predictions(exported, number, precision, batc
         assert error > 1e-5  # it did compute in half precision
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_graph_without_guidance_shares_the_weights(exported, number, precision):
+    folder, size = folder_of(exported, number, precision), SIZES[number - 1]
+    assert data_files(folder / "denoiser_unguided.onnx") == {"denoiser.onnx.data"}
+    model = onnx.load(folder / "denoiser_unguided.onnx", load_external_data=False)
+    assert sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 30_000
+    unet = load_unet(read_inference(inference_path(exported, number)))
+    ports = denoiser_inputs(unet.config, size, dynamic_size=False, guided=False)
+    session = onnxruntime.InferenceSession(folder / "denoiser_unguided.onnx")
+    for batch in (1, 3):
+        inputs = example_inputs(ports, batch=batch, size=size, seed=batch)
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        found = torch.from_numpy(session.run(None, feed)[0])
+        text = TextCond(inputs.pop("text_tokens"), inputs.pop("text_hidden"))
+        expected = unet.denoise(text=text, **inputs)
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert error < LIMITS[precision]
+
+
 @pytest.mark.parametrize("size", [16, 48])
 def test_a_dynamic_graph_takes_other_sizes(exported, size):
     assert relative_error(exported, 2, "fp32", batch=2, size=size) < LIMITS["fp32"]
@@ -116,7 +136,7 @@ def test_every_input_keeps_a_free_batch(exported, number):
 
 def test_weights_lie_outside_and_nothing_tells_of_the_machine(exported):
     for path in (exported / "export").rglob("*.onnx"):
-        assert data_files(path) == {path.name + ".data"}
+        assert data_files(path) == {path.name.replace("_unguided", "") + ".data"}
         content = path.read_bytes()
         for secret in (str(ROOT), "site-packages", ".py", "def forward", "stack_trace"):
             assert secret.encode() not in content, path

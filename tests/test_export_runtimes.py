@@ -42,14 +42,14 @@ def lowres(number, batch, size):
     }
 
 
-def torch_denoiser(unet, schedule, text, *, lowres_img, lowres_t):
+def torch_denoiser(unet, schedule, text, *, lowres_img, lowres_t, cond_scale=SCALE):
     """The eager network with guidance in two passes."""
     cond = unet.condition_text(*text)
 
     def denoiser(x_t, t):
         with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
         without = unet.denoise(x_t, t, unet.null_text(len(x_t)), lowres_img, lowres_t)
-        prediction = without + (with_text - without) * SCALE
+        prediction = without + (with_text - without) * cond_scale
         is_v = unet.config.pred_type == "v"
         return schedule.v_to_eps(x_t, t, prediction) if is_v else prediction
 
@@ -70,15 +70,18 @@ def pictures(denoiser, schedule, batch, size):
     return (images + 1) * 127.5
 
 
+@pytest.mark.parametrize("cond_scale", [1.0, SCALE])
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_same_seed_same_pixels_as_torch(exported, number, kind):
+def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
     file, size, batch = open_file(exported, number), 16 * number, 3
     unet, schedule, text = load_unet(file), NoiseSchedule.linear(100), random_text(batch)
     low = lowres(number, batch, size)
     runtime = open_runtime(kind, file, folder=None, device=CPU, precision="fp32")
-    ours = pictures(runtime.bind(text, cond_scale=SCALE, **low), schedule, batch, size)
-    theirs = pictures(torch_denoiser(unet, schedule, text, **low), schedule, batch, size)
+    bound = runtime.bind(text, cond_scale=cond_scale, **low)
+    reference = torch_denoiser(unet, schedule, text, cond_scale=cond_scale, **low)
+    ours, theirs = (pictures(fn, schedule, batch, size) for fn in (bound, reference))
+    assert list(runtime._executors) == [cond_scale != 1]  # only the graph that is needed
     runtime.close()
     assert theirs.std() > 10
     assert (ours - theirs).abs().max() <= 0.5  # half a level before rounding: one at most after
@@ -130,7 +133,7 @@ def test_images_that_the_export_does_not_take(exported):
         dynamic.check_shape(torch.Size((1, 3, 32, 33)))
     profile = Profile(batch=(1, 2, 8), side=(16, 16, 32))
     engine = ExportedRuntime(
-        file, runtime._executor, load_unet(file), profile=profile, dynamic_size=True
+        file, runtime._backend, load_unet(file), profile=profile, dynamic_size=True
     )
     engine.check_shape(torch.Size((8, 3, 32, 32)))
     with pytest.raises(ExportError, match=r"1 to 8 images at once, not 9.*--batch MIN:OPT:MAX"):

@@ -53,15 +53,17 @@ def test_an_engine_is_built_without_a_gpu(run, number, targets, batch, side):
     assert manifest.profile == Profile(batch=batch, side=side)
     # Weights are inside.
     weights = (folder / "denoiser.onnx.data").stat().st_size
-    assert (folder / "denoiser.engine").stat().st_size > weights
+    for name in ("denoiser.engine", "denoiser_unguided.engine"):
+        assert (folder / name).stat().st_size > weights
     assert manifest.verification.passed
     if not torch.cuda.is_available():
         assert "the engine itself was not run" in manifest.verification.note
 
 
+@pytest.mark.parametrize("name", ["denoiser.onnx", "denoiser_unguided.onnx"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_the_parsed_network_has_every_group_norm_with_eight_groups(run, number):
-    path = folder_of(run, number) / "denoiser.onnx"
+def test_the_parsed_network_has_every_group_norm_with_eight_groups(run, number, name):
+    path = folder_of(run, number) / name
     groups = Network(find_library("tensorrt_rtx"), path).norm_groups()
     assert groups == [8] * op_census(path)["GroupNormalization"]
     assert len(groups) > 10

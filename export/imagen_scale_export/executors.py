@@ -6,21 +6,26 @@ guidance and the noise schedule are bound to it in `runtimes`.
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraError
 from imagen_scale_export import built_here
-from imagen_scale_export.manifest import ENGINE, EngineFacts, onnx_sha256, sha256
-from imagen_scale_export.to_onnx import DENOISER
+from imagen_scale_export.manifest import (
+    ENGINE,
+    UNGUIDED_ENGINE,
+    EngineFacts,
+    onnx_sha256,
+    sha256,
+)
+from imagen_scale_export.to_onnx import CONDITIONER, DENOISER, UNGUIDED
 from imagen_scale_export.to_tensorrt import find_library, make_logger
 
-RUNTIME_CACHE = "runtime.cache"
 # A node of these on the CPU while a GPU was asked for means a silent fallback.
 HEAVY_OPS = {"Attention", "Conv", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
 
@@ -28,7 +33,6 @@ HEAVY_OPS = {"Attention", "Conv", "Gemm", "GroupNormalization", "LayerNormalizat
 class Executor(Protocol):
     """Computes one graph."""
 
-    name: str
     device: torch.device
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -113,11 +117,8 @@ class OnnxCpu:
     """A graph on ONNX Runtime's CPU provider; tensors are handed over without a copy."""
 
     def __init__(self, path: Path) -> None:
-        import importlib.metadata
-
         self.session = onnx_session(path, "CPUExecutionProvider")
         self.device = torch.device("cpu")
-        self.name = f"onnxruntime {importlib.metadata.version('onnxruntime')} (CPU)"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
@@ -183,8 +184,6 @@ class OnnxCuda(_OnStream):
     """A graph on ONNX Runtime's CUDA provider, its inputs and output bound to torch's memory."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        import importlib.metadata
-
         require_driver(device, "onnx")
         super().__init__(device)
         options = {
@@ -192,7 +191,6 @@ class OnnxCuda(_OnStream):
             "user_compute_stream": str(self.stream.cuda_stream),
         }
         self.session = onnx_session(path, "CUDAExecutionProvider", options)
-        self.name = f"onnxruntime {importlib.metadata.version('onnxruntime-gpu')} (CUDA)"
 
     def _bind(self) -> None:
         import numpy as np
@@ -239,7 +237,6 @@ class OpenVino:
         except RuntimeError as error:
             raise ExportError(f"{path}: OpenVINO cannot load it: {_first_line(error)}") from None
         self.device = torch.device("cpu")
-        self.name = f"openvino {openvino.__version__.split('-')[0]} ({'bf16' if bf16 else 'fp32'})"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
@@ -271,29 +268,26 @@ class TensorRT(_OnStream):
     """A TensorRT engine that was built on this machine.
 
     Args:
-        folder: The export.
+        path: The engine; `check_engine` has approved of its folder.
         facts: From its manifest.
         device: A CUDA device.
 
     Raises:
         EnvironmentProblem: Without an NVIDIA driver, or if the card is not one of the targets.
-        ExportError: If the engine belongs to another graph or version, or was built elsewhere.
     """
 
-    def __init__(self, folder: Path, facts: EngineFacts, device: torch.device) -> None:
-        check_engine(folder, facts)
+    def __init__(self, path: Path, facts: EngineFacts, device: torch.device) -> None:
         require_driver(device, "tensorrt")
         library = find_library(facts.library)
         super().__init__(device)
-        trt, self.folder, self.facts = library.module, folder, facts
-        self.name = f"{library.name} {library.version}"
+        trt, self.path, self.facts = library.module, path, facts
         self._log = make_logger(trt)
         self._runtime = trt.Runtime(self._log)
         with torch.cuda.device(device):
-            self.engine = self._runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+            self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self.engine is None:
                 raise EnvironmentProblem(
-                    f"{folder / ENGINE}: cannot be used on {torch.cuda.get_device_name(device)}: "
+                    f"{path}: cannot be used on {torch.cuda.get_device_name(device)}: "
                     f"{self._log.errors[-1] if self._log.errors else 'no reason given'}. Build it "
                     f"again for this card with `imagen-scale export --format tensorrt --force`."
                 )
@@ -305,7 +299,7 @@ class TensorRT(_OnStream):
             return self.engine.create_execution_context()
         config = self.engine.create_runtime_config()
         self._cache = config.create_runtime_cache()
-        path = self.folder / RUNTIME_CACHE
+        path = self.path.with_suffix(".cache")
         if path.is_file() and built_here.is_built_here(self.facts, path.name, sha256(path)):
             self._cache.deserialize(path.read_bytes())  # refuses by itself what does not fit
         config.set_runtime_cache(self._cache)
@@ -315,7 +309,7 @@ class TensorRT(_OnStream):
         for name, buffer in self.buffers.items():
             if not self.context.set_input_shape(name, tuple(buffer.shape)):
                 raise ExportError(
-                    f"{self.folder / ENGINE}: {name} cannot have shape {tuple(buffer.shape)}; "
+                    f"{self.path}: {name} cannot have shape {tuple(buffer.shape)}; "
                     f"the range was fixed by --batch when it was built."
                 )
             self.context.set_tensor_address(name, buffer.data_ptr())
@@ -323,13 +317,13 @@ class TensorRT(_OnStream):
 
     def _run(self) -> None:
         if not self.context.execute_async_v3(self.stream.cuda_stream):
-            raise ExportError(f"{self.folder / ENGINE}: failed: {'; '.join(self._log.errors[-1:])}")
+            raise ExportError(f"{self.path}: failed: {'; '.join(self._log.errors[-1:])}")
 
     def close(self) -> None:
         """Keeps the kernels compiled so far beside the engine, then frees it."""
         self.stream.synchronize()
         if self._cache is not None:
-            path = self.folder / RUNTIME_CACHE
+            path = self.path.with_suffix(".cache")
             with suppress(OSError):  # a folder that may not be written costs time only
                 temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
                 temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
@@ -340,7 +334,7 @@ class TensorRT(_OnStream):
 
 
 def check_engine(folder: Path, facts: EngineFacts) -> None:
-    """Checks, without loading it, that an engine may be loaded here.
+    """Checks, without loading them, that an export's engines may be loaded here.
 
     Raises:
         ExportError: If it belongs to another graph or version, or was not built here.
@@ -355,11 +349,12 @@ def check_engine(folder: Path, facts: EngineFacts) -> None:
             f"{folder / ENGINE}: was built by {library.name} {facts.version} and {library.version} "
             f"is installed; engines fit one version only. {again}"
         )
-    if not built_here.is_built_here(facts, ENGINE, sha256(folder / ENGINE)):
-        raise ExportError(
-            f"{folder / ENGINE}: was not built on this machine by this user. An engine is machine "
-            f"code, so a foreign one is not run. {again}"
-        )
+    for name in (ENGINE, UNGUIDED_ENGINE):
+        if not built_here.is_built_here(facts, name, sha256(folder / name)):
+            raise ExportError(
+                f"{folder / name}: was not built on this machine by this user. An engine is "
+                f"machine code, so a foreign one is not run. {again}"
+            )
 
 
 def require_driver(device: torch.device, runtime: str) -> None:
@@ -369,3 +364,63 @@ def require_driver(device: torch.device, runtime: str) -> None:
             f"--runtime {runtime} on {device.type}: needs an NVIDIA card, its driver and a CUDA "
             f"build of torch, and torch finds none here. Use --runtime torch or onnx on the CPU."
         )
+
+
+# What opens them --------------------------------------------------------------------------------
+
+
+class Backend(NamedTuple):
+    """An export's graphs on a device, opened when they are needed.
+
+    Making one proves that the device can be used, without loading the network.
+    """
+
+    name: str
+    device: torch.device
+    open: Callable[[bool], Executor]  # guided or not
+
+
+def onnx_backend(folder: Path, device: torch.device) -> Backend:
+    """An export on ONNX Runtime, on the CPU or on an NVIDIA card."""
+    is_cpu = device.type == "cpu"
+    if not is_cpu:
+        require_driver(device, "onnx")
+    # The conditioner is small: it shows at once which provider computes.
+    onnx_session(folder / CONDITIONER, f"{'CPU' if is_cpu else 'CUDA'}ExecutionProvider")
+    import onnxruntime
+
+    return Backend(
+        f"onnxruntime {onnxruntime.__version__} ({'CPU' if is_cpu else 'CUDA'})",
+        device,
+        lambda guided: (
+            OnnxCpu(folder / graph_name(guided))
+            if is_cpu
+            else OnnxCuda(folder / graph_name(guided), device)
+        ),
+    )
+
+
+def openvino_backend(folder: Path, *, bf16: bool) -> Backend:
+    """An export on OpenVINO's CPU plug-in."""
+    version = import_openvino().__version__.split("-")[0]
+    return Backend(
+        f"openvino {version} ({'bf16' if bf16 else 'fp32'})",
+        torch.device("cpu"),
+        lambda guided: OpenVino(folder / graph_name(guided), bf16=bf16),
+    )
+
+
+def tensorrt_backend(folder: Path, facts: EngineFacts, device: torch.device) -> Backend:
+    """An export's engines on an NVIDIA card."""
+    require_driver(device, "tensorrt")
+    check_engine(folder, facts)
+    return Backend(
+        f"{facts.library} {facts.version}",
+        device,
+        lambda guided: TensorRT(folder / (ENGINE if guided else UNGUIDED_ENGINE), facts, device),
+    )
+
+
+def graph_name(guided: bool) -> str:
+    """File of the denoiser with guidance or without."""
+    return DENOISER if guided else UNGUIDED

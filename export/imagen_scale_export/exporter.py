@@ -8,14 +8,22 @@ import torch
 
 from imagen_scale.checkpoint import InferenceFile
 from imagen_scale.config import NORM_GROUPS
-from imagen_scale.errors import EnvironmentProblem, MissingExtraError, ParityError
+from imagen_scale.errors import MissingExtraError, ParityError
 from imagen_scale.models.unet import UNet
 from imagen_scale_export import built_here, io_spec
-from imagen_scale_export.executors import Executor, OnnxCpu, OnnxCuda, OpenVino, TensorRT
+from imagen_scale_export.executors import (
+    Backend,
+    graph_name,
+    import_openvino,
+    onnx_backend,
+    openvino_backend,
+    tensorrt_backend,
+)
 from imagen_scale_export.graphs import load_unet
 from imagen_scale_export.io_spec import Precision
 from imagen_scale_export.manifest import (
     ENGINE,
+    UNGUIDED_ENGINE,
     EngineFacts,
     Format,
     Graph,
@@ -33,10 +41,9 @@ from imagen_scale_export.runtimes import ExportedRuntime, export_folder, open_ex
 from imagen_scale_export.staging import check_room, reject, staged
 from imagen_scale_export.to_onnx import (
     CONDITIONER,
-    DENOISER,
     check_fp16_range,
     export_conditioner,
-    export_denoiser,
+    export_denoisers,
     op_census,
     require_exporter,
 )
@@ -88,6 +95,7 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
         MissingExtraError: If a package is missing.
     """
     require_exporter()
+    _require_checker(options)
     library = find_library() if options.format == "tensorrt" else None
     targets = parse_targets(options.targets, library) if library else ()
     final = export_folder(file, options.format, options.precision)
@@ -104,14 +112,14 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
         if options.precision == "fp16":
             check_fp16_range(unet, image_size=constants.image_size, timesteps=constants.timesteps)
         tell(f"U-Net {file.unet_number}: tracing the {options.precision} graph")
-        export_denoiser(
-            unet, folder / DENOISER, image_size=constants.image_size,
+        export_denoisers(
+            unet, folder, image_size=constants.image_size,
             precision=options.precision, dynamic_size=options.dynamic_size,
         )  # fmt: skip
         export_conditioner(unet, folder / CONDITIONER)
         engine = profile = None
         if library:
-            tell(f"U-Net {file.unet_number}: building the engine ({library.name})")
+            tell(f"U-Net {file.unet_number}: building the engines ({library.name})")
             profile = _profile(unet, constants, options)
             engine = _build(library, folder, unet, constants, options, profile, targets)
         verification = None
@@ -160,6 +168,22 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
         raise ParityError(f"{error}. Moved to {reject(folder, folder)}.") from None
 
 
+def _require_checker(options: Options) -> None:
+    """Refuses a bf16 export that nothing on this machine could check.
+
+    ONNX Runtime has no bf16 kernels for CPUs; OpenVINO has.
+    """
+    if options.check and options.precision == "bf16" and not torch.cuda.is_available():
+        try:
+            import_openvino()
+        except MissingExtraError:
+            raise MissingExtraError(
+                "a bf16 graph cannot be checked here: that takes an NVIDIA card, or the package "
+                "openvino. Run pip install 'imagen-scale[openvino]', or export without the "
+                "check: --no-verify."
+            ) from None
+
+
 def _profile(unet: UNet, constants: SamplerConstants, options: Options) -> Profile:
     size, divisor = constants.image_size, unet.config.size_divisor
     if not options.dynamic_size:
@@ -177,25 +201,27 @@ def _build(
     profile: Profile,
     targets: tuple[str, ...],
 ) -> EngineFacts:
-    network = Network(library, folder / DENOISER)
-    # Importers have got grouped normalisation wrong before (NVIDIA/TensorRT issue 4336).
-    groups, meant = network.norm_groups(), op_census(folder / DENOISER)["GroupNormalization"]
-    if groups != [NORM_GROUPS] * meant:
-        raise ParityError(
-            f"{library.name} {library.version} reads {meant} group normalisations of "
-            f"{NORM_GROUPS} groups as {groups}"
-        )
-    ports = io_spec.denoiser_inputs(
-        unet.config, constants.image_size, dynamic_size=options.dynamic_size
-    )
-    (folder / ENGINE).write_bytes(network.build(ports, profile, targets))
     facts = EngineFacts(
         library=library.name,
         version=library.version,
         targets=targets,
         onnx_sha256=onnx_sha256(folder),
     )
-    built_here.remember(facts, ENGINE, sha256(folder / ENGINE))
+    for guided, engine in ((True, ENGINE), (False, UNGUIDED_ENGINE)):
+        graph = folder / graph_name(guided)
+        network = Network(library, graph)
+        # Importers have got grouped normalisation wrong before (NVIDIA/TensorRT issue 4336).
+        groups, meant = network.norm_groups(), op_census(graph)["GroupNormalization"]
+        if groups != [NORM_GROUPS] * meant:
+            raise ParityError(
+                f"{library.name} {library.version} reads {meant} group normalisations of "
+                f"{NORM_GROUPS} groups as {groups}"
+            )
+        ports = io_spec.denoiser_inputs(
+            unet.config, constants.image_size, dynamic_size=options.dynamic_size, guided=guided
+        )
+        (folder / engine).write_bytes(network.build(ports, profile, targets))
+        built_here.remember(facts, engine, sha256(folder / engine))
     return facts
 
 
@@ -208,38 +234,27 @@ def _verify(
     engine: EngineFacts | None,
     profile: Profile | None,
 ) -> Verification:
-    executor, note = _executor(folder, options, engine)
+    backend, note = _backend(folder, options, engine)
     verify_conditioner(unet, folder / CONDITIONER)
     batches = (1, 3) if profile is None else (profile.batch[0], profile.batch[2])
-    runtime = ExportedRuntime(file, executor, unet, profile=None, dynamic_size=options.dynamic_size)
+    runtime = ExportedRuntime(file, backend, unet, profile=None, dynamic_size=options.dynamic_size)
     try:
         return verify(
-            unet, executor, runtime,
+            unet, runtime,
             precision=options.precision, constants=constants, batches=batches, note=note,
         )  # fmt: skip
     finally:
         runtime.close()
 
 
-def _executor(folder: Path, options: Options, engine: EngineFacts | None) -> tuple[Executor, str]:
-    """What can compute the export on this machine, and what is left unproven by it.
-
-    Raises:
-        EnvironmentProblem: If nothing here can.
-    """
-    path, has_gpu = folder / DENOISER, torch.cuda.is_available()
+def _backend(folder: Path, options: Options, engine: EngineFacts | None) -> tuple[Backend, str]:
+    """What can compute the export on this machine, and what is left unproven by it."""
+    cpu, cuda, has_gpu = torch.device("cpu"), torch.device("cuda"), torch.cuda.is_available()
     if engine is not None and has_gpu:
-        return TensorRT(folder, engine, torch.device("cuda")), ""
+        return tensorrt_backend(folder, engine, cuda), ""
     note = "" if engine is None else "its ONNX graph; the engine itself was not run: no NVIDIA card"
     if options.precision != "bf16":
-        return OnnxCpu(path), note
+        return onnx_backend(folder, cpu), note
     if has_gpu:
-        return OnnxCuda(path, torch.device("cuda")), note
-    try:
-        return OpenVino(path, bf16=False), note  # ONNX Runtime has no bf16 kernels for CPUs
-    except MissingExtraError:
-        raise EnvironmentProblem(
-            "a bf16 graph cannot be checked here: that takes an NVIDIA card, or the package "
-            "openvino. Install it with pip install 'imagen-scale[openvino]', or export without "
-            "the check: --no-verify."
-        ) from None
+        return onnx_backend(folder, cuda), note
+    return openvino_backend(folder, bf16=False), note

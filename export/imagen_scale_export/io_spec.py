@@ -29,13 +29,16 @@ class Port:
     dtype: Literal["float32", "bool"] = "float32"
 
 
-def denoiser_inputs(unet: UnetConfig, image_size: int, *, dynamic_size: bool) -> list[Port]:
-    """Inputs of the guided denoiser, in order.
+def denoiser_inputs(
+    unet: UnetConfig, image_size: int, *, dynamic_size: bool, guided: bool = True
+) -> list[Port]:
+    """Inputs of a denoiser, in order.
 
     Args:
         unet: With every null filled in (`Config.unet`).
         image_size: Side of the stage's pictures in pixels.
         dynamic_size: Whether height and width are free.
+        guided: Whether it is the guided one, which takes a guidance scale for each image.
     """
     cond_dim = unet.cond_dim
     assert cond_dim is not None  # `Config.unet` filled it in
@@ -46,15 +49,16 @@ def denoiser_inputs(unet: UnetConfig, image_size: int, *, dynamic_size: bool) ->
         Port("t", (BATCH,)),
         Port("text_tokens", (BATCH, unet.max_text_len, cond_dim)),
         Port("text_hidden", (BATCH, unet.dim * 4 * (2 if unet.lowres_cond else 1))),
-        Port("cond_scale", (BATCH,)),
     ]
+    if guided:
+        ports.append(Port("cond_scale", (BATCH,)))
     if unet.lowres_cond:
         ports += [Port("lowres_img", image), Port("lowres_t", (BATCH,))]
     return ports
 
 
 def denoiser_output(unet: UnetConfig, image_size: int, *, dynamic_size: bool) -> Port:
-    """The guided prediction: noise or v, as the U-Net was trained."""
+    """The prediction: noise or v, as the U-Net was trained."""
     x_t = denoiser_inputs(unet, image_size, dynamic_size=dynamic_size)[0]
     assert unet.channels_out is not None
     return Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))

@@ -19,10 +19,10 @@ from imagen_scale.config import Section
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ExportError
 from imagen_scale_export.io_spec import Port, Precision
-from imagen_scale_export.to_onnx import CONDITIONER, DENOISER, data_files
+from imagen_scale_export.to_onnx import CONDITIONER, DENOISER, UNGUIDED, data_files
 
 MANIFEST = "manifest.json"
-ENGINE = "denoiser.engine"
+ENGINE, UNGUIDED_ENGINE = "denoiser.engine", "denoiser_unguided.engine"
 SCHEMA_VERSION = 1
 Format = Literal["onnx", "tensorrt"]
 Range = tuple[int, int, int]  # least, best served, most
@@ -147,8 +147,8 @@ def sha256(path: Path) -> str:
 
 
 def onnx_sha256(folder: Path) -> str:
-    """One hash for the denoiser's graph and weights together."""
-    parts = [DENOISER, *sorted(data_files(folder / DENOISER))]
+    """One hash for the denoisers' graphs and weights together."""
+    parts = [DENOISER, UNGUIDED, *sorted(data_files(folder / DENOISER))]
     return hashlib.sha256("".join(sha256(folder / name) for name in parts).encode()).hexdigest()
 
 
@@ -263,7 +263,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         ExportError: Naming the file that is missing, changed, a link, or outside the folder.
     """
-    needed = {DENOISER, CONDITIONER} | ({ENGINE} if manifest.format == "tensorrt" else set())
+    needed = {DENOISER, UNGUIDED, CONDITIONER}
+    if manifest.format == "tensorrt":
+        needed |= {ENGINE, UNGUIDED_ENGINE}
     if missing := sorted(needed - set(manifest.files)):
         raise _damaged(folder / MANIFEST, f"it does not list {missing[0]}")
     for name, expected in manifest.files.items():
@@ -283,7 +285,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise ExportError(
                 f"{path}: its content changed since it was exported. Export again with --force."
             )
-    for graph in (DENOISER, CONDITIONER):
+    for graph in (DENOISER, UNGUIDED, CONDITIONER):
         if foreign := sorted(data_files(folder / graph) - set(manifest.files)):
             raise _damaged(
                 folder / graph, f"it takes weights from {foreign[0]!r}, which is not of this export"

@@ -18,12 +18,12 @@ from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale_export.executors import (
+    Backend,
     Executor,
-    OnnxCpu,
-    OnnxCuda,
-    OpenVino,
-    TensorRT,
     import_openvino,
+    onnx_backend,
+    openvino_backend,
+    tensorrt_backend,
 )
 from imagen_scale_export.graphs import empty_unet
 from imagen_scale_export.io_spec import Precision
@@ -36,7 +36,6 @@ from imagen_scale_export.manifest import (
     check_origin,
     read_manifest,
 )
-from imagen_scale_export.to_onnx import DENOISER
 
 KINDS = ("onnx", "tensorrt", "openvino")
 # The parts of the U-Net that `UNet.condition_text` reads.
@@ -48,7 +47,7 @@ class ExportedRuntime:
 
     Args:
         file: The inference file it was exported from.
-        executor: Computes the graph.
+        backend: Opens its graphs.
         conditioner: The U-Net; only its text part needs weights.
         profile: Batches and sides the graph takes; None takes any batch.
         dynamic_size: Whether the graph takes other sides than the stage's own.
@@ -57,15 +56,16 @@ class ExportedRuntime:
     def __init__(
         self,
         file: InferenceFile,
-        executor: Executor,
+        backend: Backend,
         conditioner: UNet,
         *,
         profile: Profile | None,
         dynamic_size: bool,
     ) -> None:
         index = file.unet_number - 1
-        self.name, self.device = executor.name, executor.device
-        self._file, self._executor, self._profile = file, executor, profile
+        self.name, self.device = backend.name, backend.device
+        self._file, self._backend, self._profile = file, backend, profile
+        self._executors: dict[bool, Executor] = {}
         self._conditioner = conditioner
         self._image_size = file.config.imagen.image_sizes[index]
         self._dynamic_size = dynamic_size
@@ -84,7 +84,7 @@ class ExportedRuntime:
 
         Args:
             text: Encoded prompts of B images.
-            cond_scale: Guidance scale.
+            cond_scale: Guidance scale; 1 takes the graph without guidance, half the work.
             lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
             lowres_t: Their noise times, (B,) int64, or None.
         """
@@ -92,9 +92,16 @@ class ExportedRuntime:
             cond = self._conditioner.condition_text(text.embeds.cpu(), text.mask.cpu())
         return _BoundDenoiser(self, cond, cond_scale, lowres_img, lowres_t)
 
+    def executor(self, *, guided: bool) -> Executor:
+        """The graph with guidance or without, loaded when it is first asked for."""
+        if guided not in self._executors:
+            self._executors[guided] = self._backend.open(guided)
+        return self._executors[guided]
+
     def close(self) -> None:
-        """Frees the graph."""
-        self._executor.close()
+        """Frees the graphs."""
+        while self._executors:
+            self._executors.popitem()[1].close()
 
     def check_shape(self, shape: torch.Size) -> None:
         """Refuses images (B, C, H, W) that the graph does not take.
@@ -130,9 +137,8 @@ class ExportedRuntime:
                 f"{profile.side[2]} px, not {sides[1]} x {sides[0]}."
             )
 
-    def predict(self, x_t: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that the graph's prediction implies, (B, C, H, W)."""
-        prediction = self._executor({"x_t": x_t, "t": t.float(), **inputs})
         if self._file.config.unets[self._file.unet_number - 1].pred_type == "v":
             return self._schedule.v_to_eps(x_t, t, prediction)
         return prediction
@@ -149,13 +155,11 @@ class _BoundDenoiser:
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
     ) -> None:
-        self._runtime = runtime
-        batch = text.tokens.shape[0]
-        inputs = {
-            "text_tokens": text.tokens,
-            "text_hidden": text.hidden,
-            "cond_scale": torch.full((batch,), cond_scale),
-        }
+        guided = cond_scale != 1
+        self._runtime, self._executor = runtime, runtime.executor(guided=guided)
+        inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
+        if guided:
+            inputs["cond_scale"] = torch.full((len(text.tokens),), cond_scale)
         if lowres_img is not None and lowres_t is not None:
             inputs |= {"lowres_img": lowres_img.float(), "lowres_t": lowres_t.float()}
         self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
@@ -163,7 +167,9 @@ class _BoundDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the noise, (B, C, H, W) float32."""
         self._runtime.check_shape(x_t.shape)
-        return self._runtime.predict(x_t.float(), t, self._inputs)
+        x_t = x_t.float()
+        prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
+        return self._runtime.to_eps(prediction, x_t, t)
 
 
 def open_runtime(
@@ -204,23 +210,20 @@ def open_runtime(
             f"{folder}: holds an export for {manifest.format}; --runtime {kind} needs one for "
             f"{format}."
         )
-    executor: Executor
     if kind == "tensorrt":
         assert manifest.engine is not None  # `read_manifest` checked it
-        executor = TensorRT(folder, manifest.engine, device)
+        backend = tensorrt_backend(folder, manifest.engine, device)
     elif kind == "openvino":
-        executor = OpenVino(folder / DENOISER, bf16=_openvino_bf16(precision))
-    elif device.type == "cuda":
-        executor = OnnxCuda(folder / DENOISER, device)
+        backend = openvino_backend(folder, bf16=_openvino_bf16(precision))
+    elif device.type == "cpu" and manifest.precision == "bf16":
+        raise UsageError(
+            f"{folder}: ONNX Runtime computes bf16 on NVIDIA cards only. Export with "
+            f"--precision fp32 for the CPU."
+        )
     else:
-        if manifest.precision == "bf16":
-            raise UsageError(
-                f"{folder}: ONNX Runtime computes bf16 on NVIDIA cards only. Export with "
-                f"--precision fp32 for the CPU."
-            )
-        executor = OnnxCpu(folder / DENOISER)
+        backend = onnx_backend(folder, device)
     return ExportedRuntime(
-        file, executor, load_conditioner(file),
+        file, backend, load_conditioner(file),
         profile=manifest.profile, dynamic_size=manifest.dynamic_size,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ def check_room(folder: Path, *, weights_bytes: int, graph_bytes: int, engine: bo
     while not folder.exists():
         folder = folder.parent
     ram = weights_bytes * _ONNX_RAM + (graph_bytes * _ENGINE_RAM if engine else 0) + _SPARE_BYTES
-    disk = graph_bytes * (2.2 if engine else 1.1) + _SPARE_BYTES
+    disk = graph_bytes * (3.3 if engine else 1.1) + _SPARE_BYTES
     for what, needed, free in (
         ("memory", ram, psutil.virtual_memory().available),
         (f"disk space in {folder}", disk, shutil.disk_usage(folder).free),

@@ -1,6 +1,7 @@
-"""A trained U-Net to ONNX files: the guided denoiser and the text conditioner."""
+"""A trained U-Net to ONNX files: the denoiser, with guidance and without, and the conditioner."""
 
 import copy
+import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from imagen_scale.errors import ExportError, MissingExtraError
 from imagen_scale.models.unet import UNet
 from imagen_scale_export import io_spec
-from imagen_scale_export.graphs import Conditioner, GuidedDenoiser
+from imagen_scale_export.graphs import Conditioner, GuidedDenoiser, PlainDenoiser
 from imagen_scale_export.io_spec import BATCH, HEIGHT, WIDTH, Port, Precision
 
 DENOISER, CONDITIONER = "denoiser.onnx", "conditioner.onnx"
+UNGUIDED = "denoiser_unguided.onnx"  # its weights are those in denoiser.onnx.data
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -38,14 +40,14 @@ def require_exporter() -> None:
         ) from None
 
 
-def export_denoiser(
-    unet: UNet, path: Path, *, image_size: int, precision: Precision, dynamic_size: bool
+def export_denoisers(
+    unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool
 ) -> None:
-    """Writes the guided denoiser as `path` and `path.data`.
+    """Writes the guided denoiser and, over the same weights, the one for a guidance scale of 1.
 
     Args:
         unet: float32, in evaluation mode; not changed.
-        path: File to write.
+        folder: Where `DENOISER`, its data file and `UNGUIDED` are written.
         image_size: Side of the stage's pictures in pixels.
         precision: What the graph computes in; inputs and output stay float32.
         dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
@@ -56,12 +58,19 @@ def export_denoiser(
     if precision != "fp32":
         unet = copy.deepcopy(unet).to(DTYPES[precision])
     config = unet.config
-    inputs = io_spec.denoiser_inputs(config, image_size, dynamic_size=dynamic_size)
     output = io_spec.denoiser_output(config, image_size, dynamic_size=dynamic_size)
-    _export(
-        GuidedDenoiser(unet), path, inputs, [output],
-        opset=io_spec.OPSETS[precision], size=image_size, divisor=config.size_divisor,
-    )  # fmt: skip
+    for guided, module, name in (
+        (True, GuidedDenoiser(unet), DENOISER),
+        (False, PlainDenoiser(unet), UNGUIDED),
+    ):
+        inputs = io_spec.denoiser_inputs(
+            config, image_size, dynamic_size=dynamic_size, guided=guided
+        )
+        _export(
+            module, folder / name, inputs, [output],
+            opset=io_spec.OPSETS[precision], size=image_size, divisor=config.size_divisor,
+            weights_of=None if guided else folder / DENOISER,
+        )  # fmt: skip
 
 
 def export_conditioner(unet: UNet, path: Path) -> None:
@@ -149,6 +158,7 @@ def _export(
     opset: int,
     size: int,
     divisor: int,
+    weights_of: Path | None = None,
 ) -> None:
     free: dict[Any, Any] = {
         BATCH: torch.export.Dim(BATCH),
@@ -174,8 +184,30 @@ def _export(
             ) from None
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
         assert exported is not None  # it is None only when a file name is given
-        exported.save(path, external_data=True)
+        if weights_of:
+            _share_weights(exported.model, weights_of)
+        exported.save(path, external_data=not weights_of)
     _finish(path, inputs, outputs)
+
+
+def _share_weights(model: Any, saved: Path) -> None:
+    """Replaces a graph's weights by references to those beside a saved graph."""
+    import onnx_ir
+
+    def content(tensor: Any) -> tuple[Any, ...]:
+        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
+
+    known = {
+        content(value.const_value): value.const_value
+        for value in onnx_ir.load(saved).graph.initializers.values()
+        if isinstance(value.const_value, onnx_ir.ExternalTensor)
+    }
+    for value in model.graph.initializers.values():
+        if same := known.get(content(value.const_value)):
+            value.const_value = onnx_ir.ExternalTensor(
+                same.location, same.offset, same.length, same.dtype,
+                shape=same.shape, name=value.name or "", base_dir=saved.parent,
+            )  # fmt: skip
 
 
 def _finish(path: Path, inputs: list[Port], outputs: list[Port]) -> None:

@@ -19,7 +19,7 @@ from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale_export import io_spec
-from imagen_scale_export.executors import Executor, onnx_session
+from imagen_scale_export.executors import onnx_session
 from imagen_scale_export.io_spec import Precision
 from imagen_scale_export.manifest import SamplerConstants, Verification
 from imagen_scale_export.runtimes import ExportedRuntime
@@ -56,7 +56,6 @@ class Differences(NamedTuple):
 
 def verify(
     unet: UNet,
-    executor: Executor,
     runtime: ExportedRuntime,
     *,
     precision: Precision,
@@ -68,8 +67,7 @@ def verify(
 
     Args:
         unet: The reference, float32 on the CPU, in evaluation mode.
-        executor: The export's denoiser graph.
-        runtime: The same graph as the sampling loop uses it.
+        runtime: The export.
         precision: Of the graph: decides the limits.
         constants: Of the sampler.
         batches: Images at once in the single evaluations.
@@ -78,7 +76,7 @@ def verify(
     Raises:
         ParityError: Saying which limit was crossed, by how much.
     """
-    error, cosine = _single_steps(unet, executor, constants, batches)
+    error, cosine = _single_steps(unet, runtime, constants, batches)
     levels, psnr_db = _loop(unet, runtime, constants, batches[0])
     seen, limits = Differences(error, cosine, levels, psnr_db), LIMITS[precision]
     problems = [
@@ -96,9 +94,9 @@ def verify(
         if failed
     ]  # fmt: skip
     if problems:
-        raise ParityError(f"{executor.name}, {precision}: {'; '.join(problems)}")
+        raise ParityError(f"{runtime.name}, {precision}: {'; '.join(problems)}")
     return Verification(
-        runtime=executor.name,
+        runtime=runtime.name,
         passed=True,
         max_relative_error=seen.relative_error,
         min_cosine=seen.cosine,
@@ -110,9 +108,9 @@ def verify(
 
 @torch.no_grad()
 def _single_steps(
-    unet: UNet, executor: Executor, constants: SamplerConstants, batches: tuple[int, int]
+    unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batches: tuple[int, int]
 ) -> tuple[float, float]:
-    """Largest relative error and smallest cosine."""
+    """Largest relative error and smallest cosine, with guidance and without."""
     error, cosine = 0.0, 1.0
     last = constants.timesteps - 1
     ports = io_spec.denoiser_inputs(unet.config, constants.image_size, dynamic_size=False)
@@ -123,24 +121,28 @@ def _single_steps(
             cond = unet.condition_text(text.embeds, text.mask)
             inputs |= {"text_tokens": cond.tokens, "text_hidden": cond.hidden}
             inputs["t"] = torch.full((batch,), float(time))
-            inputs["cond_scale"] = torch.tensor(
-                [(0.0, 1.0, 5.0)[i % 3] for i in range(batch, 0, -1)]
-            )
-            expected = _guided(unet, cond, inputs)
-            on_device = {name: value.to(executor.device) for name, value in inputs.items()}
-            found = executor(on_device).cpu().float()
-            error = max(error, _relative_error(found, expected))
-            cosine = min(cosine, _cosine(found, expected))
+            inputs["cond_scale"] = torch.linspace(5, 0, batch)
+            for guided, expected in zip((False, True), _both(unet, cond, inputs), strict=True):
+                executor = runtime.executor(guided=guided)
+                found = executor(
+                    {
+                        name: value.to(runtime.device)
+                        for name, value in inputs.items()
+                        if guided or name != "cond_scale"
+                    }
+                )
+                error = max(error, _relative_error(found.cpu().float(), expected))
+                cosine = min(cosine, _cosine(found.cpu().float(), expected))
     return error, cosine
 
 
-def _guided(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> Tensor:
-    """The reference: two passes, and guidance by hand."""
+def _both(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The reference without guidance and with it: two passes, and guidance by hand."""
     rest = (inputs.get("lowres_img"), inputs.get("lowres_t"))
     with_text = unet.denoise(inputs["x_t"], inputs["t"], cond, *rest)
     without = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond.tokens)), *rest)
     scales = inputs["cond_scale"][:, None, None, None]
-    return without + (with_text - without) * scales
+    return with_text, without + (with_text - without) * scales
 
 
 @torch.no_grad()
