@@ -159,13 +159,14 @@ def test_room_is_checked_first(tmp_path):
         (["--unet", "2"], 1, "U-Net 2 is not trained yet"),
         (["--unet", "all"], 1, "U-Net 2 is not trained yet"),
         (["--unet", "1", "--format", "tensorrt", "--target", "SM90"], 2, "--target SM90:"),
+        (["--unet", "1", "inspect", "x"], 2, "--unet does not go with inspect"),
         (["inspect", "nowhere"], 1, "not a finished export"),
         (["verify", "nowhere"], 1, "not a finished export"),
     ],
 )
 def test_every_failure_is_one_sentence(tmp_path, arguments, code, message):
     write_stage(tmp_path, 1)
-    is_export = arguments[:1] not in (["inspect"], ["verify"]) and "--run" not in arguments
+    is_export = not {"inspect", "verify", "--run"} & set(arguments)
     done = cli(*arguments, *(["--run", tmp_path] if is_export else []))
     assert done.exit_code == code, done.output
     assert message in done.output

@@ -109,6 +109,23 @@ def test_file_names_that_lead_out_of_the_folder(run, name):
         open_onnx(run)
 
 
+def test_weights_hidden_in_a_node(run):
+    path = folder(run) / "denoiser_unguided.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = onnx.TensorProto(
+        name="x",
+        data_type=onnx.TensorProto.FLOAT,
+        dims=[1],
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["x"], value=tensor))
+    onnx.save(model, path)
+    rehash(run, path.name)
+    with pytest.raises(ExportError, match="takes weights from '/etc/hostname'"):
+        open_onnx(run)
+
+
 @pytest.mark.parametrize("location", ["../unet2.data", "/etc/hostname", "unlisted"])
 def test_weights_taken_from_elsewhere(run, location):
     """Even when the manifest was rewritten to fit."""
@@ -153,6 +170,9 @@ MISMATCHES = {
         lambda data: data["files"].pop("denoiser.onnx.data"), "takes weights from"
     ),
     "no graph listed": (lambda data: data["files"].pop("denoiser.onnx"), "does not list denoiser"),
+    "another version of the runtime": (
+        lambda data: data["needs"].update(onnxruntime=">=99"), "needs onnxruntime >=99 and 1"
+    ),
     "an engine without a profile": (
         lambda data: data.update(format="tensorrt"), "engine and profile belong"
     ),

@@ -52,6 +52,10 @@ def export(context: click.Context, **options: Any) -> None:
     """
     if context.invoked_subcommand is None:
         _export(**options)
+    elif options["unet"] is not None:
+        raise UsageError(
+            f"--unet does not go with {context.invoked_subcommand}: it takes a folder."
+        )
 
 
 def _export(

@@ -191,6 +191,7 @@ class OnnxCuda(_OnStream):
             "user_compute_stream": str(self.stream.cuda_stream),
         }
         self.session = onnx_session(path, "CUDAExecutionProvider", options)
+        self.binding = self.session.io_binding()
 
     def _bind(self) -> None:
         import numpy as np
@@ -292,6 +293,11 @@ class TensorRT(_OnStream):
                     f"again for this card with `imagen-scale export --format tensorrt --force`."
                 )
             self.context = self._make_context(library.name)
+            if self.context is None:
+                raise EnvironmentProblem(
+                    f"{path}: does not fit into the memory of {torch.cuda.get_device_name(device)}."
+                    f" Free some, or build it for fewer images at once with --batch."
+                )
 
     def _make_context(self, library: str) -> Any:
         self._cache = None

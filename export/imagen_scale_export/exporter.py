@@ -236,7 +236,7 @@ def _verify(
 ) -> Verification:
     backend, note = _backend(folder, options, engine)
     verify_conditioner(unet, folder / CONDITIONER)
-    batches = (1, 3) if profile is None else (profile.batch[0], profile.batch[2])
+    batches = (1, 2) if profile is None else (profile.batch[0], profile.batch[2])
     runtime = ExportedRuntime(file, backend, unet, profile=None, dynamic_size=options.dynamic_size)
     try:
         return verify(

@@ -292,6 +292,22 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
+def check_version(folder: Path, manifest: Manifest, package: str, version: str) -> None:
+    """Checks that an installed package is one that the export was made for.
+
+    Raises:
+        ExportError: Naming both versions.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    needed = manifest.needs.get(package, "")
+    if not SpecifierSet(needed).contains(version, prereleases=True):
+        raise ExportError(
+            f"{folder}: needs {package} {needed} and {version} is installed. Install one that "
+            f"fits, or export again with --force."
+        )
+
+
 def check_origin(folder: Path, manifest: Manifest, file: InferenceFile) -> None:
     """Checks that the export was made from this inference file, as it is now.
 

@@ -34,6 +34,7 @@ from imagen_scale_export.manifest import (
     Profile,
     check_files,
     check_origin,
+    check_version,
     read_manifest,
 )
 
@@ -222,6 +223,7 @@ def open_runtime(
         )
     else:
         backend = onnx_backend(folder, device)
+        check_version(folder, manifest, *backend.name.split()[:2])
     return ExportedRuntime(
         file, backend, load_conditioner(file),
         profile=manifest.profile, dynamic_size=manifest.dynamic_size,

@@ -280,8 +280,11 @@ def op_census(path: Path) -> dict[str, int]:
 def data_files(path: Path) -> set[str]:
     """Names of the files that an ONNX file takes its weights from, as it writes them."""
     import onnx
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+    from onnx.external_data_helper import (
+        ExternalDataInfo,
+        _get_all_tensors,  # those inside nodes and subgraphs as well
+        uses_external_data,
+    )
 
-    graph = onnx.load(path, load_external_data=False).graph
-    tensors = [tensor for tensor in graph.initializer if uses_external_data(tensor)]
-    return {ExternalDataInfo(tensor).location for tensor in tensors}
+    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
+    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

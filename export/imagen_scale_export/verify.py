@@ -60,7 +60,7 @@ def verify(
     *,
     precision: Precision,
     constants: SamplerConstants,
-    batches: tuple[int, int] = (1, 3),
+    batches: tuple[int, int] = (1, 2),
     note: str = "",
 ) -> Verification:
     """Compares an export with its network.
