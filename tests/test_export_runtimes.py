@@ -16,7 +16,7 @@ from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.sampler import sample, spaced_times
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
+from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
 
 CPU = torch.device("cpu")
 SCALE = 3.0
@@ -135,11 +135,26 @@ def test_images_that_the_export_does_not_take(exported):
     engine = ExportedRuntime(
         file, runtime._backend, load_unet(file), profile=profile, dynamic_size=True
     )
+    assert (engine.max_batch, dynamic.max_batch) == (8, None)
     engine.check_shape(torch.Size((8, 3, 32, 32)))
     with pytest.raises(ExportError, match=r"1 to 8 images at once, not 9.*--batch MIN:OPT:MAX"):
         engine.check_shape(torch.Size((9, 3, 16, 16)))
     with pytest.raises(ExportError, match="sides of 16 to 32 px, not 34 x 32"):
         engine.check_shape(torch.Size((8, 3, 32, 34)))
+
+
+def test_inputs_that_do_not_belong_together(exported):
+    base, large = (
+        open_runtime("onnx", open_file(exported, number), folder=None, device=CPU)
+        for number in (1, 2)
+    )
+    with pytest.raises(ShapeError, match="go with super-resolution"):
+        base.bind(random_text(1), cond_scale=1.0, **lowres(2, 1, 16))
+    with pytest.raises(ShapeError, match="go with super-resolution"):
+        large.bind(random_text(1), cond_scale=1.0, lowres_img=None, lowres_t=None)
+    bound = base.bind(random_text(2), cond_scale=1.0, lowres_img=None, lowres_t=None)
+    with pytest.raises(ShapeError, match="3 images, but text of 2 is bound"):
+        bound(torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3]))
 
 
 def test_a_gpu_that_is_not_there_is_an_error_not_the_cpu(exported):

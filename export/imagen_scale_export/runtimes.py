@@ -15,7 +15,7 @@ from imagen_scale.cascade import Text
 from imagen_scale.checkpoint import InferenceFile
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.errors import ExportError, UsageError
+from imagen_scale.errors import ExportError, ShapeError, UsageError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale_export.executors import (
     Backend,
@@ -88,10 +88,22 @@ class ExportedRuntime:
             cond_scale: Guidance scale; 1 takes the graph without guidance, half the work.
             lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
             lowres_t: Their noise times, (B,) int64, or None.
+
+        Raises:
+            ShapeError: If the low-resolution images are missing, or not wanted.
         """
+        if (self._file.unet_number > 1) != (lowres_img is not None and lowres_t is not None):
+            raise ShapeError(
+                "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
+            )
         with torch.no_grad():
             cond = self._conditioner.condition_text(text.embeds.cpu(), text.mask.cpu())
         return _BoundDenoiser(self, cond, cond_scale, lowres_img, lowres_t)
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most images at once; None for any number."""
+        return self._profile.batch[2] if self._profile else None
 
     def executor(self, *, guided: bool) -> Executor:
         """The graph with guidance or without, loaded when it is first asked for."""
@@ -167,6 +179,10 @@ class _BoundDenoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the noise, (B, C, H, W) float32."""
+        if len(x_t) != len(self._inputs["text_tokens"]):
+            raise ShapeError(
+                f"{len(x_t)} images, but text of {len(self._inputs['text_tokens'])} is bound."
+            )
         self._runtime.check_shape(x_t.shape)
         x_t = x_t.float()
         prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
