@@ -15,12 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_stage
+from imagen_scale_export.exporter import Options, export_unet
 from imagen_scale_export.runtimes import export_folder, open_runtime
 from imagen_scale_export.staging import check_room, staged
 
 from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.cli import main
-from imagen_scale.errors import EnvironmentProblem, UsageError
+from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -119,6 +120,22 @@ def test_a_killed_export_leaves_nothing_that_loads(run):
     open_runtime("onnx", file, folder=None, device=CPU)
     with staged(parent / "onnx-bf16", force=False):
         assert not leftover.exists()
+
+
+def test_weights_that_change_during_the_export_end_it(tmp_path):
+    """Training writes the file again and again; the graph must be of the weights it names."""
+    write_stage(tmp_path, 1)
+    file = read_inference(inference_path(tmp_path, 1))
+    sentences = []
+
+    def tell(sentence):
+        sentences.append(sentence)
+        write_stage(tmp_path, 1, seed=1)
+
+    with pytest.raises(ExportError, match="changed while it was exported"):
+        export_unet(file, Options(check=False), tell)
+    assert sentences == ["U-Net 1: tracing the fp32 graph"]
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_an_interrupted_export_is_removed(tmp_path):

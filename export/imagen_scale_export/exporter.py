@@ -8,7 +8,7 @@ import torch
 
 from imagen_scale.checkpoint import InferenceFile
 from imagen_scale.config import NORM_GROUPS
-from imagen_scale.errors import MissingExtraError, ParityError
+from imagen_scale.errors import ExportError, MissingExtraError, ParityError
 from imagen_scale.models.unet import UNet
 from imagen_scale_export import built_here, io_spec
 from imagen_scale_export.executors import (
@@ -89,7 +89,7 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
 
     Raises:
         ParityError: If the result differs from the network; it is kept as `*.rejected`.
-        ExportError: If no graph or engine can be made.
+        ExportError: If no graph or engine can be made, or the weights change meanwhile.
         UsageError: If the export exists already.
         EnvironmentProblem: If memory or disk would run out.
         MissingExtraError: If a package is missing.
@@ -108,6 +108,7 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
     )
     constants = sampler_constants(file)
     with staged(final, force=options.force) as folder:
+        checkpoint_sha256 = sha256(file.path)
         unet = load_unet(file)
         if options.precision == "fp16":
             check_fp16_range(unet, image_size=constants.image_size, timesteps=constants.timesteps)
@@ -126,10 +127,15 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
         if options.check:
             tell(f"U-Net {file.unet_number}: comparing it with the torch network")
             verification = _verify(file, unet, folder, options, constants, engine, profile)
+        if sha256(file.path) != checkpoint_sha256:
+            raise ExportError(
+                f"{file.path}: changed while it was exported. Export again when training pauses."
+            )
         sizes, free = (unet.config, constants.image_size), options.dynamic_size
         write_manifest(
             folder,
             file,
+            checkpoint_sha256=checkpoint_sha256,
             format=options.format,
             precision=options.precision,
             opset=io_spec.OPSETS[options.precision],
