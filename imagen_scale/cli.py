@@ -1,6 +1,7 @@
 """The `imagen-scale` command; torch is imported only inside the commands that need it."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -88,7 +88,15 @@ def launch():
     """Runs launch/train.py under the real deepspeed launcher, or with plain python."""
 
     def run(
-        config, run_dir, *options, processes=1, plain=False, check=True, env=None, kill_at=None
+        config,
+        run_dir,
+        *options,
+        processes=1,
+        plain=False,
+        check=True,
+        env=None,
+        kill_at=None,
+        script=None,
     ):
         flags = [option for option in options if option.startswith("--") or option.isdigit()]
         settings = [
@@ -102,7 +110,8 @@ def launch():
             "--master_port", str(free_port()),
         ]  # fmt: skip
         command = [
-            *([sys.executable] if plain else launcher), str(ROOT / "launch" / "train.py"),
+            *([sys.executable] if plain else launcher), *([str(script)] if script else []),
+            str(ROOT / "launch" / "train.py"),
             "--config", str(config), "--run", str(run_dir), *flags, *settings,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}

@@ -18,7 +18,8 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "logging": None,
     "memory": None,
     "text": ("batch_size",),
-    "data": ("num_workers", "cache_dir", "cache_images_gb"),
+    "data": ("num_workers", "cache_dir", "cache_images_gb", "max_bad_fraction",
+             "follow_symlinks"),
     "imagen": ("only_train_unet_number", "dynamic_thresholding_percentile",
                "lowres_sample_noise_level"),
     "training": ("micro_batch", "checkpoint_every", "keep_checkpoints", "val_every", "val_batches",
@@ -120,13 +121,16 @@ def check_run(
         say(f"changed since this run was started: {change}")
 
 
-def open_run(config: Config, run_dir: Path, *, fresh: list[int]) -> None:
+def open_run(
+    config: Config, run_dir: Path, *, fresh: list[int], report: Path | None = None
+) -> None:
     """Makes the run's folder.
 
     Args:
         config: The run.
         run_dir: Its folder.
         fresh: U-Nets whose earlier training is deleted.
+        report: data_report.json of the prepared data, copied into the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for number in fresh:
@@ -137,6 +141,8 @@ def open_run(config: Config, run_dir: Path, *, fresh: list[int]) -> None:
         run_dir / "config.json",
         lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
     )
+    if report is not None:
+        write_atomically(run_dir / report.name, lambda temporary: shutil.copy(report, temporary))
 
 
 def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:

@@ -92,7 +92,11 @@ def train(
     check_split(config, prepared.source.keys)
     distributed.join(quiet)
     try:
-        from_rank_0(lambda: open_run(config, run_dir, fresh=numbers if fresh else []))
+        from_rank_0(
+            lambda: open_run(
+                config, run_dir, fresh=numbers if fresh else [], report=prepared.report
+            )
+        )
         if prepared.source.attribution:
             quiet(f"pictures: {prepared.source.attribution}")
         for number in numbers:

@@ -1,0 +1,129 @@
+"""Real runs with what is traded for memory: the curve stays that of plain training."""
+
+import json
+
+import pytest
+from conftest import TINY, losses
+from test_training import assert_same_curve, weights
+
+pytestmark = pytest.mark.distributed
+
+CPU = '"offload_optimizer":{"device":"cpu"}'
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    training = TINY["training"] | {"val_every": 100, "sample_every": None, "checkpoint_every": 2}
+    unets = [TINY["unets"][0], TINY["unets"][1] | {"num_resnet_blocks": 2}]
+    path.write_text(json.dumps(TINY | {"training": training, "unets": unets}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(config, launch, tmp_path_factory):
+    """U-Net 2, one process, no ZeRO, nothing recomputed."""
+    run = tmp_path_factory.mktemp("runs") / "reference"
+    launch(config, run, "memory.checkpointing=none", "--unet", "2", plain=True)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("zero", "memory", "processes"),
+    [
+        ('{"stage":1}', '{"checkpointing":"norms"}', 2),
+        (f'{{"stage":2,{CPU}}}', '{"checkpointing":[["none","none"],["blocks","norms"]]}', 1),
+        (f'{{"stage":3,{CPU},"stage3_param_persistence_threshold":0}}',
+         '{"checkpointing":"norms","offload_activations":true}', 2),
+        ('{"stage":3,"stage3_param_persistence_threshold":0}', '{"checkpointing":"blocks"}', 2),
+        ('{"stage":0}', '{"checkpointing":"norms","ema_offload":true}', 2),
+    ],
+    ids=["zero1-norms-2", "zero2-mixed-1", "zero3-norms-offload-2", "zero3-blocks-2", "zero0-2"],
+)  # fmt: skip
+def test_no_setup_changes_the_curve(zero, memory, processes, config, launch, reference, tmp_path):
+    launch(
+        config, tmp_path / "run", f"deepspeed.zero_optimization={zero}", f"memory={memory}",
+        "training.micro_batch=2", "--unet", "2", processes=processes,
+    )  # fmt: skip
+    assert_same_curve(tmp_path / "run", reference, 2)
+
+
+def test_8_bit_adam_runs_offloaded_on_two_processes(config, launch, reference, tmp_path):
+    launch(
+        config, tmp_path / "run", f'deepspeed.zero_optimization={{"stage":2,{CPU}}}',
+        "training.optimizer=adamw_8bit", "--unet", "2", processes=2,
+    )  # fmt: skip
+    assert_same_curve(tmp_path / "run", reference, 2, tolerance=5e-3)
+
+
+def test_a_budget_is_planned_kept_and_checked(config, launch, tmp_path):
+    run = tmp_path / "run"
+    options = ("memory.budget=3GB", "training.precision=bf16", "--unet", "1")
+    done = launch(config, run, *options, "--plan-check", "2", "training.steps=4", plain=True)
+    assert "U-Net 1: planned: adamw, " in done.stdout
+    assert "plan check, U-Net 1: " in done.stdout
+    setup = json.loads((run / "unet1" / "setup.json").read_text())["setup"]
+    assert setup["micro_batch"] * setup["accumulation"] == 8
+    again = launch(config, run, *options, "training.steps=6", plain=True)
+    assert "planned: " not in again.stdout
+    assert "continues at step 4 of 6" in again.stdout
+    too_small = launch(config, tmp_path / "none", "memory.budget=20MB", plain=True, check=False)
+    assert too_small.returncode == 1
+    assert "memory.budget 20MB: U-Net 1 does not fit" in too_small.stderr
+    assert "Traceback" not in too_small.stderr
+
+
+def test_the_optimizer_in_backward_trains_and_continues(config, launch, tmp_path):
+    options = ("memory.optimizer_in_backward=true", "training.grad_clip=null", "--unet", "2")
+    plain = ("training.grad_clip=null", "--unet", "2")
+    launch(config, tmp_path / "plain", *plain, plain=True)
+    launch(config, tmp_path / "whole", *options, plain=True)
+    assert losses(tmp_path / "whole", 2) == losses(tmp_path / "plain", 2)
+    run = tmp_path / "run"
+    killed = launch(config, run, *options, plain=True, kill_at="step_00000002")
+    assert killed.returncode < 0
+    launch(config, run, *options, plain=True)
+    assert losses(run, 2) == losses(tmp_path / "whole", 2)
+    ours, theirs = weights(run, 2), weights(tmp_path / "whole", 2)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_crops_train(config, launch, reference, tmp_path):
+    done = launch(config, tmp_path / "run", "unets.1.crop=16", "--unet", "2", plain=True)
+    assert "16 px crops of 32 px" in done.stdout
+    assert losses(tmp_path / "run", 2) != losses(reference, 2)
+    assert losses(tmp_path / "run", 2)[6] < losses(tmp_path / "run", 2)[1]
+
+
+LIMITED = """
+import resource, runpy, sys
+import torch, deepspeed  # their libraries take address space of their own
+from imagen_scale.training import trainer
+build = trainer.UnetTraining._build
+def limited(self):
+    build(self)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
+trainer.UnetTraining._build = limited
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(config, launch, tmp_path):
+    """A real refusal of the allocator: the process may not map more than a few hundred MB."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED.format(room=450_000_000))
+    options = (
+        "imagen.image_sizes=[64,128]", "training.global_batch=16", "training.steps=3",
+        "memory.checkpointing=none", "--unet", "1",
+    )  # fmt: skip
+    launch(config, tmp_path / "free", *options, plain=True)
+    done = launch(config, tmp_path / "run", *options, plain=True, script=script)
+    assert "out of memory at step 1" in done.stdout
+    assert "the global batch stays 16" in done.stdout
+    setup = json.loads((tmp_path / "run" / "unet1" / "setup.json").read_text())["setup"]
+    assert setup["micro_batch"] < 16
+    assert setup["micro_batch"] * setup["accumulation"] == 16
+    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "free")
+    assert ours == pytest.approx(theirs, abs=2e-6)
