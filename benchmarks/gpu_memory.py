@@ -274,17 +274,24 @@ def page(title: str, rows: list[list[str]], steps: int) -> str:
 
 
 def tasks(
-    configs: tuple[str, ...], limits: list[int | None], steps: int, max_accumulation: int
+    configs: tuple[str, ...], unets: tuple[int, ...], limits: list[int | None], **options: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Every stage under every limit, with its name."""
+    """The name and the task of every stage under every limit.
+
+    Args:
+        configs: Files.
+        unets: Numbers of the stages, from 1; none means all.
+        limits: In bytes, None for no limit.
+        options: Passed on to `measure_stage`.
+    """
     found = []
     for path in configs:
         config = load_config(path)
         for index, size in enumerate(config.imagen.image_sizes):
             name = f"`{Path(path).stem}` U-Net {index + 1}, {size} px"
-            for limit in limits:
-                task = {"config": path, "unet_index": index, "limit": limit, "steps": steps}
-                found.append((name, task | {"max_accumulation": max_accumulation}))
+            for limit in limits if not unets or index + 1 in unets else ():
+                task = {"config": path, "unet_index": index, "limit": limit}
+                found.append((name, task | options))
     return found
 
 
@@ -303,6 +310,7 @@ def card_limit(memory: str) -> int:
 @click.command(help=__doc__)
 @click.option("--config", "configs", multiple=True, type=click.Path(dir_okay=False),
               help="A cascade; repeatable. Default: the two large ones of configs/.")  # fmt: skip
+@click.option("--unet", "unets", multiple=True, type=int, help="Only this stage; repeatable.")
 @click.option("--memory", default="12GB", show_default=True, help="The limit.")
 @click.option("--steps", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option("--max-accumulation", type=click.IntRange(min=2), default=4, show_default=True,
@@ -312,6 +320,7 @@ def card_limit(memory: str) -> int:
 @click.option("--inside", hidden=True)
 def main(
     configs: tuple[str, ...],
+    unets: tuple[int, ...],
     memory: str,
     steps: int,
     max_accumulation: int,
@@ -331,8 +340,10 @@ def main(
     if write is not None:
         split_at_marks(write, MARK)  # told before, not after, the minutes of measuring
     paths = configs or tuple(str(ROOT / "configs" / f"{name}.json") for name in CONFIGS)
+    limits = [None] if cpu else [limit, None]
+    options = {"steps": steps, "max_accumulation": max_accumulation}
     rows, names, failed = [], set(), False
-    for name, task in tasks(paths, [None] if cpu else [limit, None], steps, max_accumulation):
+    for name, task in tasks(paths, unets, limits, **options):
         say(f"{name}, limit {'none' if task['limit'] is None else memory}")
         found = run_stage(task, cpu=cpu)
         failed |= bool(found.get("fault"))

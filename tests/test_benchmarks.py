@@ -222,9 +222,12 @@ def test_missing_micro_batches_are_counted(accumulated, planned, expected):
     assert seconds == expected
 
 
-def test_stages_are_measured_under_every_limit(tiny_config):
-    found = gpu_memory.tasks((str(tiny_config),), [8, None], 3, 4)
-    assert [(task["unet_index"], task["limit"]) for _, task in found] == [
-        (0, 8), (0, None), (1, 8), (1, None),
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("unets", "expected"),
+    [((), [(0, 8), (0, None), (1, 8), (1, None)]), ((2,), [(1, 8), (1, None)])],
+)
+def test_stages_are_measured_under_every_limit(tiny_config, unets, expected):
+    found = gpu_memory.tasks((str(tiny_config),), unets, [8, None], steps=3)
+    assert [(task["unet_index"], task["limit"]) for _, task in found] == expected
+    assert all(task["steps"] == 3 for _, task in found)
     json.dumps(found)  # sent to a process
