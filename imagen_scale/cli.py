@@ -1,33 +1,16 @@
 """The `imagen-scale` command; torch is imported only inside the commands that need it."""
 
-import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from imagen_scale_export.cli import export
 
 from imagen_scale import __version__
-from imagen_scale.errors import ImagenScaleError, UsageError
-
-
-def user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Ends our exceptions in one sentence and their exit code, without a traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ImagenScaleError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:  # a full disk, a folder that may not be written
-            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
-            sys.exit(1)
-
-    return wrapped
+from imagen_scale.command_errors import user_errors
+from imagen_scale.errors import UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +24,8 @@ def main() -> None:
         deepspeed launch/train.py --config configs/cascade_64_256.json
     """
 
+
+main.add_command(export)
 
 set_option = click.option(
     "--set",
@@ -109,6 +94,7 @@ def prepare(config_path: str, overrides: tuple[str, ...]) -> None:
         f"{len(prepared.source)} pictures ({len(train)} to train on, {len(val)} held out), "
         f"{unique} distinct captions, prepared in {cache_dir(checked)}"
     )
+    click.echo(f"which pictures were left out, and why: {prepared.report}")
     if prepared.source.attribution:
         click.echo(prepared.source.attribution)
 

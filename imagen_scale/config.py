@@ -5,7 +5,6 @@ section refuses unknown keys; `deepspeed` is passed through to DeepSpeed except 
 this file states once elsewhere (batch sizes, precision, clipping, optimizer).
 """
 
-import difflib
 import json
 import re
 from itertools import pairwise
@@ -14,11 +13,15 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from imagen_scale.deepspeed_config import deepspeed_problems
 from imagen_scale.errors import ConfigError
+from imagen_scale.explain import explain_all
+from imagen_scale.secret_values import secret_problems
+from imagen_scale.strict_json import parse_json
 
 T = TypeVar("T")
-PositiveInt = Annotated[int, Field(gt=0)]
-NaturalInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
@@ -27,6 +30,7 @@ PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cas
 CheckpointingLevel: TypeAlias = Literal["none", "norms", "blocks"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"]
 
+MAX_LENGTH = 1_000_000  # characters of a file
 NORM_GROUPS = 8  # MinImagen's GroupNorm groups: every channel count is a multiple
 
 # Width of each encoder's token features. MinImagen's names first (minimagen/t5.py), then the
@@ -44,30 +48,6 @@ TEXT_ENCODER_DIMS = {
     "xxl1.1": 4096,
     "minilm": 384,
 }
-
-# Keys that DeepSpeed would accept but that this file states once, in the section named.
-DEEPSPEED_OWNED_KEYS = {
-    "train_batch_size": "training.global_batch",
-    "train_micro_batch_size_per_gpu": "training.micro_batch",
-    "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
-    "gradient_clipping": "training.grad_clip",
-    "optimizer": "training.optimizer, lr, betas and weight_decay",
-    "scheduler": "training.lr_schedule and training.warmup_steps",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-}
-# DeepSpeed 0.19 ignores a misspelt top-level key silently, so the known ones are listed here.
-DEEPSPEED_KNOWN_KEYS = (
-    "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comms_logger",
-    "communication_data_type", "compile", "compression_training", "csv_monitor",
-    "curriculum_learning", "data_efficiency", "data_types", "disable_allgather", "dump_state",
-    "elasticity", "eigenvalue", "flops_profiler", "gradient_predivide_factor",
-    "graph_harvesting", "hybrid_engine", "memory_breakdown", "nebula",
-    "prescale_gradients", "seq_parallel_communication_data_type", "sparse_attention",
-    "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "wandb",
-    "wall_clock_breakdown", "weight_quantization", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
-)  # fmt: skip
 
 
 class Section(BaseModel):
@@ -173,6 +153,14 @@ class DataConfig(Section):
     skin_tones: bool = Field(False, description="Source emoji: keep skin-tone variants.")
     flags: bool = Field(False, description="Source emoji: keep flags.")
     max_items: PositiveInt | None = Field(None, description="Keep only the first N pictures.")
+    max_bad_fraction: Probability = Field(
+        0.05,
+        description="Pictures that cannot be used are left out and named in data_report.json; "
+        "if they are more than this share, the run refuses to start.",
+    )
+    follow_symlinks: bool = Field(
+        False, description="Take pictures behind symbolic links, wherever these lead."
+    )
     flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
     val_fraction: Probability = Field(
         0.0, description="Share of pictures held out for the validation loss, chosen by hash."
@@ -370,23 +358,39 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_LENGTH + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}. Give a JSON file.") from None
+    if len(text) > MAX_LENGTH:
+        raise ConfigError(f"{path}: longer than {MAX_LENGTH:,} characters; give a configuration.")
     return parse_config(text, source=str(path), overrides=overrides)
 
 
 def parse_config(text: str, source: str = "config", overrides: tuple[str, ...] = ()) -> Config:
     """Checks a configuration given as JSON text; see `load_config`."""
-    data = _parse_json(text, source)
-    for override in overrides:
-        _apply_override(data, override)
+    try:
+        data = parse_json(text)
+        if isinstance(data, dict):
+            for override in overrides:
+                _apply_override(data, override)
+            data = parse_json(json.dumps(data))  # what came with the overrides, too
+    except ValueError as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{source}: holds a {type(data).__name__}; a configuration is an object with the "
+            f"sections {', '.join(Config.model_fields)}."
+        )
+    # First and alone: other messages repeat what they saw.
+    if secrets := secret_problems(data):
+        raise _config_error(source, secrets)
     try:
         # Through JSON again: its strict mode takes a list for a tuple, Python's does not.
         config = Config.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise _config_error(source, _explain_all(error.errors())) from None
+        raise _config_error(source, explain_all(error.errors(), Config)) from None
     problems = _cross_checks(config)
     if problems:
         raise _config_error(source, problems)
@@ -402,38 +406,13 @@ def _config_error(source: str, problems: list[str]) -> ConfigError:
     return ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
 
-def _parse_json(text: str, source: str) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key!r} stands twice in one object; remove one")
-        return dict(pairs)
-
-    def refuse_constant(name: str) -> float:
-        raise ValueError(f"{name} is not allowed; give a finite number")
-
-    try:
-        data = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply to be a configuration.") from None
-    except ValueError as error:
-        raise ConfigError(f"{source}: not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{source}: holds a {type(data).__name__}; a configuration is an object with the "
-            f"sections {', '.join(Config.model_fields)}."
-        )
-    return data
-
-
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key_path, equals, raw = override.partition("=")
     keys = key_path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: write section.key=value, e.g. training.seed=1.")
+        raise ConfigError(f"--set {key_path}: write section.key=value, e.g. training.seed=1.")
     try:
-        value = json.loads(raw)
+        value = parse_json(raw)
     except ValueError:
         value = raw
     node: Any = data
@@ -441,9 +420,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         is_last = depth == len(keys) - 1
         where = ".".join(keys[: depth + 1])
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if key not in map(str, range(len(node))):
                 raise ConfigError(
-                    f"--set {override}: {where} does not exist; the list has {len(node)} "
+                    f"--set {key_path}: {where} does not exist; the list has {len(node)} "
                     f"entries, numbered from 0."
                 )
             place: int | str = int(key)
@@ -452,70 +431,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             if not is_last:
                 node.setdefault(key, {})
         else:
-            raise ConfigError(f"--set {override}: {where} is inside a plain value.")
+            raise ConfigError(f"--set {key_path}: {where} is inside a plain value.")
         if is_last:
             node[place] = value
         else:
             node = node[place]
-
-
-_UNION_MARKS = ("int", "float", "bool", "tuple[", "constrained-", "literal[")
-
-
-def _explain_all(errors: list[Any]) -> list[str]:
-    """Every pydantic error in one sentence, without its reports of the branch not meant.
-
-    A 'one value, or a list' key fails both as a value and as a list, and a list with a bad entry
-    is also called too short: neither helps.
-    """
-    problems: dict[str, None] = {}  # a dict keeps the order and drops what comes twice
-    for details in errors:
-        # A union reports each branch one level below the field: keep the field.
-        is_list = isinstance(details["input"], list)
-        if details["type"] == "tuple_type" or _is_echo(details):
-            continue
-        marks = [part for part in details["loc"] if str(part).startswith(_UNION_MARKS)]
-        if marks and is_list and not str(marks[0]).startswith("tuple["):
-            continue
-        location = [part for part in details["loc"] if part not in marks]
-        problems[_explain(location, details)] = None
-    if not problems:  # the key takes nothing but a list
-        meant = [details for details in errors if not _is_echo(details)]
-        problems = {_explain(list(details["loc"]), details): None for details in meant}
-    return list(problems)
-
-
-def _is_echo(details: Any) -> bool:
-    """Whether a list is called too short only because its entries are wrong."""
-    return details["type"] == "too_short" and bool(details["input"])
-
-
-def _explain(location: list[Any], details: Any) -> str:
-    """One pydantic error as: key path, what was seen, what is allowed."""
-    path = ".".join(str(part) for part in location)
-    if details["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{path}: unknown key; {hint}Known keys: {', '.join(known)}."
-    if details["type"] == "missing":
-        return f"{path}: this key is required; add it."
-    seen = json.dumps(details["input"], default=str)
-    seen = seen if len(seen) <= 60 else seen[:57] + "..."
-    reason = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"{path}: {seen} is not allowed: it {reason}."
-
-
-def _fields_at(location: list[Any]) -> list[str]:
-    """Known keys of the section at `location`, e.g. ['unets', 0]."""
-    model: type[BaseModel] = Config
-    sections = {"unets": UnetConfig, "wandb": WandbConfig}
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        model = sections.get(part) or annotation  # type: ignore[assignment]
-    return list(model.model_fields)
 
 
 def _cross_checks(config: Config) -> list[str]:
@@ -575,7 +495,7 @@ def _cross_checks(config: Config) -> list[str]:
             if global_batch % micro_batch:
                 problems.append(
                     f"training.global_batch: {global_batch} is not a multiple of "
-                    f"micro_batch {micro_batch} (U-Net {i + 1})."
+                    f"micro_batch {micro_batch} (U-Net {i + 1}); change one of them."
                 )
             steps = config.per_unet("training", "steps", i)
             if training.warmup_steps >= steps:
@@ -716,26 +636,10 @@ def _in_backward_checks(config: Config, index: int, stage: int, fp32: bool) -> l
 
 
 def _deepspeed_checks(config: Config) -> list[str]:
-    problems = []
-    for key in config.deepspeed:
-        if key in DEEPSPEED_OWNED_KEYS:
-            problems.append(
-                f"deepspeed.{key}: is written from {DEEPSPEED_OWNED_KEYS[key]}; set it there."
-            )
-        elif key not in DEEPSPEED_KNOWN_KEYS:
-            close = difflib.get_close_matches(key, DEEPSPEED_KNOWN_KEYS, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see DeepSpeed's documentation."
-            problems.append(f"deepspeed.{key}: unknown to DeepSpeed; {hint}")
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append('deepspeed.zero_optimization: give an object with "stage" 0, 1, 2 or 3.')
+    problems = deepspeed_problems(config.deepspeed)
+    if problems:
         return problems
-    for key, value in zero.items():
-        if key.startswith("offload_") and value is not None and not isinstance(value, dict):
-            problems.append(
-                f"deepspeed.zero_optimization.{key}: {json.dumps(value)} is not an object; write "
-                f'{{"device": "cpu"}}.'
-            )
+    zero = config.deepspeed.get("zero_optimization", {})
     if config.training.precision == "bf16" and zero and zero.get("stage", 0) == 0:
         problems.append(
             "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "

@@ -45,3 +45,13 @@ class EnvironmentProblem(ImagenScaleError):
 
 class ShapeError(ImagenScaleError):
     """A tensor has a shape the operation does not accept."""
+
+
+class ExportError(ImagenScaleError):
+    """An exported graph or engine cannot be made, or not be used as it is."""
+
+
+class ParityError(ExportError):
+    """An exported graph computes something else than the trained network."""
+
+    exit_code = 3

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,30 @@ def tiny_config(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY))
     return path
+
+
+@contextmanager
+def environment_of_no_launcher():
+    """No launcher's variables inside; the environment as it was afterwards."""
+    before = dict(os.environ)
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def process_group(private_folders):
+    """DeepSpeed in this process, as the only rank."""
+    from imagen_scale.training import distributed
+
+    with environment_of_no_launcher():
+        distributed.fill_environment()
+        distributed.check_machine()
+        distributed.join(print)
+        yield
+        distributed.stop()
 
 
 @pytest.fixture(scope="session")
@@ -119,3 +144,46 @@ def losses(run_dir, unet=1):
     lines = (Path(run_dir) / f"unet{unet}" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def write_stage(run, number, *, seed=0, step=6, fingerprint=None, change=None, overrides=()):
+    """Writes the inference file of one stage of TINY with random weights, norms included."""
+    import torch
+
+    from imagen_scale.checkpoint import inference_path, save_inference
+    from imagen_scale.config import dump_config, parse_config
+    from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+    from imagen_scale.models.unet import UNet
+
+    config = parse_config(json.dumps(TINY), overrides=overrides)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(dump_config(config))
+    torch.manual_seed(10 * seed + number)
+    unet = UNet(config.unet(number - 1, 384)).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    if change:
+        change(unet)
+    save_inference(
+        inference_path(run, number), unet.state_dict(), config=config, unet_number=number,
+        text_embed_dim=384, step=step, steps=6,
+        text_fingerprint=fingerprint or encoder_fingerprint(encoder_folder("minilm")),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A run with ONNX exports of both stages in fp32 and fp16; copy before changing it."""
+    from imagen_scale_export.exporter import Options, export_unet
+
+    from imagen_scale.checkpoint import inference_path, read_inference
+
+    run = tmp_path_factory.mktemp("exported") / "tiny"
+    for number in (1, 2):
+        write_stage(run, number)
+        for precision in ("fp32", "fp16"):
+            # The second stage in fp32 takes other sizes as well.
+            options = Options(precision=precision, dynamic_size=number == 2 and precision == "fp32")
+            file = read_inference(inference_path(run, number))
+            export_unet(file, options, lambda sentence: None)
+    return run

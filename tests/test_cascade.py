@@ -213,7 +213,7 @@ def test_config_commands(tmp_path, tiny_config):
     assert "unets" in schema["properties"]
 
 
-def test_prepare_names_a_missing_picture_and_leaves_nothing(tmp_path, tiny_config):
+def test_prepare_names_a_missing_picture_and_prepares_nothing(tmp_path, tiny_config):
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a key"}\n')
@@ -225,7 +225,7 @@ def test_prepare_names_a_missing_picture_and_leaves_nothing(tmp_path, tiny_confi
     assert done.exit_code == 2
     assert "line 1" in done.output
     assert "gone.png" in done.output
-    assert not cache.exists()
+    assert not list(cache.rglob("*.npy")) and list(cache.rglob("data_report.json"))
 
 
 def test_prepare_then_everything_is_there(tmp_path, tiny_config):

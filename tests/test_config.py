@@ -1,15 +1,16 @@
 """Configuration: the seed's blocks load, mistakes are explained, all at once."""
 
 import json
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
+from mutations import MISTAKES, VALID, Mutant, fault, mistake_fault, mutants
 
-from imagen_scale.config import Config, dump_config, load_config, parse_bytes, parse_config
+from imagen_scale.config import dump_config, load_config, parse_bytes, parse_config
 from imagen_scale.errors import ConfigError
 
 SEED_IMAGEN = json.loads(
@@ -79,8 +80,24 @@ def test_all_four_are_shipped():
         ("data.source=folder", "data.path: required for source 'folder'"),
         ("deepspeed.zero_optimisation={}", r"did you mean zero_optimization\?"),
         ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
-        ('deepspeed.zero_optimization={"stage":5}', 'give an object with "stage" 0, 1, 2 or 3'),
-        ('deepspeed.zero_optimization={"stage":2,"offload_optimizer":"cpu"}', "is not an object"),
+        (
+            'deepspeed.zero_optimization={"stage":5}',
+            "stage: 5 is not allowed: it should be 0, 1, 2",
+        ),
+        ('deepspeed.zero_optimization={"offload_optimizer":"cpu"}', "is not an object; its keys"),
+        ("deepspeed.zero_optimization=2", "zero_optimization: 2 is not an object; its keys are"),
+        (
+            'deepspeed.zero_optimization={"stge":2}',
+            r"zero_optimization.stge: .*did you mean stage\?",
+        ),
+        (
+            'deepspeed.zero_optimization={"offload_optimizer":{"devcie":"cpu"}}',
+            r"offload_optimizer.devcie: unknown key; did you mean device\?",
+        ),
+        ('deepspeed.aio={"blok_size":1}', r"deepspeed.aio.blok_size: .*did you mean block_size\?"),
+        ("deepspeed.gradient_acumulation_steps=2", "gradient_acumulation_steps: unknown key"),
+        ("deepspeed.elasticity={}", "deepspeed.elasticity: is not used by this trainer; remove it"),
+        ("deepspeed.wandb={}", "deepspeed.wandb: is written from logging.wandb; set it there"),
         ("logging.wandb={}", "logging.wandb.project: this key is required"),
     ],
 )
@@ -99,7 +116,7 @@ IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
     [
         (("training.precision=bf16", 'deepspeed.zero_optimization={"stage":0}'),
          "precision: bf16 needs fp32 master weights"),
-        (("memory.checkpointing=[[\"norms\"],\"blocks\"]",), "1 values for the 2 levels of U-Net 1"),
+        (('memory.checkpointing=[["norms"],"blocks"]',), "1 values for the 2 levels of U-Net 1"),
         (("memory.checkpointing=[\"norms\"]",), "checkpointing: 1 values for 2 U-Nets"),
         (("memory.checkpointing=all",), "checkpointing: \"all\" is not allowed"),
         (("memory.budget=12",), "budget: 12 is not allowed"),
@@ -153,7 +170,11 @@ def test_all_problems_come_at_once():
         ("[]", "holds a list; a configuration is an object"),
         ('{"imagen": {"image_sizes": [8], "image_sizes": [16]}}', "stands twice"),
         ('{"imagen": NaN}', "NaN is not allowed"),
-        ("[" * 100_000, "nested too deeply|not valid JSON"),
+        ('{"imagen": 1e999}', "1e999 is too large"),
+        ('{"imagen": "\\ud800"}', "broken character"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 17 + "]" * 17, "nested too deeply; 16 levels are allowed"),
+        ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
     ],
 )
 def test_broken_json_is_refused(text, message):
@@ -164,6 +185,38 @@ def test_broken_json_is_refused(text, message):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json: cannot be read: No such file"):
         load_config(tmp_path / "none.json")
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="/dev/zero: longer than 1,000,000 characters"):
+        load_config("/dev/zero")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "latin.json").write_bytes('{"größe": 1}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        load_config(tmp_path / "latin.json")
+    (tmp_path / "windows.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(TINY).encode())
+    assert load_config(tmp_path / "windows.json") == parse_config(json.dumps(TINY))
+
+
+def test_a_hundred_thousand_keys_are_no_reason_to_wait():
+    text = json.dumps({f"key{i}": i for i in range(100_000)})[:-1] + ', "key7": 0}'
+    with pytest.raises(ConfigError, match="'key7' stands twice"):
+        parse_config(text)
+
+
+@pytest.mark.parametrize(
+    "change", ["unets.²=1", "unets.٣=1", f"unets.{'9' * 5000}=1", "unets.-1=1", "unets.01=1"]
+)
+def test_places_in_a_list_are_plain_numbers(change):
+    with pytest.raises(ConfigError, match="does not exist; the list has 2 entries"):
+        parse_config(json.dumps(TINY), overrides=(change,))
+
+
+@pytest.mark.parametrize("value", ["NaN", "[" * 100_000, '{"a": 1, "a": 2}', "\udcff"])
+def test_overrides_are_as_strict_as_the_file(value):
+    with pytest.raises(ConfigError):
+        parse_config(json.dumps(TINY), overrides=(f"deepspeed.steps_per_print={value}",))
 
 
 def test_overrides_reach_lists_and_take_bare_words():
@@ -177,46 +230,36 @@ def test_overrides_reach_lists_and_take_bare_words():
         parse_config(json.dumps(TINY), overrides=("seed",))
 
 
-def leaves(node, path=()):
-    if isinstance(node, dict | list):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            yield (*path, key)
-            yield from leaves(value, (*path, key))
+def test_the_valid_ones_are_valid():
+    for config in VALID:
+        assert fault(Mutant(json.dumps(config))) is None
+        parse_config(json.dumps(config))
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
+@settings(max_examples=200)  # `benchmarks/faults.py configs` tries a thousand
+@given(mutants())
+def test_mutations_are_accepted_or_explained_but_never_crash(mutant):
+    assert fault(mutant) is None
 
 
-@given(
-    path=st.sampled_from(list(leaves(json.loads(json.dumps(TINY))))),
-    value=JSON_VALUES,
-    rename=st.booleans(),
-)
-def test_mutations_are_accepted_or_explained_but_never_crash(path, value, rename):
-    config = json.loads(json.dumps(TINY))
-    node = config
-    for key in path[:-1]:
-        node = node[key]
-    if rename and isinstance(node, dict):
-        node["x" + str(path[-1])] = node.pop(path[-1])
-    else:
-        node[path[-1]] = value
-    try:
-        checked = parse_config(json.dumps(config), source="run.json")
-    except ConfigError as error:
-        assert re.match(r"run\.json: \S", str(error))
-    else:
-        assert isinstance(checked, Config)
+@pytest.mark.parametrize("change", MISTAKES)
+def test_common_mistakes_are_named(change):
+    assert mistake_fault(change) is None
+
+
+def test_a_wrong_configuration_is_explained_without_torch(tmp_path):
+    wrong = TINY | {"deepspeed": {"zero_optimization": {"stge": 2}}}
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    code = (
+        "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
+        f"done = CliRunner().invoke(main, ['config', 'check', {str(tmp_path / 'wrong.json')!r}]);"
+        "assert done.exit_code == 2 and 'did you mean stage?' in done.output, done.output;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_configuration_needs_no_torch():
-    import subprocess
-    import sys
 
     code = "import sys, imagen_scale.config, imagen_scale.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path("/")).returncode == 0

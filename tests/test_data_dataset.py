@@ -15,7 +15,7 @@ from imagen_scale.data.dataset import (
     seeded,
     split_indices,
 )
-from imagen_scale.errors import ConfigError, DataError
+from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
 COUNT, SIZE = 10, 4
 
@@ -23,11 +23,11 @@ COUNT, SIZE = 10, 4
 class Pictures:
     """Picture i is grey level i, brighter by 100 in its right half."""
 
-    broken = False
+    trouble = None
 
     def __getitem__(self, i):
-        if self.broken:
-            raise DataError("a.png: the picture cannot be read: it is gone; repair it.")
+        if self.trouble:
+            raise self.trouble("a.png: the picture cannot be read: it is gone; repair it.")
         picture = np.full((3, SIZE, SIZE), i, np.uint8)
         picture[:, :, SIZE // 2 :] += 100
         return picture
@@ -226,10 +226,11 @@ def test_ranks_that_cannot_share_the_batch():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_error_in_a_worker_stays_one_sentence(num_workers):
+@pytest.mark.parametrize("kind", [DataError, EnvironmentProblem])
+def test_error_in_a_worker_stays_one_sentence(kind, num_workers):
     dataset = sequence()
-    dataset._images.broken = True
-    with pytest.raises(DataError) as caught:
+    dataset._images.trouble = kind
+    with pytest.raises(kind) as caught:
         next(loaded(dataset, num_workers=num_workers))
     assert str(caught.value) == "a.png: the picture cannot be read: it is gone; repair it."
 
@@ -257,8 +258,10 @@ def test_prepare_serves_every_stage(tmp_path):
         8: (3, 8, 8),
         16: (3, 16, 16),
     }
+    assert prepared.report.is_file()
     assert prepared.embeddings["dog"].shape == (3, 384) and prepared.embeddings.dim == 384
     assert [what for what, done, total in reports if done == total] == [
+        "checking pictures",
         "preparing pictures (8 px)",
         "preparing pictures (16 px)",
         "encoding captions",

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_scale.config import DataConfig
-from imagen_scale.data.sources import open_source
+from imagen_scale.data.sources import Without, open_source
 from imagen_scale.errors import DataError, MissingExtraError
 
 # ---------------------------------------------------------------------------- emoji
@@ -190,61 +191,127 @@ def test_folder_empty(tmp_path):
         folder_source(tmp_path)
 
 
+def reasons(source):
+    return [f"{skipped.picture}: {skipped.reason}" for skipped in source.skipped]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"file_name": "gone.png", "text": "x"}', "gone.png: the file cannot be found: No such"),
+        ('{"file_name": "a.png", "text": "  "}', "a.png: the caption is empty"),
+        ('{"file_name": "a.png", "text": null}', "a.png: the caption is missing"),
+        ('{"file_name": "a.png"}', "a.png: the caption is missing"),
+        ('{"file_name": "a.png", "text": ["x"]}', "a.png: the caption is a list, not text"),
+        ('{"file_name": "a.png", "text": "\\ud800"}', "a.png: the caption holds a broken char"),
+        ('{"image": "a.png", "text": "x"}', ": file_name is None"),
+        ('{"file_name": 3, "text": "x"}', "file_name is 3"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', r"a\\x00.png: the file cannot be found"),
+        ('{"file_name": "' + "a" * 300 + '", "text": "x"}', "the file cannot be found: File name"),
+        ('{"file_name": "../secret.png", "text": "x"}', "../secret.png: file_name leads outside"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "/etc/passwd: file_name leads outside"),
+        ('{"file_name": "link.png", "text": "x"}', "link.png: is reached through a symbolic link"),
+        ('{"file_name": "sub/secret.png", "text": "x"}', "sub/secret.png: is reached through a"),
+        ('{"file_name": "inside.png", "text": "x"}', "inside.png: is reached through a symbolic"),
+        ('{"file_name": "folder.png", "text": "x"}', "folder.png: is a folder"),
+        ('{"file_name": "pipe.png", "text": "x"}', "pipe.png: is no regular file"),
+        ('{"file_name": "ok.png", "text": "x"}', "ok.png: was listed before"),
+        ('{"file_name": "./ok.png", "text": "x"}', "ok.png: was listed before"),
+    ],
+)
+def test_folder_wrong_row_is_left_out_and_named(tmp_path, row, reason):
+    folder, outside = tmp_path / "set", tmp_path / "out"
+    for file in (folder / "ok.png", folder / "a.png", tmp_path / "secret.png",
+                 outside / "secret.png"):  # fmt: skip
+        picture(file)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "inside.png").symlink_to("a.png")
+    (folder / "sub").symlink_to(outside)
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    listed(folder, [{"file_name": "ok.png", "text": "fine"}])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(row + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that are not listed
+        source = folder_source(folder)
+    assert source.keys == ["ok.png"] and source.captions == ["fine"]
+    assert len(source.skipped) == 1
+    assert re.search(f"^metadata.jsonl, line 2.*{reason}", reasons(source)[0])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"file_name": "gone.png", "text": "x"}', "'gone.png' does not exist in .*"),
-        ('{"file_name": "a.png", "text": "  "}', "a.png: the caption is empty"),
-        ('{"file_name": "a.png", "text": null}', "a.png: the caption is empty"),
-        ('{"file_name": "a.png", "text": ["x"]}', "a.png: the caption is a list, not text"),
-        ('{"file_name": "a.png", "text": "\\ud800"}', "a.png: the caption holds a broken char"),
-        ('{"file_name": "a.png", "caption": "x"}', "has no column 'text' .*file_name, caption"),
-        ('{"image": "a.png", "text": "x"}', "has no column 'file_name' .*seen: image, text"),
-        ('{"file_name": 3, "text": "x"}', "file_name is 3"),
-        ('{"file_name": "a\\u0000.png", "text": "x"}', "does not exist"),
         ('{"file_name": "a.png", "text": "x"', "not JSON: .*correct the line"),
         ("[" * 100_000, "not JSON"),
         ('["a.png", "x"]', "holds a list; write an object"),
-        ('{"file_name": "../secret.png", "text": "x"}', "../secret.png: leads outside"),
-        ('{"file_name": "/etc/passwd", "text": "x"}', "/etc/passwd: leads outside"),
-        ('{"file_name": "link.png", "text": "x"}', "link.png: leads outside"),
-        ('{"file_name": "sub/secret.png", "text": "x"}', "sub/secret.png: leads outside"),
-        ('{"file_name": "ok.png", "text": "x"}', "ok.png was listed before"),
     ],
 )
-def test_folder_wrong_row_is_named_with_file_and_line(tmp_path, line, message):
-    folder, outside = tmp_path / "set", tmp_path / "out"
-    for file in (
-        folder / "ok.png",
-        folder / "a.png",
-        tmp_path / "secret.png",
-        outside / "secret.png",
+def test_folder_list_that_cannot_be_read_is_refused(tmp_path, line, message):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n" + line + "\n")
+    with pytest.raises(DataError, match=f"metadata.jsonl, line 2: {message}"):
+        folder_source(tmp_path)
+
+
+def test_folder_caption_column_that_no_row_has(tmp_path):
+    picture(tmp_path / "a.png")
+    listed(tmp_path, [{"file_name": "a.png", "caption": "x"}])
+    with pytest.raises(
+        DataError, match="no row has the column 'text' .*file_name, caption.*data.caption_column"
     ):
-        picture(file)
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    (folder / "sub").symlink_to(outside)
-    listed(folder, [{"file_name": "ok.png", "text": "fine"}])
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(DataError, match=f"metadata.jsonl, line 2: .*{message}"):
-        folder_source(folder)
+        folder_source(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("file_name,text\nok.png,fine\na.png\n", "line 3: a.png: the caption is empty"),
-        ("file_name,text\nok.png,fine\ngone.png,x\n", "line 3: the picture 'gone.png' does not"),
-        ("file_name,caption\nok.png,fine\n", "line 2: has no column 'text' .*data.caption_column"),
-        ('file_name,text\nok.png,"fine\n', "not a CSV row"),
-    ],
-)
-def test_folder_wrong_csv_row_is_named(tmp_path, text, message):
+def test_folder_wrong_csv_rows(tmp_path):
     picture(tmp_path / "ok.png")
     picture(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text(text)
-    with pytest.raises(DataError, match=f"metadata.csv, {message}|metadata.csv, .*{message}"):
+    (tmp_path / "metadata.csv").write_text("file_name,text\nok.png,fine\na.png\ngone.png,x\n")
+    assert [reason[:40] for reason in reasons(folder_source(tmp_path))] == [
+        "metadata.csv, line 3: a.png: the caption",
+        "metadata.csv, line 4: gone.png: the file",
+    ]
+    (tmp_path / "metadata.csv").write_text('file_name,text\nok.png,"fine\n')
+    with pytest.raises(DataError, match="metadata.csv, line 1: not a CSV row"):
         folder_source(tmp_path)
+
+
+def test_folder_follows_links_when_told_to(tmp_path):
+    folder, outside = tmp_path / "set", tmp_path / "out"
+    picture(outside / "b.png", 20)
+    (outside / "b.txt").write_text("b")
+    (outside / "back").symlink_to(outside)
+    picture(tmp_path / "a.png", 10)
+    folder.mkdir()
+    (folder / "a.png").symlink_to(tmp_path / "a.png")
+    (folder / "a.txt").write_text("a")
+    (folder / "sub").symlink_to(outside)
+    source = folder_source(folder, follow_symlinks=True)
+    assert source.keys == ["a.png", "sub/b.png"] and source.skipped == []
+    assert (source.image(1, 4) == 20).all()
+    source = folder_source(folder)
+    assert source.keys == []
+    assert [skipped.picture for skipped in source.skipped] == ["a.png", "sub"]
+    assert all("symbolic link" in skipped.reason for skipped in source.skipped)
+
+
+def test_folder_reached_through_a_link_is_the_users_choice(tmp_path):
+    picture(tmp_path / "set" / "a.png", 10)
+    listed(tmp_path / "set", [{"file_name": "a.png", "text": "a"}])
+    (tmp_path / "link").symlink_to("set")
+    assert folder_source(tmp_path / "link").keys == ["a.png"]
+
+
+def test_folder_file_names_that_are_not_text(tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    picture(tmp_path / name)
+    with pytest.raises(UnicodeEncodeError):
+        name.encode()
+    assert reasons(folder_source(tmp_path))[0].startswith("\\xdcff.png: has no caption")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a")
+    source = folder_source(tmp_path)
+    assert source.check(0) is None and int(source.fingerprint, 16)
 
 
 def test_folder_with_empty_list(tmp_path):
@@ -269,11 +336,8 @@ def test_folder_text_that_is_not_utf8(tmp_path):
 
 def test_folder_picture_without_sidecar(tmp_path):
     picture(tmp_path / "a.png")
-    with pytest.raises(DataError, match="a.png: has no caption; write it into a.txt beside it"):
-        folder_source(tmp_path)
-    (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(DataError, match="a.txt: the caption is empty"):
-        folder_source(tmp_path)
+    (reason,) = reasons(folder_source(tmp_path))
+    assert reason.startswith("a.png: has no caption; write it into a.txt beside it")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.txt"])
@@ -285,17 +349,28 @@ def test_folder_sidecar_mode_does_not_follow_links_out(tmp_path, name):
     for other in {"a.png", "a.txt"} - {name}:
         (folder / other).write_bytes((tmp_path / other).read_bytes())
     (folder / name).symlink_to(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: leads outside the folder"):
-        folder_source(folder)
+    (reason,) = reasons(folder_source(folder))
+    assert "is reached through a symbolic link" in reason and name in reason
 
 
 def test_folder_file_that_is_no_picture(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     listed(tmp_path, [{"file_name": "a.png", "text": "a"}])
     source = folder_source(tmp_path)
-    for read in (lambda: source.check(0), lambda: source.image(0, 8)):
-        with pytest.raises(DataError, match="a.png: not a picture"):
-            read()
+    assert source.check(0).startswith("not a picture in one of the formats")
+    with pytest.raises(DataError, match="^a.png: not a picture"):
+        source.image(0, 8)
+
+
+def test_a_source_without_some_pictures_keeps_the_others_as_they_are(tmp_path):
+    for i, name in enumerate("abc"):
+        picture(tmp_path / f"{name}.png", i)
+        (tmp_path / f"{name}.txt").write_text(name)
+    whole = folder_source(tmp_path)
+    fewer = Without(whole, {1})
+    assert fewer.keys == ["a.png", "c.png"] and fewer.captions == ["a", "c"] and len(fewer) == 2
+    assert (fewer.image(1, 4) == 2).all() and fewer.check(1) is None
+    assert len({whole.fingerprint, fewer.fingerprint, Without(whole, {2}).fingerprint}) == 3
 
 
 # ---------------------------------------------------------------------------- huggingface
@@ -330,7 +405,7 @@ def test_huggingface_split_saved_alone(saved):
     source = hub_source(folder)
     assert source.captions == ["a", "b", "c", "d"] and source.keys == ["0", "1", "2", "3"]
     assert source.image(3, 6).shape == (3, 6, 6) and (source.image(3, 6) == 3).all()
-    source.check(0)
+    assert source.check(0) is None
     assert hub_source(folder).fingerprint == source.fingerprint
     first = hub_source(folder, max_items=2)
     assert first.captions == ["a", "b"] and first.fingerprint != source.fingerprint
@@ -370,17 +445,59 @@ def test_huggingface_wrong_columns(saved, settings, message):
 
 
 @pytest.mark.parametrize(
-    ("captions", "message"),
+    ("captions", "row", "reason"),
     [
-        (["a", " "], r"\(train\), row 1, column text: the caption is empty"),
-        ([["a"], ["b"]], "row 0, column text: the caption is a list"),
+        (["a", " ", "c"], "1", "the caption is empty"),
+        (["a", "b", None], "2", "the caption is missing"),
     ],
 )
-def test_huggingface_wrong_rows(saved, captions, message):
+def test_huggingface_wrong_rows_are_left_out_and_named(saved, captions, row, reason):
     dataset, folder = saved(captions)
     dataset.save_to_disk(folder)
-    with pytest.raises(DataError, match=message):
-        hub_source(folder)
+    source = hub_source(folder)
+    (skipped,) = source.skipped
+    assert skipped.picture == row and skipped.reason.startswith(reason)
+    kept = [i for i in range(3) if str(i) != row]
+    assert source.keys == [str(i) for i in kept] and len(source) == 2
+    assert [source.image(place, 4)[0, 0, 0] for place in range(2)] == kept
+
+
+def test_huggingface_captions_that_are_no_text(saved):
+    dataset, folder = saved([["a"], ["b"]])
+    dataset.save_to_disk(folder)
+    reasons = [skipped.reason for skipped in hub_source(folder).skipped]
+    assert all(reason.startswith("the caption is a list") for reason in reasons)
+
+
+def test_huggingface_files_outside_the_data_set_are_not_read(saved, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    picture(tmp_path / "secret.png", 7)
+    dataset, folder = saved(["a"])
+    folder.mkdir()
+    dataset.to_parquet(folder / "train.parquet")
+    table = parquet.read_table(folder / "train.parquet")
+    cells = [{"bytes": None, "path": str(tmp_path / "secret.png")}]
+    foreign = pyarrow.array(cells, table.schema.field("image").type)
+    parquet.write_table(table.set_column(0, table.schema.field("image"), foreign),
+                        folder / "train.parquet")  # fmt: skip
+    source = hub_source(folder)
+    assert "secret.png lies outside the data set" in source.check(0)
+    with pytest.raises(DataError, match="row 0: its file .* lies outside the data set"):
+        source.image(0, 8)
+
+
+def test_huggingface_folder_of_pictures(saved, tmp_path):
+    folder = tmp_path / "pictures"
+    picture(folder / "a.png", 7)
+    picture(tmp_path / "secret.png", 9)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    listed(folder, [{"file_name": name, "text": name} for name in ("a.png", "link.png")])
+    source = hub_source(folder)
+    verdicts = dict(zip(source.captions, map(source.check, range(2)), strict=True))
+    assert verdicts["a.png"] is None and "outside the data set" in verdicts["link.png"]
+    assert hub_source(folder, follow_symlinks=True).check(1) is None
 
 
 def test_huggingface_split_without_rows(saved, monkeypatch):
@@ -394,8 +511,7 @@ def test_huggingface_row_without_picture(saved):
     dataset, folder = saved(["a"], image=[None])
     dataset.save_to_disk(folder)
     source = hub_source(folder)
-    with pytest.raises(DataError, match="row 0: has no picture"):
-        source.check(0)
+    assert source.check(0) == "has no picture; remove the row."
 
 
 def test_huggingface_not_to_be_had(monkeypatch):

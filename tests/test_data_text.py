@@ -213,6 +213,11 @@ def test_encoding_does_not_depend_on_the_batch(t5_folder, name):
         np.testing.assert_allclose(embed, alone, atol=1e-5)
 
 
+def test_encoder_names_text_in_another_encoding(t5_folder):
+    with pytest.raises(DataError, match=r"'a\\udcff': is not UTF-8 text; write it in UTF-8"):
+        TextEncoder(t5_folder).encode(["a dog", "a\udcff"])
+
+
 def test_encoder_cuts_long_captions(t5_folder):
     long, short = TextEncoder(t5_folder).encode(["dog " * 1000, "dog"])
     assert len(long) == text.MAX_TOKENS == 256 and len(short) == 2

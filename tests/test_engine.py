@@ -3,11 +3,10 @@
 import json
 import os
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import LAUNCHER_VARIABLES, TINY
+from conftest import TINY, environment_of_no_launcher
 
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
@@ -36,30 +35,9 @@ def make_config(zero, precision="fp32", **training):
     )
 
 
-@contextmanager
-def environment_of_no_launcher():
-    """No launcher's variables inside; the environment as it was afterwards."""
-    before = dict(os.environ)
-    for name in LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def make_engine(config):
     setup = written_setup(config, 0, 1, on_card=False)
     return distributed.make_engine(UNet(config.unet(0, 384)), config, 0, setup)
-
-
-@pytest.fixture(scope="module")
-def process_group(private_folders):
-    with environment_of_no_launcher():
-        distributed.fill_environment()
-        distributed.check_machine()
-        distributed.join(print)
-        yield
-        distributed.stop()
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -22,7 +22,16 @@ def run(*command, cwd=ROOT):
         ("ruff", "format", "--check", "."),
         ("mypy",),
         ("lint-imports",),
-        ("codespell", "imagen_scale", "launch", "configs", "README.md", "CONTRIBUTING.md"),
+        (
+            "codespell",
+            "imagen_scale",
+            "export",
+            "launch",
+            "configs",
+            "docs/export.md",
+            "README.md",
+            "CONTRIBUTING.md",
+        ),
     ],
     ids=lambda command: " ".join(command[:2]),
 )
@@ -34,7 +43,8 @@ def test_house_rules(command):
 def test_help_imports_neither_torch_nor_deepspeed():
     code = (
         "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
-        "assert CliRunner().invoke(main, ['sample', '--help']).exit_code == 0;"
+        "assert all(CliRunner().invoke(main, [name, '--help']).exit_code == 0"
+        " for name in ('sample', 'export'));"
         "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
     )
     assert run(sys.executable, "-c", code).returncode == 0
@@ -48,7 +58,11 @@ def test_only_training_imports_deepspeed():
 
 def test_files_are_loaded_without_running_code():
     """Every torch.load says weights_only=True; nothing unpickles."""
-    for path in [*(ROOT / "imagen_scale").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+    for path in [
+        *(ROOT / "imagen_scale").rglob("*.py"),
+        *(ROOT / "export").rglob("*.py"),
+        *(ROOT / "launch").glob("*.py"),
+    ]:
         text = path.read_text()
         for call in re.findall(r"torch\.load\((.*?)\)", text.replace("`torch.load`", "")):
             assert "weights_only=True" in call, path
@@ -58,6 +72,11 @@ def test_files_are_loaded_without_running_code():
 def test_launch_script_is_short_and_shadows_no_module():
     assert len((ROOT / "launch" / "train.py").read_text().splitlines()) < 80
     assert [path.name for path in (ROOT / "launch").glob("*.py")] == ["train.py"]
+
+
+def test_no_module_of_the_export_package_bears_a_real_modules_name():
+    names = {path.stem for path in (ROOT / "export" / "imagen_scale_export").glob("*.py")}
+    assert not names & ({"onnx", "tensorrt", "openvino", "torch"} | sys.stdlib_module_names)
 
 
 def test_constraints_name_no_host():
@@ -75,6 +94,7 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", target, wheel)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r}); import imagen_scale.cli as c;"
+        f"import imagen_scale_export.runtimes as r; assert r.__file__.startswith({str(target)!r});"
         f"assert c.__file__.startswith({str(target)!r}); c.main(['--version'])"
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path)

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from imagen_scale.config import Config
 from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.images import Picture
-from imagen_scale.data.sources import Source, open_source
+from imagen_scale.data.screening import usable_source
+from imagen_scale.data.sources import Source
 from imagen_scale.data.storage import Progress
 from imagen_scale.data.text import Embedding, EmbeddingStore, pad_embeddings
-from imagen_scale.errors import ConfigError, DataError
+from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
 
 class Sample(NamedTuple):
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     source: Source
     images: dict[int, ImageStore]  # by size in pixels
     embeddings: EmbeddingStore
+    report: Path  # data_report.json: which pictures were left out, and why
 
 
 def seeded(*parts: int | str) -> int:
@@ -218,7 +220,8 @@ def batches(
 
     Raises:
         ConfigError: If the ranks cannot share the global batch evenly.
-        DataError: If a picture that is decoded at every read turns out damaged.
+        DataError: If a picture that is decoded at every read was damaged since it was checked.
+        EnvironmentProblem: If the disk cannot be read.
     """
     if global_batch % (micro_batch * world_size):
         raise ConfigError(
@@ -244,8 +247,9 @@ def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:
     """Takes the worker's traceback, which `DataLoader` puts into the message, out again."""
     try:
         yield from loaded
-    except DataError as error:
-        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+    except (DataError, EnvironmentProblem) as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
 
 
 def cache_dir(config: Config) -> Path:
@@ -265,12 +269,12 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
         size: Prepare pictures of this size only; default: those of every stage.
 
     Raises:
-        DataError: If pictures, captions or the text encoder are not usable.
+        DataError: If the text encoder, or too many of the pictures, are not usable.
         EnvironmentProblem: If the cache folder cannot be written.
         MissingExtraError: If a package is missing.
     """
     folder = cache_dir(config)
-    source = open_source(config.data)
+    source, report = usable_source(config.data, folder / "images", progress)
     images: dict[int, ImageStore] = {}
     # One limit for all sizes, given to the small ones first, whichever are opened now.
     bytes_left = round(config.data.cache_images_gb * 1e9)
@@ -283,7 +287,7 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
     # The prompts drawn while training too: the encoder is not to be loaded again beside a U-Net.
     captions = [*source.captions, *config.training.sample_prompts]
     embeddings = EmbeddingStore.open(config.text, config.text_encoder, captions, folder, progress)
-    return Prepared(source, images, embeddings)
+    return Prepared(source, images, embeddings, report)
 
 
 def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:

@@ -41,16 +41,11 @@ class ImageStore:
             progress: Called as pictures are prepared.
 
         Raises:
-            DataError: If a picture cannot be read; when pictures are decoded at every read, only
-                their headers are looked at here.
+            DataError: If a picture cannot be read, although it could when it was checked.
             EnvironmentProblem: If the file cannot be written.
         """
         length = len(source)
         if length * 3 * size * size > max_bytes:
-            for i in range(length):
-                source.check(i)
-                if progress:
-                    progress(f"checking pictures ({size} px)", i + 1, length)
             return cls(size, length, None, source)
         file = cache_dir / "images" / f"{source.fingerprint}_{size}.npy"
         store = cls(size, length, file, None)

@@ -1,5 +1,8 @@
-"""Pictures as uint8 arrays: read, oriented and resized."""
+"""Pictures as uint8 arrays: read, oriented and resized, at bounded cost."""
 
+import errno
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +14,29 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import DataError
+from imagen_scale.errors import DataError, EnvironmentProblem
 
 Picture = npt.NDArray[np.uint8]  # (3, size, size) RGB
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 2**27  # 0.4 GB of RGB; larger pictures are refused before they are decoded
+
+# Larger pictures are refused before they are decoded. What decoding takes per pixel differs: a
+# WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded.
+# With these limits none takes more than 500 MB and 2 s; `benchmarks/faults.py largest` measures it.
+MAX_PIXELS = 50_000_000
+MAX_PIXELS_OF = {"WEBP": 20_000_000, "plain JPEG": 100_000_000}
+MAX_FILE_BYTES = 200_000_000  # a decoder may read the whole file before it looks at the header
+
+CHECK_SIZE = 8  # decoding finds the damage, whatever size is asked for
+
 # Cheap halvings may be done first as long as the picture stays this many times larger than what
 # is wanted: the result then cannot be told from a plain Lanczos resize.
 REDUCING_GAP = 3
+STRIP_PIXELS = 2**20  # converted at a time, so that no second copy of a large picture is made
+
+# Not the picture's fault, and perhaps gone at the next attempt.
+_TROUBLE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,31 +49,32 @@ _UNDO_ORIENTATION = {
 }
 
 
-def load_picture(file: Path | BinaryIO, size: int, name: str | None = None) -> Picture:
+def load_picture(file: Path | BinaryIO, size: int) -> Picture:
     """Reads a picture: its shorter side is resized to `size`, then its centre square is kept.
 
-    EXIF orientation is applied, transparency is laid over white, 16 bits are scaled to 8, and of
-    an animation the first frame is taken. Brightness and contrast stay as they are.
+    The format is told by content, not by name. EXIF orientation is applied, transparency is laid
+    over white, 16 bits are scaled to 8, and of an animation the first frame is taken. Brightness
+    and contrast stay as they are.
 
     Args:
         file: Path or binary file.
         size: Side of the square in pixels.
-        name: What error messages call the picture; default: the path.
 
     Returns:
         RGB picture, (3, size, size) uint8.
 
     Raises:
-        DataError: If the file is not a readable picture of a known format, or too large.
+        DataError: If the file is not a readable picture of a known format, or too large; with
+            the reason only, since the caller knows the picture's name.
+        EnvironmentProblem: If the disk, not the picture, is in trouble.
     """
-    name = name or str(file)
-    with _opened(file, name) as image:
+    with _opened(file) as image:
         # JPEG only: lets the decoder itself do the coarse part of the reduction.
         image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
         image.load()
         # Read after loading: Pillow orients TIFF while it loads it and then drops the tag.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        square = _centre_square(_to_8_bits(image, name), size)
+        square = _centre_square(image, size)
     if orientation in _UNDO_ORIENTATION:  # a centred square may as well be turned at the end
         square = square.transpose(_UNDO_ORIENTATION[orientation])
     if square.mode == "RGBA":
@@ -66,68 +83,97 @@ def load_picture(file: Path | BinaryIO, size: int, name: str | None = None) -> P
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (3, size, size)
 
 
-def check_picture(file: Path | BinaryIO, name: str | None = None) -> None:
-    """Reads the header of a picture only.
-
-    Raises:
-        DataError: As `load_picture`, except for damage beyond the header.
-    """
-    with _opened(file, name or str(file)):
-        pass
-
-
 @contextmanager
-def _opened(file: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
     """Opens a picture and turns whatever goes wrong with it into a DataError."""
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns of a large picture; below it is refused.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
-            yield image
+        with warnings.catch_warnings(), _content(file) as content:
+            # Of large pictures, which are refused below, and of oddities that do no harm.
+            warnings.simplefilter("ignore")
+            with Image.open(content, formats=FORMATS) as image:
+                _check_pixels(image)
+                yield image
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError(
-            f"{name}: not a picture in one of the formats {', '.join(FORMATS)}; convert it or "
-            f"remove it."
+            f"not a picture in one of the formats {', '.join(FORMATS)}; convert it or remove it."
         ) from None
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{name}: too large: {error}; at most {MAX_PIXELS:,} pixels are read, so scale it down."
-        ) from None
+        raise DataError(f"too large: {first_line(error)}; scale it down.") from None
     except Exception as error:  # on damaged files Pillow's decoders raise almost any type
+        if getattr(error, "errno", None) in _TROUBLE:
+            raise EnvironmentProblem(
+                f"{file}: {first_line(error)}; look after the disk and run the command again."
+            ) from error
         raise DataError(
-            f"{name}: the picture cannot be read: {first_line(error)}; repair it or remove it."
+            f"the picture cannot be read: {first_line(error)}; repair it or remove it."
         ) from error
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16-bit grey; Pillow itself scales 16-bit colour
-        levels = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 / 255 = 257
-    if image.mode in ("I", "F"):
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextmanager
+def _content(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """Opens a regular file of bounded size; never waits, as opening a named pipe would."""
+    if not isinstance(file, Path):
+        yield file
+        return
+    with open(file, "rb", opener=_open_without_waiting) as content:
+        status = os.fstat(content.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("not a regular file; remove it.")
+        if status.st_size > MAX_FILE_BYTES:
+            raise DataError(
+                f"too large: the file has {status.st_size:,} bytes and at most {MAX_FILE_BYTES:,} "
+                f"are read; scale the picture down."
+            )
+        yield content
+
+
+def _check_pixels(image: Image.Image) -> None:
+    kind = str(image.format)
+    if kind == "JPEG":
+        kind = "progressive JPEG" if image.info.get("progressive") else "plain JPEG"
+    limit = MAX_PIXELS_OF.get(kind, MAX_PIXELS)
+    if image.width * image.height > limit:
         raise DataError(
-            f"{name}: has 32-bit levels, whose range is unknown; convert it to 8 or 16 bits."
+            f"too large: {image.width} x {image.height} pixels, and of a {kind} at most "
+            f"{limit:,} are read; scale it down."
         )
-    return image
 
 
 def _centre_square(image: Image.Image, size: int) -> Image.Image:
     """Resizes the shorter side to `size` and cuts the centre, as RGB or RGBA.
 
-    Both in one step: resized as a whole, a picture of 1 x 100,000 pixels would not fit in memory.
+    Cut first: resized as a whole, a picture of 1 x 100,000 pixels would not fit in memory. And
+    strip by strip, in which blocks of a large picture's pixels are averaged at once.
     """
-    # Never in the palette: its numbers cannot be averaged.
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize(
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    block = max(1, side // max(REDUCING_GAP * size, 2048))
+    rows = block * max(1, STRIP_PIXELS // (block * side))
+    # Never in the palette: its numbers cannot be averaged.
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    square = Image.new(mode, (-(-side // block),) * 2)
+    for y in range(0, side, rows):
+        strip = image.crop((left, top + y, left + side, top + min(y + rows, side)))
+        strip = _to_8_bits(strip).convert(mode)
+        square.paste(strip.reduce(block) if block > 1 else strip, (0, y // block))
+    return square.resize(
         (size, size),
         Image.Resampling.LANCZOS,
-        box=(left, top, left + side, top + side),
+        box=(0, 0, side / block, side / block),
         reducing_gap=REDUCING_GAP,
     )
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # 16-bit grey; Pillow itself scales 16-bit colour
+        levels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 / 255 = 257
+    if image.mode in ("I", "F"):
+        raise DataError("has 32-bit levels, whose range is unknown; convert it to 8 or 16 bits.")
+    return image

@@ -1,14 +1,22 @@
 """Files several processes build once: locked while built, renamed into place when whole."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from imagen_scale.errors import EnvironmentProblem
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+PREPARATION = 3  # to be raised when prepared pictures change for the same files
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits over `parts`, which JSON can write: the name of what is prepared from them."""
+    return hashlib.sha256(json.dumps([PREPARATION, *parts]).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -219,7 +219,15 @@ class TextEncoder:
 
         Returns:
             For each caption (L, D) float32, L its number of tokens with the end marks.
+
+        Raises:
+            DataError: If one is not Unicode text, as a prompt typed in another encoding.
         """
+        for caption in captions:
+            try:
+                caption.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(f"{caption!a}: is not UTF-8 text; write it in UTF-8.") from None
         tokens = self._tokenizer(
             captions,
             padding="longest",

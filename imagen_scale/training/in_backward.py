@@ -41,14 +41,15 @@ class InBackwardEngine:
             for name, parameter in self.module.named_parameters()
         }
         self.optimizer = _Groups([o for o in self.optimizers.values()])
-        of_parameter = dict(zip(self.module.parameters(), self.optimizers.values(), strict=True))
-
-        def apply(parameter: Parameter) -> None:
-            of_parameter[parameter].step()
-            parameter.grad = None
-
+        self._of_parameter = dict(
+            zip(self.module.parameters(), self.optimizers.values(), strict=True)
+        )
         for parameter in self.module.parameters():
-            parameter.register_post_accumulate_grad_hook(apply)
+            parameter.register_post_accumulate_grad_hook(self._apply)
+
+    def _apply(self, parameter: Parameter) -> None:
+        self._of_parameter[parameter].step()
+        parameter.grad = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Runs the network."""
@@ -110,6 +111,7 @@ class InBackwardEngine:
     def destroy(self) -> None:
         """Frees the moments."""
         self.optimizers.clear()
+        self._of_parameter.clear()
         self.optimizer.param_groups = []
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

@@ -1,0 +1,290 @@
+"""A trained U-Net to ONNX files: the denoiser, with guidance and without, and the conditioner."""
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_scale.errors import ExportError, MissingExtraError
+from imagen_scale.models.unet import UNet
+from imagen_scale_export import io_spec
+from imagen_scale_export.graphs import Conditioner, GuidedDenoiser, PlainDenoiser
+from imagen_scale_export.io_spec import BATCH, HEIGHT, WIDTH, Port, Precision
+
+DENOISER, CONDITIONER = "denoiser.onnx", "conditioner.onnx"
+UNGUIDED = "denoiser_unguided.onnx"  # its weights are those in denoiser.onnx.data
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# Half of float16's range: what the calibration inputs reach, others may exceed.
+FP16_LIMIT = 3e4
+EXAMPLE_BATCH = 3  # tracing at 1 would take a free batch for a fixed one
+
+
+def require_exporter() -> None:
+    """Raises MissingExtraError unless the exporter's packages are installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting needs the package {error.name}; run pip install 'imagen-scale[export]'."
+        ) from None
+
+
+def export_denoisers(
+    unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool
+) -> None:
+    """Writes the guided denoiser and, over the same weights, the one for a guidance scale of 1.
+
+    Args:
+        unet: float32, in evaluation mode; not changed.
+        folder: Where `DENOISER`, its data file and `UNGUIDED` are written.
+        image_size: Side of the stage's pictures in pixels.
+        precision: What the graph computes in; inputs and output stay float32.
+        dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
+
+    Raises:
+        ExportError: If a dimension meant to be free came out fixed.
+    """
+    if precision != "fp32":
+        unet = copy.deepcopy(unet).to(DTYPES[precision])
+    config = unet.config
+    output = io_spec.denoiser_output(config, image_size, dynamic_size=dynamic_size)
+    for guided, module, name in (
+        (True, GuidedDenoiser(unet), DENOISER),
+        (False, PlainDenoiser(unet), UNGUIDED),
+    ):
+        inputs = io_spec.denoiser_inputs(
+            config, image_size, dynamic_size=dynamic_size, guided=guided
+        )
+        _export(
+            module, folder / name, inputs, [output],
+            opset=io_spec.OPSETS[precision], size=image_size, divisor=config.size_divisor,
+            weights_of=None if guided else folder / DENOISER,
+        )  # fmt: skip
+
+
+def export_conditioner(unet: UNet, path: Path) -> None:
+    """Writes the text conditioner, in float32 whatever the denoiser's precision: it is small."""
+    _export(
+        Conditioner(unet), path,
+        io_spec.conditioner_inputs(unet.config), io_spec.conditioner_outputs(unet.config),
+        opset=io_spec.OPSETS["fp32"], size=1, divisor=1,
+    )  # fmt: skip
+
+
+def check_fp16_range(unet: UNet, *, image_size: int, timesteps: int) -> None:
+    """Refuses networks whose activations come near the end of float16's range.
+
+    Args:
+        unet: float32, in evaluation mode.
+        image_size: Side of the stage's pictures in pixels.
+        timesteps: Diffusion steps T; the first, middle and last time are tried.
+
+    Raises:
+        ExportError: Naming the layer, with what to do instead.
+    """
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                peak = output.abs().max().nan_to_num(nan=float("inf")).item()
+                largest[name] = max(largest.get(name, 0.0), peak)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in unet.named_modules()]
+    ports = io_spec.denoiser_inputs(unet.config, image_size, dynamic_size=False)
+    inputs = example_inputs(ports, batch=EXAMPLE_BATCH, size=image_size)
+    inputs["t"] = torch.tensor([0.0, timesteps // 2, timesteps - 1])
+    try:
+        with torch.no_grad():
+            GuidedDenoiser(unet)(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name = max(largest, key=lambda name: largest[name])
+    if largest[name] > FP16_LIMIT:
+        raise ExportError(
+            f"fp16: the activations of layer {name or 'output'!r} reach {largest[name]:.3g}, and "
+            f"float16 ends at 65504 (refused above {FP16_LIMIT:.0f}). Use --precision bf16, which "
+            f"has the range of float32, or --precision fp32."
+        )
+
+
+def example_inputs(
+    ports: Sequence[Port], *, batch: int, size: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random values for a graph's inputs: standard normal; times, scales and masks of their kind.
+
+    Args:
+        ports: The inputs.
+        batch: Number of images.
+        size: Height and width where they are free.
+        seed: Same seed, same values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = {BATCH: batch, HEIGHT: size, WIDTH: size}
+    inputs = {}
+    for port in ports:
+        shape = [lengths[dim] if isinstance(dim, str) else dim for dim in port.dims]
+        value = torch.randn(shape, generator=generator)
+        if port.dtype == "bool":
+            value = value > 0
+        elif port.name in ("t", "lowres_t"):
+            value = torch.arange(1.0, batch + 1)
+        elif port.name == "cond_scale":
+            value = torch.arange(float(batch))
+        inputs[port.name] = value
+    return inputs
+
+
+def _export(
+    module: nn.Module,
+    path: Path,
+    inputs: list[Port],
+    outputs: list[Port],
+    *,
+    opset: int,
+    size: int,
+    divisor: int,
+    weights_of: Path | None = None,
+) -> None:
+    free: dict[Any, Any] = {
+        BATCH: torch.export.Dim(BATCH),
+        HEIGHT: divisor * torch.export.Dim("rows"),
+        WIDTH: divisor * torch.export.Dim("columns"),
+    }
+    shapes = {
+        port.name: {i: free[dim] for i, dim in enumerate(port.dims) if dim in free}
+        for port in inputs
+    }
+    example = example_inputs(inputs, batch=EXAMPLE_BATCH, size=size)
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")
+        # Captured apart from the conversion: torch.onnx.export by itself would silently fix a
+        # dimension that the module's code ties down, where this raises.
+        try:
+            program = torch.export.export(
+                module.eval(), (), example, dynamic_shapes=shapes, strict=False
+            )
+        except torch._dynamo.exc.UserError as error:
+            raise ExportError(
+                f"the network ties an input dimension to the example's: {error}"
+            ) from None
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        assert exported is not None  # it is None only when a file name is given
+        if weights_of:
+            _share_weights(exported.model, weights_of)
+        exported.save(path, external_data=not weights_of)
+    _finish(path, inputs, outputs)
+
+
+def _share_weights(model: Any, saved: Path) -> None:
+    """Replaces a graph's weights by references to those beside a saved graph."""
+    import onnx_ir
+
+    def content(tensor: Any) -> tuple[Any, ...]:
+        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
+
+    known = {
+        content(value.const_value): value.const_value
+        for value in onnx_ir.load(saved).graph.initializers.values()
+        if isinstance(value.const_value, onnx_ir.ExternalTensor)
+    }
+    for value in model.graph.initializers.values():
+        if same := known.get(content(value.const_value)):
+            value.const_value = onnx_ir.ExternalTensor(
+                same.location, same.offset, same.length, same.dtype,
+                shape=same.shape, name=value.name or "", base_dir=saved.parent,
+            )  # fmt: skip
+
+
+def _finish(path: Path, inputs: list[Port], outputs: list[Port]) -> None:
+    """Names dimensions and outputs, strips what tells of the exporting machine, checks the file."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    _rename_outputs(graph, [port.name for port in outputs])
+    for values, ports in ((graph.input, inputs), (graph.output, outputs)):
+        if [value.name for value in values] != [port.name for port in ports]:
+            raise ExportError(
+                f"{path.name}: the graph has {[value.name for value in values]} where "
+                f"{[port.name for port in ports]} was meant."
+            )
+        for value, port in zip(values, ports, strict=True):
+            found = value.type.tensor_type.shape.dim
+            for place, meant in zip(found, port.dims, strict=True):
+                if isinstance(meant, str) != bool(place.dim_param):
+                    raise ExportError(
+                        f"{path.name}: dimension {meant!r} of {port.name} came out fixed at "
+                        f"{place.dim_value}: the network's code reads it as a number."
+                    )
+                if isinstance(meant, str):
+                    place.dim_param = meant
+    # Shapes in between bear the old names of the dimensions; runtimes infer them again.
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.save(model, path)
+    onnx.checker.check_model(path)
+
+
+def _rename_outputs(graph: Any, names: list[str]) -> None:
+    renamed = dict(zip((value.name for value in graph.output), names, strict=True))
+    for value in graph.output:
+        value.name = renamed[value.name]
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+
+
+class _quiet:  # used as a statement
+    """Keeps libraries' progress chatter off the terminal."""
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+
+
+def op_census(path: Path) -> dict[str, int]:
+    """How many nodes of each operator a file has."""
+    import onnx
+
+    counts: dict[str, int] = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def data_files(path: Path) -> set[str]:
+    """Names of the files that an ONNX file takes its weights from, as it writes them."""
+    import onnx
+    from onnx.external_data_helper import (
+        ExternalDataInfo,
+        _get_all_tensors,  # those inside nodes and subgraphs as well
+        uses_external_data,
+    )
+
+    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
+    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

@@ -1,0 +1,228 @@
+"""An exported graph against the torch network it was made from.
+
+Single evaluations at three noise levels and two batch sizes, each image with its own guidance
+scale; then a sampling loop of 20 steps from the same noise. What a graph may differ by depends on
+its precision: float16 keeps 11 bits, bfloat16 eight.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.cascade import Text
+from imagen_scale.diffusion.guidance import dynamic_threshold, guide
+from imagen_scale.diffusion.sampler import sample, spaced_times
+from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.errors import ParityError
+from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale_export import io_spec
+from imagen_scale_export.executors import onnx_session
+from imagen_scale_export.io_spec import Precision
+from imagen_scale_export.manifest import SamplerConstants, Verification
+from imagen_scale_export.runtimes import ExportedRuntime
+from imagen_scale_export.to_onnx import example_inputs
+
+LOOP_STEPS, LOOP_SCALE = 20, 3.0
+MAX_PSNR_DB = 999.0  # stands for equal pictures: JSON knows no infinity
+
+
+class Limits(NamedTuple):
+    """How far a graph may be from the torch network."""
+
+    relative_error: float  # largest difference over the output's largest value
+    cosine: float
+    levels: float  # of 255, at any pixel after the loop
+    psnr_db: float  # after the loop
+
+
+LIMITS: dict[Precision, Limits] = {
+    "fp32": Limits(3e-5, 0.9999, 1.0, 40.0),
+    "fp16": Limits(1e-2, 0.9999, 255.0, 40.0),
+    "bf16": Limits(8e-2, 0.999, 255.0, 30.0),
+}
+
+
+def verify(
+    unet: UNet,
+    runtime: ExportedRuntime,
+    *,
+    precision: Precision,
+    constants: SamplerConstants,
+    batches: tuple[int, int] = (1, 2),
+    note: str = "",
+) -> Verification:
+    """Compares an export with its network.
+
+    Args:
+        unet: The reference, float32 on the CPU, in evaluation mode.
+        runtime: The export.
+        precision: Of the graph: decides the limits.
+        constants: Of the sampler.
+        batches: Images at once in the single evaluations.
+        note: Kept in the result.
+
+    Raises:
+        ParityError: Saying which limit was crossed, by how much.
+    """
+    error, cosine = _single_steps(unet, runtime, constants, batches)
+    levels, psnr_db = _loop(unet, runtime, constants, batches[0])
+    limits = LIMITS[precision]
+    problems = [
+        text
+        for failed, text in (
+            (not error <= limits.relative_error,
+             f"one evaluation differs by {error:.2e} of its largest value "
+             f"(limit {limits.relative_error:.0e})"),
+            (not cosine >= limits.cosine, f"its cosine is {cosine:.6f} (limit {limits.cosine})"),
+            (not levels <= limits.levels,
+             f"{LOOP_STEPS} steps differ by {levels:.2f}/255 (limit {limits.levels:.0f}/255)"),
+            (not psnr_db >= limits.psnr_db,
+             f"{LOOP_STEPS} steps agree to {psnr_db:.1f} dB (limit {limits.psnr_db:.0f} dB)"),
+        )
+        if failed
+    ]  # fmt: skip
+    if problems:
+        raise ParityError(f"{runtime.name}, {precision}: {'; '.join(problems)}")
+    return Verification(
+        runtime=runtime.name,
+        passed=True,
+        max_relative_error=error,
+        min_cosine=cosine,
+        loop_max_levels=levels,
+        loop_psnr_db=psnr_db,
+        note=note,
+    )
+
+
+@torch.no_grad()
+def _single_steps(
+    unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batches: tuple[int, int]
+) -> tuple[float, float]:
+    """Largest relative error and smallest cosine, with guidance and without."""
+    error, cosine = 0.0, 1.0
+    last = constants.timesteps - 1
+    ports = io_spec.denoiser_inputs(unet.config, constants.image_size, dynamic_size=False)
+    for batch in batches:
+        for time in (last // 10, last // 2, last):
+            inputs = example_inputs(ports, batch=batch, size=constants.image_size, seed=time)
+            text = _text(unet, batch, seed=time)
+            cond = unet.condition_text(text.embeds, text.mask)
+            inputs |= {"text_tokens": cond.tokens, "text_hidden": cond.hidden}
+            inputs["t"] = torch.full((batch,), float(time))
+            inputs["cond_scale"] = torch.linspace(5, 0, batch)
+            for guided, expected in zip((False, True), _both(unet, cond, inputs), strict=True):
+                executor = runtime.executor(guided=guided)
+                found = executor(
+                    {
+                        name: value.to(runtime.device)
+                        for name, value in inputs.items()
+                        if guided or name != "cond_scale"
+                    }
+                )
+                error = max(error, _relative_error(found.cpu().float(), expected))
+                cosine = min(cosine, _cosine(found.cpu().float(), expected))
+    return error, cosine
+
+
+def _both(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The reference without guidance and with it: two passes, and guidance by hand."""
+    rest = (inputs.get("lowres_img"), inputs.get("lowres_t"))
+    with_text = unet.denoise(inputs["x_t"], inputs["t"], cond, *rest)
+    without = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond.tokens)), *rest)
+    scales = inputs["cond_scale"][:, None, None, None]
+    return with_text, without + (with_text - without) * scales
+
+
+@torch.no_grad()
+def _loop(
+    unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batch: int
+) -> tuple[float, float]:
+    """Largest pixel difference in 1/255 and PSNR in dB after `LOOP_STEPS` steps of DDIM."""
+    schedule = NoiseSchedule.linear(constants.timesteps)
+    size = constants.image_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, unet.config.channels, size, size)
+    start = torch.randn(shape, generator=generator)
+    lowres_img = lowres_t = None
+    if unet.config.lowres_cond:
+        lowres_img = torch.rand(shape, generator=generator) * 2 - 1
+        time = schedule.level_to_time(constants.lowres_sample_noise_level)
+        lowres_t = torch.full((batch,), time)
+    text = _text(unet, batch, seed=1)
+    cond = unet.condition_text(text.embeds, text.mask)
+
+    def reference(x_t: Tensor, t: Tensor) -> Tensor:
+        with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
+        without = unet.denoise(x_t, t, unet.null_text(batch), lowres_img, lowres_t)
+        prediction = guide(with_text, without, LOOP_SCALE)
+        if constants.pred_type == "v":
+            return schedule.v_to_eps(x_t, t, prediction)
+        return prediction
+
+    bound = runtime.bind(text, cond_scale=LOOP_SCALE, lowres_img=lowres_img, lowres_t=lowres_t)
+
+    def exported(x_t: Tensor, t: Tensor) -> Tensor:
+        return bound(x_t.to(runtime.device), t.to(runtime.device)).cpu()
+
+    ours, theirs = (
+        sample(
+            denoiser,
+            start,
+            schedule,
+            times=spaced_times(constants.timesteps, LOOP_STEPS),
+            eta=0.0,
+            threshold=lambda x_0: dynamic_threshold(x_0, constants.dynamic_thresholding_percentile),
+            draw_noise=lambda: start,
+        )
+        for denoiser in (exported, reference)
+    )
+    difference = (ours - theirs) * 127.5  # pictures span [-1, 1]
+    error = difference.square().mean().item()
+    psnr_db = 20 * math.log10(255) - 10 * math.log10(error) if error else MAX_PSNR_DB
+    return difference.abs().max().item(), min(psnr_db, MAX_PSNR_DB)
+
+
+def _text(unet: UNet, batch: int, seed: int) -> Text:
+    """Random features of captions of several lengths; the last is full."""
+    length, width = unet.config.max_text_len, unet.config.text_embed_dim
+    assert width is not None
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.arange(1, batch + 1)[:, None] * length / batch
+    return Text(
+        torch.randn(batch, length, width, generator=generator), torch.arange(length) < lengths
+    )
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    # Not-a-number must not pass for no difference.
+    return ((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf).item()
+
+
+def _cosine(found: Tensor, expected: Tensor) -> float:
+    pair = (found.flatten().double(), expected.flatten().double())
+    return torch.nn.functional.cosine_similarity(*pair, dim=0).nan_to_num(-1).item()
+
+
+def verify_conditioner(unet: UNet, path: Path) -> float:
+    """Largest relative error of the exported text conditioner.
+
+    Raises:
+        ParityError: If it is above float32's limit.
+    """
+    session = onnx_session(path, "CPUExecutionProvider")
+    worst = 0.0
+    for batch in (1, 3):
+        text = _text(unet, batch, seed=batch)
+        with torch.no_grad():
+            expected = unet.condition_text(text.embeds, text.mask)
+        found = session.run(
+            None, {"text_embeds": text.embeds.numpy(), "text_mask": text.mask.numpy()}
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            worst = max(worst, _relative_error(torch.from_numpy(ours), theirs))
+    if worst > LIMITS["fp32"].relative_error:
+        raise ParityError(f"the text conditioner differs by {worst:.2e} of its largest value")
+    return worst

@@ -1,0 +1,27 @@
+"""How every command ends: our exceptions become one sentence and an exit code."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from imagen_scale.errors import ImagenScaleError
+
+
+def user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Ends our exceptions in one sentence and their exit code, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ImagenScaleError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:  # a full disk, a folder that may not be written
+            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+            sys.exit(1)
+
+    return wrapped

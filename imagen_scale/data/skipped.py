@@ -1,0 +1,39 @@
+"""Pictures that are left out, by name and with the reason."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from imagen_scale.errors import DataError
+
+
+class Skipped(NamedTuple):
+    """A picture, or a row of a list, that is not used."""
+
+    picture: str
+    reason: str
+
+
+@contextmanager
+def named(picture: str) -> Iterator[None]:
+    """Puts the picture's name before the reason of a DataError."""
+    try:
+        yield
+    except DataError as reason:
+        raise DataError(f"{picture}: {reason}") from reason.__cause__
+
+
+@contextmanager
+def noted(picture: str, skipped: list[Skipped]) -> Iterator[None]:
+    """Notes a DataError instead of raising it."""
+    try:
+        yield
+    except DataError as reason:
+        skipped.append(Skipped(printable(picture), str(reason)))
+
+
+def printable(name: str) -> str:
+    """A name that can be written as UTF-8 on one line; Linux allows any bytes in file names."""
+    name = name if len(name) <= 200 else name[:200] + "..."
+    visible = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+    return visible.encode("utf-8", "backslashreplace").decode()

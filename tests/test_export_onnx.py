@@ -1,0 +1,174 @@
+"""The ONNX files themselves: what they compute, how they are built, what they do not tell."""
+
+import json
+from collections import Counter
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, TINY, write_stage
+from imagen_scale_export.graphs import load_unet
+from imagen_scale_export.io_spec import denoiser_inputs
+from imagen_scale_export.to_onnx import (
+    check_fp16_range,
+    data_files,
+    example_inputs,
+    export_conditioner,
+    op_census,
+)
+from torch import nn
+
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.config import parse_config
+from imagen_scale.errors import ExportError
+from imagen_scale.models.unet import TextCond, UNet
+
+SIZES = TINY["imagen"]["image_sizes"]
+LIMITS = {"fp32": 1e-5, "fp16": 1e-2}
+
+
+def folder_of(run, number, precision):
+    return run / "export" / f"unet{number}" / f"onnx-{precision}"
+
+
+def two_passes(unet, inputs):
+    """Classifier-free guidance by hand: two passes and an extrapolation."""
+    rest = (inputs.get("lowres_img"), inputs.get("lowres_t"))
+    text = TextCond(inputs["text_tokens"], inputs["text_hidden"])
+    cond = unet.denoise(inputs["x_t"], inputs["t"], text, *rest)
+    null = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond)), *rest)
+    return null + (cond - null) * inputs["cond_scale"][:, None, None, None]
+
+
+def relative_error(run, number, precision, *, batch, size):
+    unet = load_unet(read_inference(inference_path(run, number)))
+    inputs = example_inputs(
+        denoiser_inputs(unet.config, size, dynamic_size=False), batch=batch, size=size, seed=batch
+    )
+    inputs["t"] = torch.linspace(99, 0, batch)
+    session = onnxruntime.InferenceSession(folder_of(run, number, precision) / "denoiser.onnx")
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    found = torch.from_numpy(session.run(None, feed)[0])
+    expected = two_passes(unet, inputs)
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_graph_computes_guided_predictions(exported, number, precision, batch):
+    """Each image has a guidance scale of its own: 0, 1 and 2."""
+    error = relative_error(exported, number, precision, batch=batch, size=SIZES[number - 1])
+    assert error < LIMITS[precision]
+    if precision == "fp16":
+        assert error > 1e-5  # it did compute in half precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_graph_without_guidance_shares_the_weights(exported, number, precision):
+    folder, size = folder_of(exported, number, precision), SIZES[number - 1]
+    assert data_files(folder / "denoiser_unguided.onnx") == {"denoiser.onnx.data"}
+    model = onnx.load(folder / "denoiser_unguided.onnx", load_external_data=False)
+    assert sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 30_000
+    unet = load_unet(read_inference(inference_path(exported, number)))
+    ports = denoiser_inputs(unet.config, size, dynamic_size=False, guided=False)
+    session = onnxruntime.InferenceSession(folder / "denoiser_unguided.onnx")
+    for batch in (1, 3):
+        inputs = example_inputs(ports, batch=batch, size=size, seed=batch)
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        found = torch.from_numpy(session.run(None, feed)[0])
+        text = TextCond(inputs.pop("text_tokens"), inputs.pop("text_hidden"))
+        expected = unet.denoise(text=text, **inputs)
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert error < LIMITS[precision]
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_a_dynamic_graph_takes_other_sizes(exported, size):
+    assert relative_error(exported, 2, "fp32", batch=2, size=size) < LIMITS["fp32"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_conditioner_computes_text_tokens_and_pooled_text(exported, number):
+    unet = load_unet(read_inference(inference_path(exported, number)))
+    session = onnxruntime.InferenceSession(folder_of(exported, number, "fp32") / "conditioner.onnx")
+    embeds = torch.randn(3, 8, 384)
+    mask = torch.arange(8) < torch.tensor([[0], [3], [8]])  # none, some, all are tokens
+    found = session.run(None, {"text_embeds": embeds.numpy(), "text_mask": mask.numpy()})
+    for ours, theirs in zip(found, unet.condition_text(embeds, mask), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_operators_follow_the_precision(exported, number):
+    """Half precision has one node per attention; norms are whole, with float32 statistics."""
+    unet = load_unet(read_inference(inference_path(exported, number)))
+    kinds = Counter(type(module).__name__ for module in unet.modules())
+    for precision, opset in (("fp32", 21), ("fp16", 23)):
+        path = folder_of(exported, number, precision) / "denoiser.onnx"
+        ops = op_census(path)
+        assert ops["GroupNormalization"] == kinds["GroupNorm"]
+        attentions = kinds["Attention"] + kinds["CrossAttention"]
+        assert ops.get("Attention", 0) == (attentions if precision == "fp16" else 0)
+        assert not {"Einsum", "InstanceNormalization", "If", "Loop"} & set(ops)
+        model = onnx.load(path, load_external_data=False)
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
+        for node in model.graph.node:
+            if node.op_type in ("GroupNormalization", "LayerNormalization"):
+                (stash,) = [a.i for a in node.attribute if a.name == "stash_type"]
+                assert stash == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_input_keeps_a_free_batch(exported, number):
+    model = onnx.load(
+        folder_of(exported, number, "fp16") / "denoiser.onnx", load_external_data=False
+    )
+    for value in [*model.graph.input, *model.graph.output]:
+        dims = value.type.tensor_type.shape.dim
+        assert dims[0].dim_param == "batch"
+        assert all(dim.dim_value > 0 for dim in dims[1:])
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_weights_lie_outside_and_nothing_tells_of_the_machine(exported):
+    for path in (exported / "export").rglob("*.onnx"):
+        assert data_files(path) == {path.name.replace("_unguided", "") + ".data"}
+        content = path.read_bytes()
+        for secret in (str(ROOT), "site-packages", ".py", "def forward", "stack_trace"):
+            assert secret.encode() not in content, path
+
+
+class ReadsItsBatch(nn.Module):
+    """`len` of a tensor is a number to the tracer."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.config = unet.config
+        self.unet = unet
+
+    def condition_text(self, text_embeds, text_mask):
+        text = self.unet.condition_text(text_embeds, text_mask)
+        return TextCond(text.tokens + torch.zeros(len(text_embeds), 1, 1), text.hidden)
+
+
+def test_a_batch_that_would_be_fixed_silently_is_an_error(tmp_path):
+    config = parse_config(json.dumps(TINY))
+    with pytest.raises(ExportError, match="ties an input dimension"):
+        export_conditioner(ReadsItsBatch(UNet(config.unet(0, 384))), tmp_path / "conditioner.onnx")
+
+
+def test_fp16_is_refused_with_advice_where_it_would_overflow(tmp_path):
+    def enlarge(unet):
+        unet.mid_block1.block1.project.weight *= 1e6
+
+    write_stage(tmp_path, 1, change=enlarge)
+    unet = load_unet(read_inference(inference_path(tmp_path, 1)))
+    with pytest.raises(ExportError, match=r"fp16: .*'mid_block1.* Use --precision bf16"):
+        check_fp16_range(unet, image_size=16, timesteps=100)
+    write_stage(tmp_path, 1)
+    unet = load_unet(read_inference(inference_path(tmp_path, 1)))
+    check_fp16_range(unet, image_size=16, timesteps=100)

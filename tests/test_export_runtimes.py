@@ -1,0 +1,210 @@
+"""Exported U-Nets in the sampling loop: the same pictures as torch, and what cannot be used."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from imagen_scale_export.executors import onnx_session
+from imagen_scale_export.graphs import load_unet
+from imagen_scale_export.manifest import Profile
+from imagen_scale_export.runtimes import ExportedRuntime, load_conditioner, open_runtime
+
+from imagen_scale.cascade import Text
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.diffusion.guidance import dynamic_threshold
+from imagen_scale.diffusion.sampler import sample, spaced_times
+from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
+
+CPU = torch.device("cpu")
+SCALE = 3.0
+
+
+def open_file(run, number):
+    return read_inference(inference_path(run, number))
+
+
+def random_text(batch):
+    generator = torch.Generator().manual_seed(batch)
+    mask = torch.arange(12) < torch.tensor([[3], [12], [7]])[:batch]  # longer than max_text_len
+    return Text(torch.randn(batch, 12, 384, generator=generator), mask)
+
+
+def lowres(number, batch, size):
+    if number == 1:
+        return {"lowres_img": None, "lowres_t": None}
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "lowres_img": torch.randn(batch, 3, size, size, generator=generator),
+        "lowres_t": torch.full((batch,), 20),
+    }
+
+
+def torch_denoiser(unet, schedule, text, *, lowres_img, lowres_t, cond_scale=SCALE):
+    """The eager network with guidance in two passes."""
+    cond = unet.condition_text(*text)
+
+    def denoiser(x_t, t):
+        with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
+        without = unet.denoise(x_t, t, unet.null_text(len(x_t)), lowres_img, lowres_t)
+        prediction = without + (with_text - without) * cond_scale
+        is_v = unet.config.pred_type == "v"
+        return schedule.v_to_eps(x_t, t, prediction) if is_v else prediction
+
+    return denoiser
+
+
+def pictures(denoiser, schedule, batch, size):
+    """20 ancestral steps from one seed; pixel values in 0..255."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw_noise():
+        return torch.randn(batch, 3, size, size, generator=generator)
+
+    images = sample(
+        denoiser, draw_noise(), schedule, times=spaced_times(100, 20), eta=1.0,
+        threshold=lambda x_0: dynamic_threshold(x_0, 0.9), draw_noise=draw_noise,
+    )  # fmt: skip
+    return (images + 1) * 127.5
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, SCALE])
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
+    file, size, batch = open_file(exported, number), 16 * number, 3
+    unet, schedule, text = load_unet(file), NoiseSchedule.linear(100), random_text(batch)
+    low = lowres(number, batch, size)
+    runtime = open_runtime(kind, file, folder=None, device=CPU, precision="fp32")
+    bound = runtime.bind(text, cond_scale=cond_scale, **low)
+    reference = torch_denoiser(unet, schedule, text, cond_scale=cond_scale, **low)
+    ours, theirs = (pictures(fn, schedule, batch, size) for fn in (bound, reference))
+    assert list(runtime._executors) == [cond_scale != 1]  # only the graph that is needed
+    runtime.close()
+    assert theirs.std() > 10
+    assert (ours - theirs).abs().max() <= 0.5  # half a level before rounding: one at most after
+
+
+def test_fp16_pictures_are_close(exported):
+    file = open_file(exported, 1)
+    schedule, text = NoiseSchedule.linear(100), random_text(2)
+    runtime = open_runtime("onnx", file, folder=None, device=CPU, precision="fp16")
+    bound = runtime.bind(text, cond_scale=SCALE, **lowres(1, 2, 16))
+    ours = pictures(bound, schedule, 2, 16)
+    reference = torch_denoiser(load_unet(file), schedule, text, **lowres(1, 2, 16))
+    error = (ours - pictures(reference, schedule, 2, 16)).square().mean().item()
+    assert error > 0
+    assert 20 * math.log10(255) - 10 * math.log10(error) > 40
+
+
+def test_openvino_computes_bf16_unless_told_otherwise(exported):
+    """Its error is stated in docs/export.md: some percent of the largest value."""
+    file, schedule = open_file(exported, 1), NoiseSchedule.linear(100)
+    runtime = open_runtime("openvino", file, folder=None, device=CPU)
+    if "fp32" in runtime.name:
+        pytest.skip("this processor does not compute in bf16")
+    x_t, t, text = torch.randn(2, 3, 16, 16), torch.tensor([10, 90]), random_text(2)
+    none = {"lowres_img": None, "lowres_t": None}
+    found = runtime.bind(text, cond_scale=SCALE, **none)(x_t, t)
+    expected = torch_denoiser(load_unet(file), schedule, text, **none)(x_t, t)
+    assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.08
+
+
+def test_the_conditioner_needs_only_the_text_weights(exported):
+    file, text = open_file(exported, 2), random_text(3)
+    part = load_conditioner(file)
+    assert part.final_conv.weight.is_meta
+    for ours, theirs in zip(
+        part.condition_text(*text), load_unet(file).condition_text(*text), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_images_that_the_export_does_not_take(exported):
+    file = open_file(exported, 1)
+    runtime = open_runtime("onnx", file, folder=None, device=CPU)
+    with pytest.raises(ExportError, match=r"takes images of 16 px, not 8 x 16.*--dynamic-size"):
+        runtime.check_shape(torch.Size((1, 3, 16, 8)))
+    dynamic = open_runtime("onnx", open_file(exported, 2), folder=None, device=CPU)
+    dynamic.check_shape(torch.Size((5, 3, 16, 64)))
+    with pytest.raises(ExportError, match="in multiples of 2 px, not 33 x 32"):
+        dynamic.check_shape(torch.Size((1, 3, 32, 33)))
+    profile = Profile(batch=(1, 2, 8), side=(16, 16, 32))
+    engine = ExportedRuntime(
+        file, runtime._backend, load_unet(file), profile=profile, dynamic_size=True
+    )
+    assert (engine.max_batch, dynamic.max_batch) == (8, None)
+    engine.check_shape(torch.Size((8, 3, 32, 32)))
+    with pytest.raises(ExportError, match=r"1 to 8 images at once, not 9.*--batch MIN:OPT:MAX"):
+        engine.check_shape(torch.Size((9, 3, 16, 16)))
+    with pytest.raises(ExportError, match="sides of 16 to 32 px, not 34 x 32"):
+        engine.check_shape(torch.Size((8, 3, 32, 34)))
+
+
+def test_inputs_that_do_not_belong_together(exported):
+    base, large = (
+        open_runtime("onnx", open_file(exported, number), folder=None, device=CPU)
+        for number in (1, 2)
+    )
+    with pytest.raises(ShapeError, match="go with super-resolution"):
+        base.bind(random_text(1), cond_scale=1.0, **lowres(2, 1, 16))
+    with pytest.raises(ShapeError, match="go with super-resolution"):
+        large.bind(random_text(1), cond_scale=1.0, lowres_img=None, lowres_t=None)
+    bound = base.bind(random_text(2), cond_scale=1.0, lowres_img=None, lowres_t=None)
+    with pytest.raises(ShapeError, match="3 images, but text of 2 is bound"):
+        bound(torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3]))
+
+
+def test_a_gpu_that_is_not_there_is_an_error_not_the_cpu(exported):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(EnvironmentProblem, match="needs an NVIDIA card"):
+        open_runtime("onnx", open_file(exported, 1), folder=None, device=torch.device("cuda"))
+
+
+def test_onnx_runtime_may_not_fall_back_silently(exported):
+    """It goes on with the CPU when a provider cannot be used; here none but the CPU can."""
+    import onnxruntime
+
+    path = exported / "export" / "unet1" / "onnx-fp32" / "denoiser.onnx"
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this is onnxruntime-gpu")
+    with pytest.raises(EnvironmentProblem, match=r"with CPUExecutionProvider instead of CUDA"):
+        onnx_session(path, "CUDAExecutionProvider")
+
+
+def test_wrong_use(exported):
+    file = open_file(exported, 1)
+    folder = exported / "export" / "unet1" / "onnx-fp32"
+    with pytest.raises(UsageError, match=r"'torch'.*onnx, tensorrt, openvino"):
+        open_runtime("torch", file, folder=None, device=CPU)
+    with pytest.raises(UsageError, match="openvino computes on the CPU"):
+        open_runtime("openvino", file, folder=None, device=torch.device("cuda"))
+    with pytest.raises(UsageError, match="no tensorrt export"):
+        open_runtime("tensorrt", file, folder=None, device=CPU)
+    with pytest.raises(UsageError, match="an export for onnx; --runtime tensorrt needs"):
+        open_runtime("tensorrt", file, folder=folder, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "advice"),
+    [
+        ("onnxruntime", "onnx_session(Path('x'), 'CPUExecutionProvider')", "imagen-scale[export]"),
+        ("openvino", "import_openvino()", "imagen-scale[openvino]"),
+        ("tensorrt_rtx", "find_library()", "imagen-scale[tensorrt]"),
+        ("onnxscript", "require_exporter()", "imagen-scale[export]"),
+    ],
+)
+def test_a_missing_extra_is_named(package, call, advice):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; sys.modules['tensorrt'] = None\n"
+        "from pathlib import Path\n"
+        "from imagen_scale.errors import MissingExtraError\n"
+        "from imagen_scale_export.executors import *\n"
+        "from imagen_scale_export.to_onnx import require_exporter\n"
+        f"try: {call}\nexcept MissingExtraError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert advice in done.stdout, done.stderr

@@ -1,0 +1,367 @@
+"""The planner: predicted against measured bytes, and the choices it makes."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import TINY
+
+from imagen_scale.cli import main
+from imagen_scale.config import load_config, parse_config
+from imagen_scale.errors import ConfigError, EnvironmentProblem
+from imagen_scale.planning.activations import Activations, measure, step_flops
+from imagen_scale.planning.cost import step_cost
+from imagen_scale.planning.live_bytes import LiveBytes
+from imagen_scale.planning.machine import Machine, calibration, keep_calibration
+from imagen_scale.planning.planner import Planner, text_width
+from imagen_scale.planning.setup import Setup, default_zero, written_setup
+from imagen_scale.training.choice import choose_setup, remember, smaller
+
+GB = 10**9
+SMALL_CARD = Machine("a 12 GB card", 12 * GB, 62 * GB, 1)
+
+
+# Live bytes.
+
+
+def test_live_bytes_count_what_is_made_and_still_alive():
+    weight = torch.zeros(1000)
+    with LiveBytes() as live:
+        view = weight[:10]  # made elsewhere
+        assert live.now == 0
+        a = torch.ones(250)
+        b = a.view(25, 10)  # the same storage
+        assert live.now == 1000
+        del a
+        assert live.now == 1000
+        c = b + 1
+        assert live.now == 2000
+        del b, c
+        assert (live.now, live.peak) == (0, 2000)
+        live.forget_peak()
+        assert live.peak == 0
+        assert torch.empty(10, device="meta").numel() == view.numel()
+        assert live.peak == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "index", "micro_batch", "levels", "precision"),
+    [
+        ("emoji_demo", 0, 4, ("none",) * 3, "fp32"),
+        ("emoji_demo", 0, 3, ("norms",) * 3, "bf16"),
+        ("emoji_demo", 1, 2, ("blocks",) * 3, "fp32"),
+        ("emoji_demo", 1, 4, ("blocks", "norms", "none"), "fp32"),
+        ("pokemon_64", 0, 1, ("norms",) * 3, "fp32"),
+        ("pokemon_64", 0, 1, ("blocks", "blocks", "norms"), "fp32"),
+    ],
+)
+def test_activations_are_predicted_within_two_percent(
+    config, index, micro_batch, levels, precision
+):
+    changes = (f"training.precision={precision}", "deepspeed={}")
+    checked = load_config(f"configs/{config}.json", changes)
+    options = {"micro_batch": micro_batch, "checkpointing": levels}
+    predicted = measure(checked, index, 384, **options)
+    measured = measure(checked, index, 384, **options, real=True)
+    assert predicted.held == pytest.approx(measured.held, rel=0.02)
+    assert predicted.peak == pytest.approx(measured.peak, rel=0.02)
+    assert predicted[:3] == measured[:3]
+
+
+def test_networks_larger_than_this_machine_are_measured_without_their_memory():
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checked = load_config("configs/imagen_64_256_1024.json")
+    found = measure(checked, 0, 512, micro_batch=4, checkpointing=("blocks",) * 4)
+    assert found.num_parameters > 1.6e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB
+
+
+def test_offload_moves_bytes_from_the_card_to_the_host():
+    checked = load_config("configs/emoji_demo.json")
+    options = {"micro_batch": 8, "checkpointing": ("blocks",) * 3}
+    on_card = measure(checked, 0, 384, **options)
+    on_host = measure(checked, 0, 384, **options, offload_activations=True)
+    assert on_card.on_host == 0
+    assert 0 < on_card.held - on_host.held <= on_host.on_host
+
+
+def test_recomputing_costs_flops():
+    checked = load_config("configs/emoji_demo.json")
+    none, norms, blocks = (
+        step_flops(checked, 0, 384, checkpointing=(level,) * 3)
+        for level in ("none", "norms", "blocks")
+    )
+    assert none <= norms < 1.1 * none
+    assert 1.15 * none < blocks < 1.34 * none  # at most one more forward pass
+
+
+# Bytes by hand: the arithmetic of the study, P = 1000.
+
+
+def cost_of(**changes):
+    activations = Activations(1000, 10, 300, 500, 900, 0)
+    base = {
+        "ranks": 1, "micro_batch": 2, "accumulation": 1, "precision": "bf16",
+        "checkpointing": ("norms",), "offload_activations": False, "optimizer": "adamw",
+        "in_backward": False, "ema_offload": False,
+        "zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 100},
+    }  # fmt: skip
+    return step_cost(Setup(**base | changes), activations, on_card=False)
+
+
+PROCESS = 600_000_000
+
+
+def test_offload_keeps_two_bytes_a_parameter_on_the_card_and_22_on_the_host():
+    cost = cost_of()
+    assert (cost.weights, cost.gradients, cost.optimizer, cost.ema) == (2000, 0, 0, 0)
+    assert cost.host - PROCESS == 18_000 + 4_000 + 20  # and a buffer of the largest parameter
+    assert cost.disk == 2000 + 4000 + 8000 + 4000 + 4000
+    accumulating = cost_of(accumulation=4)
+    assert accumulating.host - cost.host == 2000
+    assert accumulating.transfer_micro > cost.transfer_micro
+
+
+def test_optimizers_take_less_host_memory():
+    exact = cost_of()
+    assert exact.host - cost_of(optimizer="adamw_8bit").host == pytest.approx(5969, abs=2)
+    assert exact.host - cost_of(optimizer="adamw_bf16").host == 8000
+
+
+def test_the_optimizer_inside_backward_takes_twelve_bytes():
+    cost = cost_of(in_backward=True, precision="fp32", zero={"stage": 0}, ema_offload=True)
+    assert (cost.weights, cost.gradients, cost.optimizer, cost.ema) == (4000, 0, 8000, 0)
+    assert cost.host - PROCESS == 4000
+    factored = cost_of(in_backward=True, precision="fp32", zero={"stage": 0}, optimizer="adafactor")
+    assert factored.optimizer == 4 * 300
+
+
+def test_two_ranks_share_what_zero_3_shards():
+    one = cost_of(zero={"stage": 3, "reduce_bucket_size": 100})
+    two = cost_of(zero={"stage": 3, "reduce_bucket_size": 100}, ranks=2)
+    for term in ("weights", "gradients", "optimizer", "ema"):
+        assert getattr(two, term) * 2 == getattr(one, term)
+
+
+# Choices.
+
+
+def plan(config, index=0, machine=SMALL_CARD, **options):
+    return Planner(config, index, text_width(config), machine, **options).plan()
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return load_config("configs/imagen_64_256_1024.json")
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_every_stage_of_the_paper_fits_12_gb_and_64_gb(paper, index):
+    found = plan(paper, index)
+    setup = found.choice.setup
+    assert found.fault is None
+    assert found.choice.cost.card <= 12 * GB
+    assert found.choice.cost.host <= 62 * GB
+    assert setup.global_batch == 2048
+    assert setup.optimizer == "adamw"
+    assert found.choice.activations.num_parameters > 7e8
+
+
+def test_less_host_memory_is_answered_with_smaller_moments_or_a_fault(paper):
+    found = plan(paper, machine=SMALL_CARD._replace(ram=30 * GB))
+    assert found.fault is None
+    assert found.choice.setup.optimizer in ("adamw_8bit", "adamw_bf16")
+    assert found.choice.cost.host <= 30 * GB
+    nothing = plan(paper, machine=SMALL_CARD._replace(ram=12 * GB, card=6 * GB))
+    assert nothing.fault is not None
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_cards_cascade_keeps_a_micro_batch_of_four(index):
+    config = load_config("configs/cascade_64_256.json")
+    found = plan(config, index, SMALL_CARD._replace(ram=30 * GB))
+    assert found.fault is None
+    assert found.choice.setup.global_batch >= 64
+    assert found.choice.setup.micro_batch >= 4
+    assert found.choice.setup.optimizer == "adamw"
+
+
+def tiny(*overrides):
+    return parse_config(json.dumps(TINY), overrides=("imagen.image_sizes=[16,32]", *overrides))
+
+
+def test_what_is_written_is_kept():
+    config = tiny(
+        "training.precision=bf16", "training.micro_batch=2", 'memory.checkpointing="blocks"',
+        'deepspeed.zero_optimization={"stage":3}', "training.optimizer=adamw_8bit",
+        "memory.ema_offload=true",
+    )  # fmt: skip
+    setup = plan(config).choice.setup
+    assert (setup.micro_batch, setup.accumulation) == (2, 4)
+    assert setup.checkpointing == ("blocks", "blocks")
+    assert setup.zero == {"stage": 3}
+    assert setup.optimizer == "adamw_8bit"
+    assert setup.ema_offload
+
+
+def test_more_memory_never_costs_time_and_is_used():
+    config = load_config("configs/pokemon_64.json", ("training.global_batch=64",))
+    config = config.model_copy(
+        update={
+            "deepspeed": {},
+            "training": config.training.model_copy(update={"micro_batch": None}),
+        }
+    )
+    seconds, batches = [], []
+    for card in (1.5, 3, 6, 12, 24):
+        found = plan(config, machine=SMALL_CARD._replace(card=int(card * GB)))
+        assert found.fault is None
+        seconds.append(found.choice.seconds)
+        batches.append(found.choice.setup.micro_batch)
+    assert seconds == sorted(seconds, reverse=True)
+    assert batches == sorted(batches)
+    assert batches[-1] > batches[0]
+
+
+def test_too_little_memory_names_the_term_at_fault(paper):
+    card = plan(paper, 2, SMALL_CARD._replace(card=3 * GB))
+    assert "the card: " in card.fault
+    assert "largest term is activations" in card.fault
+    host = plan(paper, 0, SMALL_CARD._replace(ram=5 * GB))
+    assert "host memory: " in host.fault
+
+
+def test_a_crop_is_never_chosen_but_counted(paper):
+    for other in [(found := plan(paper, 2)).choice, *found.others]:
+        assert other.activations.peak > 2 * GB  # the whole 1024 px
+    unets = [unet.model_copy() for unet in paper.unets]
+    unets[2] = unets[2].model_copy(update={"crop": 256})
+    cropped = plan(paper.model_copy(update={"unets": tuple(unets)}), 2)
+    assert cropped.choice.setup.micro_batch >= 8
+
+
+def test_attention_over_too_many_pixels_is_said():
+    config = tiny("imagen.image_sizes=[16,256]", "unets.1.layer_attns=[true,false]")
+    (warning,) = plan(config, 1).warnings
+    assert "unets.1.layer_attns.0" in warning
+    assert "65536 tokens" in warning
+    assert plan(config, 0).warnings == []
+
+
+def test_a_run_with_checkpoints_stays_where_its_states_are():
+    config = tiny("training.precision=bf16")
+    before = plan(config).choice.setup._replace(
+        zero={"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    )
+    found = Planner(config, 0, 384, SMALL_CARD).plan(before)
+    assert found.choice.setup.zero == before.zero
+
+
+def test_without_a_card_nothing_is_offloaded():
+    found = plan(tiny("training.precision=bf16"), machine=Machine("cpu", None, 20 * GB, 1))
+    assert not found.choice.setup.offloads_optimizer
+
+
+def test_defaults_without_a_budget():
+    assert default_zero(1, "fp32", on_card=False) == {"stage": 0}
+    assert default_zero(1, "bf16", on_card=True)["stage"] == 2
+    assert default_zero(2, "bf16", on_card=True)["stage"] == 3
+    setup = written_setup(tiny(), 0, 1, on_card=False)
+    assert setup.checkpointing == ("norms", "norms")
+    with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 2 x 3 processes"):
+        written_setup(tiny("training.global_batch=8"), 0, 3, on_card=False)
+
+
+# The setup in force.
+
+
+def test_a_setup_is_chosen_once_and_kept(tmp_path):
+    config, told = tiny("memory.budget=2GB"), []
+    first = choose_setup(config, tmp_path, 1, 384, 1, told.append)
+    assert "planned" in told[-1]
+    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == first
+    assert len(told) == 1
+    halved = smaller(first)
+    remember(config, tmp_path, 1, halved)
+    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == halved
+    other = choose_setup(tiny("training.micro_batch=4"), tmp_path, 1, 384, 1, told.append)
+    assert other.micro_batch == 4
+    (tmp_path / "unet1" / "setup.json").write_text("{cut")
+    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == first
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_nearest(tmp_path):
+    config = tiny("memory.budget=1MB")
+    with pytest.raises(EnvironmentProblem, match=r"budget 1MB: U-Net 1 does not fit.*at fault"):
+        choose_setup(config, tmp_path, 1, 384, 1, print)
+
+
+def test_smaller_keeps_the_global_batch():
+    setup = written_setup(tiny("training.global_batch=12"), 0, 1, on_card=False)
+    batches = []
+    while setup is not None:
+        assert setup.global_batch == 12
+        batches.append(setup.micro_batch)
+        setup = smaller(setup)
+    assert batches == [12, 6, 3, 1]
+    in_backward = written_setup(tiny(), 0, 1, on_card=False)._replace(in_backward=True)
+    assert smaller(in_backward) is None
+
+
+def test_calibration_is_kept_by_name_and_survives_damage(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEN_SCALE_CACHE", str(tmp_path))
+    assert calibration("RTX 4070") == 1
+    keep_calibration("RTX 4070", 1.07)
+    keep_calibration("RTX 3060", 0.97)
+    assert (calibration("RTX 4070"), calibration("RTX 3060")) == (1.07, 0.97)
+    (tmp_path / "plan" / "calibration.json").write_text("[")
+    assert calibration("RTX 4070") == 1
+
+
+# The command.
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+def test_plan_prints_every_term_and_the_reason(tiny_config):
+    done = run("--config", str(tiny_config), "--memory", "4GB", "--ram", "16GB", "--explain")
+    assert done.exit_code == 0, done.output
+    for word in (
+        "weights", "gradients", "optimizer", "ema", "activations", "buckets", "workspace",
+        "total on the card", "host memory", "pinned", "disk per checkpoint", "relative step cost",
+        "why: ", "not taken: ", "16 px", "32 px",
+    ):  # fmt: skip
+        assert word in done.output
+
+
+def test_plan_writes_json_and_deepspeeds_settings(tiny_config, tmp_path):
+    done = run(
+        "--config", str(tiny_config), "--memory", "4GB", "--ram", "16GB", "--json",
+        "--write", str(tmp_path / "out"), "--set", "training.precision=bf16",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    plans = json.loads(done.stdout)
+    assert [entry["unet"] for entry in plans] == [1, 2]
+    for entry in plans:
+        assert entry["fits"]
+        settings = json.loads(
+            (tmp_path / "out" / f"unet{entry['unet']}_deepspeed.json").read_text()
+        )
+        assert settings["train_batch_size"] == entry["global_batch"] == 8
+        assert settings["zero_optimization"]["stage"] == entry["setup"]["zero"]["stage"]
+        assert settings["bf16"]["enabled"]
+
+
+def test_plan_exits_with_1_when_nothing_fits_and_2_for_wrong_use(tiny_config):
+    done = run("--config", str(tiny_config), "--memory", "10MB", "--ram", "16GB")
+    assert done.exit_code == 1
+    assert "At fault" in done.output
+    wrong = run("--config", str(tiny_config), "--memory", "lots")
+    assert wrong.exit_code == 2
+    assert "--memory: 'lots' is not a size" in wrong.output
+    assert run("--config", str(tiny_config), "--unet", "3").exit_code == 2

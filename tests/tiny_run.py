@@ -1,0 +1,27 @@
+"""A run whose U-Nets were never trained: enough to sample from."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import TINY
+
+from imagen_scale.checkpoint import inference_path, save_inference
+from imagen_scale.config import dump_config, parse_config
+from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.models.unet import UNet
+
+
+def write_run(run: Path) -> None:
+    """Writes the configuration and the inference files of a tiny cascade."""
+    config = parse_config(json.dumps(TINY))
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(dump_config(config))
+    for number in (1, 2):
+        torch.manual_seed(number)
+        unet = UNet(config.unet(number - 1, 384))
+        save_inference(
+            inference_path(run, number), unet.state_dict(), config=config, unet_number=number,
+            text_embed_dim=384, text_fingerprint=encoder_fingerprint(encoder_folder("minilm")),
+            step=6, steps=6,
+        )  # fmt: skip
