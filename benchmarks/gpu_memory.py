@@ -1,5 +1,6 @@
 """Trains every stage of the cascades on the card at hand, within 12 GB of it and without a limit.
 
+\b
     python benchmarks/gpu_memory.py                               both cascades, 10 child processes
     python benchmarks/gpu_memory.py --config FILE --memory 8GB    another cascade or another limit
     python benchmarks/gpu_memory.py --write docs/memory.md        into the document, between marks
@@ -7,7 +8,7 @@
 For each stage the planner chooses what fits, the trainer's own engine and loss take real steps on
 random pictures and text, and the prediction is printed beside what the allocator counted. Exits
 with 1 if a stage does not fit or fails, with 2 where there is no card.
-"""
+"""  # noqa: D301 - click reads the backspace
 
 import json
 import os

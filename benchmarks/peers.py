@@ -52,8 +52,8 @@ def environment(folder: Path, threads: int | None) -> dict[str, str]:
         folder: Where the peers are.
         threads: Of OpenMP; None takes one for each core.
 
-    Each OpenMP thread is bound to a core: left to wander, one forward pass varied from 0.9 to
-    5.2 s on a machine with another user.
+    Each OpenMP thread is bound to a core: left to wander, times on a shared machine vary
+    several-fold.
     """
     path = [str(folder.resolve()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = sorted(os.sched_getaffinity(0))[:threads]

@@ -1,5 +1,6 @@
-"""Memory and time of one training pass beside MinImagen and imagen-pytorch, same weights as theirs.
+"""Memory and time of one training pass beside MinImagen and imagen-pytorch, on the same weights.
 
+\b
     python benchmarks/training_memory.py                            both networks
     python benchmarks/training_memory.py --networks base            the seed's base U-Net alone
     python benchmarks/training_memory.py --write docs/memory.md     into the document, between marks
@@ -7,7 +8,7 @@
 The super-resolution network takes about 15 GB of memory: weights of MinImagen's (which ours share),
 of imagen-pytorch's and of ours in bf16, and two sets of gradients. Run it with nothing else on the
 machine and read ratios, not seconds. Exits with 1 if a goal is missed.
-"""
+"""  # noqa: D301 - click reads the backspace
 
 import gc
 import inspect
