@@ -1,0 +1,102 @@
+"""The published packages that the benchmarks compare with: MinImagen and imagen-pytorch.
+
+They are installed into a folder of their own that only a benchmark's child process sees, without
+their dependencies: MinImagen pins torch 1.12 and numpy 1.23. What they import beyond what this
+project already brings is listed here. Only their U-Nets are used.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = (
+    "minimagen==0.0.9", "imagen-pytorch==2.1.0", "accelerate==1.15.0", "beartype==0.23.1",
+    "einops==0.8.2", "einops-exts==0.0.4", "ema-pytorch==0.8.3", "kornia==0.9.0",
+    "kornia-rs==0.2.0", "pytorch-warmup==0.2.0", "resize-right==0.0.2",
+)  # fmt: skip
+_MARKER = "installed.txt"
+
+
+def install(folder: Path) -> None:
+    """Installs the peers into a folder unless they are there.
+
+    Raises:
+        click.ClickException: If pip fails.
+    """
+    # torchvision goes with one torch release: its minor version is torch's plus 15.
+    torch_minor = int(importlib.metadata.version("torch").split(".")[1])
+    wanted = [*REQUIREMENTS, f"torchvision==0.{torch_minor + 15}.*"]
+    marker = folder / _MARKER
+    if marker.is_file() and marker.read_text().split() == wanted:
+        return
+    click.echo(f"installing {wanted[0]} and {wanted[1]} into {folder}", err=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade",
+               "--disable-pip-version-check", "--target", str(folder), *wanted]  # fmt: skip
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise click.ClickException(f"the peers cannot be installed: {done.stderr.strip()}")
+    marker.write_text("\n".join(wanted))
+
+
+def environment(folder: Path, threads: int | None) -> dict[str, str]:
+    """The variables of a child process that sees the peers and this checkout.
+
+    Args:
+        folder: Where the peers are.
+        threads: Of OpenMP; None takes one for each core.
+
+    Each OpenMP thread is bound to a core: left to wander, times on a shared machine vary
+    several-fold.
+    """
+    path = [str(folder.resolve()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(len(cores)),
+        "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores),
+        "OMP_PROC_BIND": "true",
+    }
+
+
+def import_unets() -> tuple[Any, Any]:
+    """The classes `minimagen.Unet.Unet` and `imagen_pytorch.Unet`."""
+    import transformers
+
+    _import_torchvision()
+    # imagen-pytorch asks the model hub for its default encoder's width while it is imported.
+    t5 = transformers.T5Config(d_model=768)
+    with mock.patch.object(transformers.T5Config, "from_pretrained", lambda name: t5):
+        import imagen_pytorch
+    import minimagen.Unet
+
+    return minimagen.Unet.Unet, imagen_pytorch.Unet
+
+
+def _import_torchvision() -> None:
+    """Imports torchvision, also one built for CUDA beside a torch for the CPU.
+
+    Its operators then do not load, and it fails to describe two of them. No U-Net calls them.
+    """
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision  # noqa: F401
+
+
+_libraries: list[Any] = []  # what they define lives as long as they do

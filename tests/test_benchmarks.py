@@ -1,0 +1,233 @@
+"""The benchmarks: what they compute without peers or a card, and a run on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import click
+import gpu_memory
+import peers
+import pytest
+import torch
+import training_memory
+from conftest import LAUNCHER_VARIABLES, ROOT
+from report import table, write_between_marks
+from training_memory import MINIMAGEN, NETWORKS, OURS, PLAIN, Measured, Whole
+
+from imagen_scale.config import load_config
+from imagen_scale.models.unet import UNet
+from imagen_scale.planning.activations import measure
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def test_a_table_is_markdown():
+    assert table(["", "bytes"], [["ours", "1"]]) == "|  | bytes |\n| --- | ---: |\n| ours | 1 |"
+
+
+def test_only_the_part_between_the_marks_is_replaced(tmp_path):
+    document = tmp_path / "a.md"
+    page = "# Title\n<!-- x: begin -->{}<!-- x: end -->\n<!-- y: begin -->\n<!-- y: end -->\n"
+    document.write_text(page.format(" old "))
+    for text in ("first", "second"):
+        write_between_marks(document, "x", text)
+        assert document.read_text() == page.format(f"\n{text}\n")
+
+
+@pytest.mark.parametrize("text", [None, "no marks", "<!-- x: end --> <!-- x: begin -->"])
+def test_a_document_without_marks_is_left_alone(tmp_path, text):
+    document = tmp_path / "a.md"
+    if text is not None:
+        document.write_text(text)
+    with pytest.raises(click.UsageError, match="<!-- x: begin --> and <!-- x: end -->"):
+        write_between_marks(document, "x", "new")
+    assert text is None or document.read_text() == text
+
+
+@pytest.mark.parametrize("module", [training_memory, gpu_memory])
+def test_the_memory_document_has_the_marks(module):
+    text = (ROOT / "docs" / "memory.md").read_text()
+    assert f"<!-- {module.MARK}: begin -->" in text
+    assert f"<!-- {module.MARK}: end -->" in text
+
+
+# ------------------------------------------------------------------------------- training_memory
+
+
+def measured(held, seconds):
+    return Measured(parameters=4, held=held, peak=2 * held, loss=1.5, seconds=seconds)
+
+
+def test_ratios_are_minimagens_value_over_ours():
+    ways = {MINIMAGEN: measured(900_000_000, 3.0), "ours": measured(100_000_000, 1.5)}
+    *_, line = training_memory.pass_table(ways).splitlines()
+    assert cells(line) == [
+        "ours", "4", "1.500000", "100.0 MB", "9.00x", "200.0 MB", "9.00x", "1.50 s", "2.00x",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("held", "seconds", "kept"),
+    [
+        (100, 1.0, [True] * 6),
+        (1000, 1.0, [False, True, False, True, False, True]),
+        (100, 2.2, [True, False, True, True, True, False]),
+        (100, 2.4, [True, False, True, False, True, False]),
+    ],
+)
+def test_a_goal_that_is_missed_fails(held, seconds, kept):
+    ways = {way.name: measured(held, seconds) for way in OURS}
+    verdicts = training_memory.judge("base", ways | {MINIMAGEN: measured(1900, 2.0)})
+    assert [verdict.is_kept for verdict in verdicts] == kept
+    assert [str(verdict)[:4] for verdict in verdicts] == ["PASS" if k else "FAIL" for k in kept]
+
+
+def test_every_goal_is_about_something_measured():
+    for goal in training_memory.GOALS:
+        assert goal.network in NETWORKS
+        assert goal.way in {way.name for way in OURS}
+        assert goal.quantity in training_memory.RATIOS
+    assert {PLAIN, *training_memory.RECOMPUTED} <= {way.name for way in OURS}
+
+
+@pytest.mark.parametrize(("card", "kept"), [(2, True), (2.1, False)])
+def test_the_whole_step_is_compared_with_its_last_line(card, kept):
+    steps = {"MinImagen": Whole(10, 0, "run"), "a": Whole(9, 0, "run"), "b": Whole(card, 3, "sum")}
+    assert training_memory.judge_whole(steps).is_kept is kept
+
+
+def test_the_networks_are_those_of_the_comparison():
+    """MinImagen's counts on the meta device; the base is the shipped configuration's."""
+    assert (
+        training_memory.config().unets[0] == load_config(ROOT / "configs/pokemon_64.json").unets[0]
+    )
+    for (name, network), expected in zip(NETWORKS.items(), (44_533_635, 715_727_235), strict=True):
+        with torch.device("meta"):
+            unet = UNet(training_memory.config().unet(network.index, training_memory.TEXT_DIM))
+        assert training_memory.num_parameters(unet) == expected, name
+
+
+def test_ours_shares_the_weights_it_is_given():
+    stage = training_memory.config().unet(0, training_memory.TEXT_DIM)
+    stage = stage.model_copy(update={"dim": 16, "cond_dim": 16})
+    first = UNet(stage)
+    ours = training_memory.build_ours(stage, "blocks", first.state_dict())
+    pairs = zip(first.parameters(), ours.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() and b.requires_grad for a, b in pairs)
+
+
+def test_bytes_are_those_of_the_planner():
+    """The benchmark's own pass holds what the planner predicts for the same network."""
+    small = training_memory.config()
+    entry = small.unets[0].model_copy(update={"dim": 16})
+    small = small.model_copy(update={"unets": (entry, *small.unets[1:])})
+    stage = small.unet(0, training_memory.TEXT_DIM)
+    run = training_memory.Pass(NETWORKS["base"])
+    unet = training_memory.build_ours(stage, "norms", UNet(stage).state_dict())
+    held, _, loss = training_memory.measure_bytes(lambda: run.ours(unet))
+    predicted = measure(
+        small, 0, training_memory.TEXT_DIM, micro_batch=2, checkpointing=("norms",) * 3
+    )
+    inputs = run.text_embeds.nbytes + 4 * run.x_t.nbytes  # the planner makes them in its pass
+    assert held <= predicted.held <= held + inputs + 1000
+    assert loss > 0
+    gradients = training_memory.take_gradients(unet)
+    assert training_memory.gradient_error(gradients, gradients) == 0
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_a_gradient_that_differs_or_is_missing_shows():
+    reference = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0])}
+    moved = reference | {"a": torch.tensor([1.0, -1.0])}
+    assert training_memory.gradient_error(moved, reference) == 0.5
+    assert training_memory.gradient_error({"a": reference["a"]}, reference) == float("inf")
+
+
+def test_the_peers_see_this_checkout_and_bound_threads(tmp_path):
+    environment = peers.environment(tmp_path, 1)
+    assert environment["PYTHONPATH"].split(":")[:2] == [str(tmp_path), str(ROOT)]
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["OMP_PLACES"].count("{") == 1
+
+
+# ------------------------------------------------------------------------------------ gpu_memory
+
+
+def run_gpu_memory(*options):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_memory.py"), *map(str, options)]
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.distributed
+def test_every_stage_is_planned_and_trained(tiny_config, tmp_path):
+    document = tmp_path / "memory.md"
+    document.write_text("<!-- gpu_memory: begin -->\n<!-- gpu_memory: end -->\n")
+    done = run_gpu_memory("--cpu", "--config", tiny_config, "--steps", 2, "--write", document)
+    assert done.returncode == 0, done.stderr
+    title, *_ = done.stdout.splitlines()
+    assert "deepspeed" in title and "torch" in title
+    header, _, *rows = (line for line in done.stdout.splitlines() if line.startswith("|"))
+    assert cells(header) == list(gpu_memory.COLUMNS)
+    stages = [dict(zip(gpu_memory.COLUMNS, cells(row), strict=True)) for row in rows]
+    assert [stage["stage"] for stage in stages] == [
+        "`tiny` U-Net 1, 16 px", "`tiny` U-Net 2, 32 px",
+    ]  # fmt: skip
+    for stage in stages:
+        assert "checkpointing norms" in stage["planned"]
+        assert stage["accumulated here"] == "1 of 1"
+        assert stage["predicted"].endswith("GB") and stage["host measured"].endswith("GB")
+        assert float(stage["images/s"]) > 0
+        assert stage["allocated"] == stage["reserved"] == "-"  # there is no card
+    assert done.stdout.strip() in document.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
+def test_without_a_card_it_says_so():
+    done = run_gpu_memory()
+    assert done.returncode == 2
+    assert done.stderr == (
+        "gpu_memory needs an NVIDIA card and torch finds none; --cpu trains on the CPU.\n"
+    )
+
+
+def test_a_stage_that_fails_is_a_line_of_its_own():
+    line = gpu_memory.row("x", 12_000_000_000, {"fault": "out of memory: tried", "planned": "this"})
+    assert line[2:5] == ["12 GB", "**out of memory: tried** (this)", "- of -"]
+    assert set(line[5:]) == {"-"}
+    assert len(line) == len(gpu_memory.COLUMNS)
+
+
+def test_what_the_planner_may_choose_is_left_to_it():
+    for name in gpu_memory.CONFIGS:
+        written = load_config(ROOT / "configs" / f"{name}.json")
+        free = gpu_memory.left_to_planner(written)
+        assert free.unets == written.unets and free.imagen == written.imagen
+        assert free.training.micro_batch is None and free.training.optimizer is None
+        assert free.memory == type(free.memory)()
+        assert "zero_optimization" not in free.deepspeed
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "planned", "expected"), [(4, 4, 9.0), (4, 10, 9.0 + 6 * 2.0)]
+)
+def test_missing_micro_batches_are_counted(accumulated, planned, expected):
+    seconds = gpu_memory.full_step_seconds([8.0, 10.0], [2.0, 1.0, 3.0], accumulated, planned)
+    assert seconds == expected
+
+
+@pytest.mark.parametrize(
+    ("unets", "expected"),
+    [((), [(0, 8), (0, None), (1, 8), (1, None)]), ((2,), [(1, 8), (1, None)])],
+)
+def test_stages_are_measured_under_every_limit(tiny_config, unets, expected):
+    found = gpu_memory.tasks((str(tiny_config),), unets, [8, None], steps=3)
+    assert [(task["unet_index"], task["limit"]) for _, task in found] == expected
+    assert all(task["steps"] == 3 for _, task in found)
+    json.dumps(found)  # sent to a process
