@@ -40,7 +40,7 @@ class InBackwardEngine:
             name: make_optimizer([parameter], config, unet_index, setup)
             for name, parameter in self.module.named_parameters()
         }
-        self.optimizer = _Groups([o for o in self.optimizers.values()])
+        self.optimizer = _Groups(self.optimizers)
         self._of_parameter = dict(
             zip(self.module.parameters(), self.optimizers.values(), strict=True)
         )
@@ -112,7 +112,6 @@ class InBackwardEngine:
         """Frees the moments."""
         self.optimizers.clear()
         self._of_parameter.clear()
-        self.optimizer.param_groups = []
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Weights and moments by name ("name", "name/moment"), and what is not a tensor."""
@@ -132,5 +131,10 @@ class InBackwardEngine:
 class _Groups:
     """Every optimizer's groups in one list: where the learning rate is set."""
 
-    def __init__(self, optimizers: list[Any]) -> None:
-        self.param_groups = [group for o in optimizers for group in o.param_groups]
+    def __init__(self, optimizers: dict[str, Any]) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As they are now: loading a state replaces them."""
+        return [group for o in self._optimizers.values() for group in o.param_groups]
