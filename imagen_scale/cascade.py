@@ -285,6 +285,7 @@ class Picture(NamedTuple):
     prompt: str
     seed: int
     stages: list[Tensor]  # of each stage, (3, size, size) in [-1, 1]
+    runtimes: list[str]  # what computed each stage
 
 
 class Cascade:
@@ -309,7 +310,7 @@ class Cascade:
     ) -> None:
         self.files = files
         self.device = device or default_device()
-        self.runtime, self.options, self.say = runtime, options, say
+        self.runtime, self.options, self.say = runtime, options, _once(say)
 
     @classmethod
     def load(
@@ -393,7 +394,11 @@ class Cascade:
             _each("--threshold", threshold, stages),
             strict=True,
         )
-        settings = [Settings(*row) for row in rows]
+        settings = [
+            one if one.threshold is not None
+            else one._replace(threshold=file.config.imagen.dynamic_thresholding_percentile)
+            for one, file in zip((Settings(*row) for row in rows), self.files, strict=True)
+        ]  # fmt: skip
         for one in settings:
             if one.steps < 1:
                 raise UsageError(f"--steps {one.steps}: at least 1 step is needed.")
@@ -468,11 +473,13 @@ class Cascade:
                 seeds = [seed for _, seed in group]
                 text = self.encode([prompt for prompt, _ in group])
                 made: list[Tensor] = []
+                runtimes: list[str] = []
                 for number, how in enumerate(per_stage, start=1):
                     if stage is None or len(per_stage) > 1:
                         if stage is not None:
                             stage.close()
                         stage = self.stage(number, tile=self._tile(number, tile))
+                    runtimes.append(stage.runtime.name)
                     parts = stage.parts(
                         text, seeds, how, lowres=made[-1] if made else None,
                         at_once=at_once, on_step=on_step,
@@ -481,7 +488,8 @@ class Cascade:
                         made.append(torch.cat(list(parts)))
                         continue
                     for i, image in enumerate(image for part in parts for image in part):
-                        yield Picture(*group[i], [*(images[i] for images in made), image])
+                        earlier = [images[i] for images in made]
+                        yield Picture(*group[i], [*earlier, image], runtimes)
         except torch.OutOfMemoryError:
             raise out_of_memory(self.device) from None
         finally:
@@ -493,26 +501,30 @@ class Cascade:
         return tile if tile is not None and tile < size else None
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+        """See `encode`."""
+        return encode(self.files[0], prompts)
 
-        Raises:
-            CheckpointError: If the encoder at hand is not the one of training.
-        """
-        file = self.files[0]
-        name = file.config.text_encoder
-        folder = encoder_folder(name)
-        if encoder_fingerprint(folder) != file.text_fingerprint:
-            raise CheckpointError(
-                f"{file.path}: trained with another version of the text encoder {name!r} than the "
-                f"one in {folder}. Put the original files back, or train again."
-            )
-        unique = list(dict.fromkeys(prompts))
-        encoder, together = TextEncoder(folder), file.config.text.batch_size
-        found: dict[str, Embedding] = {}
-        for start in range(0, len(unique), together):
-            some = unique[start : start + together]
-            found |= dict(zip(some, encoder.encode(some), strict=True))
-        return Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
+
+def encode(file: InferenceFile, prompts: Sequence[str]) -> Text:
+    """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+
+    Raises:
+        CheckpointError: If the encoder at hand is not the one of training.
+    """
+    name = file.config.text_encoder
+    folder = encoder_folder(name)
+    if encoder_fingerprint(folder) != file.text_fingerprint:
+        raise CheckpointError(
+            f"{file.path}: trained with another version of the text encoder {name!r} than the "
+            f"one in {folder}. Put the original files back, or train again."
+        )
+    unique = list(dict.fromkeys(prompts))
+    encoder, together = TextEncoder(folder), file.config.text.batch_size
+    found: dict[str, Embedding] = {}
+    for start in range(0, len(unique), together):
+        some = unique[start : start + together]
+        found |= dict(zip(some, encoder.encode(some), strict=True))
+    return Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
 
 
 def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> InferenceFile:
@@ -563,3 +575,15 @@ def _each(option: str, value: Any, stages: int) -> list[Any]:
             f"by commas, or a single one."
         )
     return list(values)
+
+
+def _once(say: Say) -> Say:
+    """Says each sentence once: a stage is opened again for every group of pictures."""
+    said: set[str] = set()
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            say(sentence)
+
+    return say_once

@@ -227,7 +227,7 @@ class UNetDenoiser:
     Args:
         runtime: Holds the network.
         text: What depends on the text, computed once, for B images.
-        cond_scale: Guidance scale; 1 computes one branch only.
+        cond_scale: Guidance scale; 1 (text alone) and 0 (no text) compute one branch only.
         lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
         lowres_t: Their noise times, (B,), or None.
     """
@@ -242,7 +242,10 @@ class UNetDenoiser:
     ) -> None:
         self.runtime, self.cond_scale = runtime, cond_scale
         self.text, self.lowres_img, self.lowres_t = text, lowres_img, lowres_t
-        if cond_scale != 1:
+        self.guided = cond_scale not in (0, 1)
+        if cond_scale == 0:
+            self.text = runtime.unet.null_text(len(text.tokens))
+        if self.guided:
             self.null = runtime.unet.null_text(len(text.tokens))
             self.both = TextCond(*(torch.cat(pair) for pair in zip(text, self.null, strict=True)))
             self.lowres_both = _twice(lowres_img), _twice(lowres_t)
@@ -259,13 +262,13 @@ class UNetDenoiser:
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         runtime = self.runtime
         try:
-            if self.cond_scale == 1:
+            if not self.guided:
                 return self._pass(x_t, t, self.text)
             if runtime.sequential:
                 return self._two_passes(x_t, t)
             return self._one_pass(x_t, t)
         except torch.OutOfMemoryError:
-            if self.cond_scale == 1 or runtime.sequential:
+            if not self.guided or runtime.sequential:
                 raise
         runtime.sequential = True
         runtime.say(

@@ -77,7 +77,9 @@ def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         image = _to_8_bits(image, str(file))
-        return _as_array(image.convert("RGBA" if image.has_transparency_data else "RGB"), orientation)
+        return _as_array(
+            image.convert("RGBA" if image.has_transparency_data else "RGB"), orientation
+        )
 
 
 def check_picture(file: Path | BinaryIO, name: str | None = None) -> None:
