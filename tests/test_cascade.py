@@ -74,7 +74,7 @@ def test_same_seed_same_picture_whatever_stands_beside(run, sampler):
     alone = sample(run, "sun", seed=1, sampler=sampler)
     beside = sample(run, "red heart", "sun", seed=0, num=2, sampler=sampler)
     for ours, theirs in zip(alone, beside, strict=True):
-        torch.testing.assert_close(ours[0], theirs[3], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours[0], theirs[3], atol=1e-3, rtol=0)  # 1/255 is 8e-3
     other = sample(run, "sun", seed=2, sampler=sampler)
     assert (other[0] - alone[0]).abs().max() > 0.01
 
@@ -227,11 +227,11 @@ def test_many_pictures_go_through_in_groups_with_the_same_result(run, monkeypatc
 
 def test_settings_per_stage(run):
     cascade = Cascade.load(run)
-    base, large = cascade.settings(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.9)
-    assert (base.steps, base.sampler, base.cond_scale, base.threshold) == (9, "ddim", 3, 0.9)
-    assert (large.steps, large.sampler, large.cond_scale, large.threshold) == (4, "heun", 1, 0.9)
+    base, large = cascade.settings(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.8)
+    assert (base.steps, base.sampler, base.cond_scale, base.threshold) == (9, "ddim", 3, 0.8)
+    assert (large.steps, large.sampler, large.cond_scale, large.threshold) == (4, "heun", 1, 0.8)
     assert [one.cond_scale for one in cascade.settings(cond_scale=[2, 5])] == [2, 5]
-    assert [one.threshold for one in cascade.settings()] == [0.95, 0.95]
+    assert [one.threshold for one in cascade.settings()] == [0.9, 0.9]
     # Each stage really takes its own: changing the second leaves the first picture alone.
     one, other = (cascade.sample(["sun"], steps=[3, steps]) for steps in (2, 5))
     assert torch.equal(one[0], other[0])

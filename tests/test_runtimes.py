@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from test_cascade import write_stage
 
 from imagen_scale.cascade import Cascade, Stage
 from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import ImagenScaleError, UsageError
 from imagen_scale.runtimes import Options, Text, TorchRuntime, open_runtime
-from test_cascade import write_stage
 
 CPU = torch.device("cpu")
 
