@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     steps: int = 25
     cond_scale: float = 1.0
     sampler: Sampler = "dpmpp_2m"
-    spacing: Spacing = "logsnr"
+    spacing: Spacing = "trailing"
     eta: float = 0.0  # "ddim" only
     threshold: float | None = None  # percentile in (0, 1]; None takes the configuration's
 
