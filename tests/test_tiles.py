@@ -74,44 +74,32 @@ def stage(tmp_path_factory):
     return Stage(read_inference(inference_path(run, 2)), torch.device("cpu"), tile=32)
 
 
-def largest_jumps(images, borders):
-    """Root mean square jumps between neighbouring columns: largest at a border, and elsewhere."""
-    jumps = images.diff(dim=-1).square().mean(dim=(0, 1, 2)).sqrt()
-    at_border = torch.zeros(len(jumps), dtype=torch.bool)
-    at_border[[border - 1 for border in borders]] = True
-    return jumps[at_border].max().item(), jumps[~at_border].max().item()
-
-
 @torch.no_grad()
 def test_a_real_unet_leaves_no_seam(stage):
-    """Its receptive field is the whole tile (normalisation), so tiles differ from the whole image.
+    """On plain pictures, where the only thing to be seen away from the edges is a tile's end.
 
-    A seam is a jump in that difference where a tile ends. Tiles side by side have one.
+    A seam is a jump, from one column to the next, of what tiling changes. Tiles put side by side
+    have one at every border.
     """
     torch.manual_seed(0)
-    unet, many = stage.runtime.unet, 16
+    unet, many = stage.runtime.unet, 8
     text = unet.condition_text(torch.randn(many, 4, 384), torch.ones(many, 4).bool())
-    lowres = torch.rand(many, 3, 16, 48) * 2 - 1
-    lowres = F.interpolate(lowres, scale_factor=4, mode="bicubic").clamp(-1, 1)
-    x_t = lowres + 0.3 * torch.randn_like(lowres)
+    plain = (torch.rand(many, 3, 1, 1) * 2 - 1).expand(many, 3, 64, 192).contiguous()
     t, none = torch.full((many,), 10), torch.zeros(many).long()
 
     def bind(window):
-        return lambda part, t: unet.denoise(part, t, text, window.of(lowres).contiguous(), none)
+        return lambda part, t: unet.denoise(part, t, text, window.of(plain).contiguous(), none)
 
-    whole = unet.denoise(x_t, t, text, lowres, none)
-    blended = TiledDenoiser(bind, tile=64, divisor=stage.divisor)(x_t, t)
+    def jumps(image):
+        change = (image - whole)[..., 16:48, 16:176]
+        return change.diff(dim=-1).square().mean(dim=(0, 1, 2)).sqrt()
+
+    whole = unet.denoise(plain, t, text, plain, none)
     windows = [Tile(slice(0, 64), slice(start, start + 64)) for start in (0, 64, 128)]
-    hard = torch.cat([bind(at)(at.of(x_t).contiguous(), t) for at in windows], dim=-1)
-    starts = tile_starts(192, 64, stage.divisor)
-    ends = [border for start in starts for border in (start, start + 64) if 0 < border < 192]
-    at_hard, elsewhere = largest_jumps(hard - whole, [64, 128])
-    print(at_hard, elsewhere)
-    assert at_hard > 1.5 * elsewhere
-    at_blended, elsewhere = largest_jumps(blended - whole, ends)
-    print(at_blended, elsewhere)
-    assert at_blended < elsewhere
-    assert at_blended < at_hard / 2
+    hard = jumps(torch.cat([bind(at)(at.of(plain).contiguous(), t) for at in windows], dim=-1))
+    blended = jumps(TiledDenoiser(bind, tile=64, divisor=stage.divisor)(plain, t))
+    assert hard.max() > 10 * hard.median()
+    assert blended.max() < hard.max() / 10
 
 
 def test_upscaling_any_shape(stage):
