@@ -41,6 +41,7 @@ IN_PICTURE = [("ddpm", "linear", 1000), ("ddim", "linear", 50), ("dpmpp_2m", "tr
 
 
 def main():
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/emoji_demo"))
     parser.add_argument("--cond-scale", type=float, default=2.0)
