@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ unfinished_option = click.option(
 )
 
 
-class PerStage(click.ParamType):
+class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """One value, or one per stage separated by commas."""
 
-    def __init__(self, item: click.ParamType) -> None:
+    def __init__(self, item: Any) -> None:
         self.item = item
         self.name = item.name
 
@@ -133,7 +134,7 @@ RUNTIME_OPTIONS = (
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """What all commands that sample take; settings that are not given are left out."""
 
-    @functools.wraps(command)
+    @wraps(command)
     def wrapped(**options: Any) -> None:
         names = ("steps", "cond_scale", "sampler", "spacing", "eta", "threshold")
         given = {name: options.pop(name) for name in names}
