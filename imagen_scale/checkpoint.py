@@ -60,7 +60,7 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
     """
     files = {}
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        digest = _sha256(path)
+        digest = sha256(path)
         files[path.relative_to(staging).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": digest,
@@ -105,7 +105,7 @@ def verify(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: missing or cut short.")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: its content changed since it was saved.")
     return manifest
 
@@ -154,7 +154,8 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

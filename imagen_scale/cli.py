@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,100 @@ set_option = click.option(
     help="Change one key, e.g. data.flip=true.",
 )
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Same seed, same picture.",
+)
 unfinished_option = click.option(
     "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
 )
 
-steps_option = click.option(
-    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Steps per stage."
+
+class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """One value, or one per stage separated by commas."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+        self.name = item.name
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What the help shows."""
+        return f"{self.name.upper()}[,...]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """A value, or a list where there is a comma."""
+        if not isinstance(value, str):
+            return value
+        values = [self.item.convert(part.strip(), param, ctx) for part in value.split(",")]
+        return values if len(values) > 1 else values[0]
+
+
+# The names stand in imagen_scale.diffusion and imagen_scale.runtimes, whose import loads torch.
+SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")
+SPACING_NAMES = ("linear", "trailing", "logsnr", "karras")
+RUNTIME_NAMES = ("auto", "torch", "compile", "onnx", "tensorrt", "openvino")
+
+SETTING_OPTIONS = (
+    click.option(
+        "--steps", type=PerStage(click.IntRange(min=1)), help="Steps per stage; default 25."
+    ),
+    click.option(
+        "--cond-scale",
+        type=PerStage(click.FLOAT),
+        help="Guidance; a single value is the base stage's, the others take 1. Default 3.",
+    ),
+    click.option(
+        "--sampler",
+        type=PerStage(click.Choice(SAMPLER_NAMES)),
+        help=f"One of {', '.join(SAMPLER_NAMES)}; default dpmpp_2m.",
+    ),
+    click.option(
+        "--spacing",
+        type=PerStage(click.Choice(SPACING_NAMES)),
+        help=f"Which times are visited: {', '.join(SPACING_NAMES)}.",
+    ),
+    click.option("--eta", type=PerStage(click.FLOAT), help="Noise of --sampler ddim, 0 to 1."),
+    click.option(
+        "--threshold",
+        type=PerStage(click.FLOAT),
+        help="Percentile of dynamic thresholding, 0 to 1; default the configuration's.",
+    ),
 )
-cond_scale_option = click.option(
-    "--cond-scale", type=float, default=3.0, show_default=True, help="Guidance of the base stage."
+RUNTIME_OPTIONS = (
+    click.option(
+        "--runtime",
+        type=click.Choice(RUNTIME_NAMES),
+        default="auto",
+        show_default=True,
+        help="What computes the U-Nets; auto says what it took and why.",
+    ),
+    click.option(
+        "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default by the device."
+    ),
+    click.option("--channels-last", is_flag=True, help="Memory layout for torch."),
+    click.option(
+        "--sequential", is_flag=True, help="Two passes for guidance: less memory, more time."
+    ),
 )
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What all commands that sample take; settings that are not given are left out."""
+
+    @wraps(command)
+    def wrapped(**options: Any) -> None:
+        names = ("steps", "cond_scale", "sampler", "spacing", "eta", "threshold")
+        given = {name: options.pop(name) for name in names}
+        how = {name: options.pop(name) for name in ("precision", "channels_last", "sequential")}
+        settings = {name: value for name, value in given.items() if value is not None}
+        command(settings=settings, how=how, **options)
+
+    for option in reversed((*SETTING_OPTIONS, *RUNTIME_OPTIONS)):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @main.group()
@@ -196,26 +281,13 @@ def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
 @click.option(
     "--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt."
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Same seed, same picture.",
-)
-@steps_option
-@cond_scale_option
-@click.option(
-    "--sr-cond-scale",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Guidance of the other stages.",
-)
-@click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
+@seed_option
 @click.option("--unet-limit", type=int, help="Stop after this U-Net.")
+@click.option("--tile", type=click.IntRange(min=1), help="Compute stages above this in tiles.")
+@click.option("--at-once", type=click.IntRange(min=1), help="Pictures computed together.")
 @unfinished_option
 @user_errors
+@sampling_options
 def sample(
     prompts: tuple[str, ...],
     run: str | None,
@@ -223,53 +295,129 @@ def sample(
     out: str | None,
     num: int,
     seed: int,
-    steps: int,
-    cond_scale: float,
-    sr_cond_scale: float,
-    sampler: Any,
     unet_limit: int | None,
+    tile: int | None,
+    at_once: int | None,
     allow_unfinished: bool,
+    runtime: Any,
+    settings: dict[str, Any],
+    how: dict[str, Any],
 ) -> None:
-    r"""Make pictures from PROMPTS with a trained run.
+    r"""Make pictures from PROMPTS with a trained run; each is written as soon as it is finished.
 
     \b
-        imagen-scale sample "red heart" "grinning cat" --cond-scale 3
+        imagen-scale sample "red heart" "grinning cat" --cond-scale 3 --steps 25,10
     """
     all_prompts = [*prompts, *(_read_prompts(from_file) if from_file else [])]
     if not all_prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
-    from imagen_scale.checkpoint import find_run
+    from imagen_scale.checkpoint import find_run, sha256
 
     run_dir = find_run(run)
     from imagen_scale.cascade import Cascade, to_uint8
-    from imagen_scale.pictures import save_grid, save_png
+    from imagen_scale.pictures import GRID_LIMIT, next_number, save_grid, save_sample
+    from imagen_scale.runtimes import Options
 
-    cascade = Cascade.load(run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished)
+    cascade = Cascade.load(
+        run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
+        runtime=runtime, options=Options(**how), say=_say,
+    )  # fmt: skip
     folder = Path(out) if out else run_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
-    with _Progress() as progress:
-        outputs = cascade.sample(
-            all_prompts,
-            seed=seed,
-            num=num,
-            steps=steps,
-            cond_scale=cond_scale,
-            sr_cond_scale=sr_cond_scale,
-            sampler=sampler,
-            on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
-        )
-    captions = [prompt for prompt in all_prompts for _ in range(num)]
-    stages = [to_uint8(images) for images in outputs]
-    first = _next_number(folder)
-    for i, (caption, image) in enumerate(zip(captions, stages[-1], strict=True)):
-        path = folder / f"{first + i:05d}.png"
-        save_png(path, image)
-        facts = {"prompt": caption, "seed": seed + i % num, "steps": steps, "sampler": sampler,
-                 "cond_scale": cond_scale, "sr_cond_scale": sr_cond_scale}  # fmt: skip
-        path.with_suffix(".json").write_text(json.dumps(facts, ensure_ascii=False, indent=1))
+    per_stage = cascade.settings(**settings)
+    models = [sha256(file.path) for file in cascade.files]
+    first, written, total = next_number(folder), 0, len(all_prompts) * num
+    shown: list[tuple[str, list[Any]]] = []
+    try:
+        with _Progress() as progress:
+            pictures = cascade.stream(
+                all_prompts, seed=seed, num=num, tile=tile, at_once=at_once,
+                on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
+                **settings,
+            )  # fmt: skip
+            for picture in pictures:
+                stages = [
+                    {**one._asdict(), "runtime": name, "model_sha256": model}
+                    for one, name, model in zip(per_stage, picture.runtimes, models, strict=True)
+                ]
+                facts = {"prompt": picture.prompt, "seed": picture.seed, "tile": tile,
+                         "stages": stages, "version": __version__}  # fmt: skip
+                images = [to_uint8(image[None])[0] for image in picture.stages]
+                save_sample(folder, first + written, images[-1], facts)
+                written += 1
+                progress("pictures", written, total)
+                if len(shown) < GRID_LIMIT:
+                    shown.append((picture.prompt, images))
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {written} of {total} pictures are in {folder}", err=True)
+        sys.exit(130)
     grid = folder / f"grid_{first:05d}.png"
-    save_grid(grid, stages, captions)
-    click.echo(f"{len(captions)} pictures in {folder}, all of them in {grid}")
+    rows = list(zip(*(images for _, images in shown), strict=True))
+    save_grid(grid, rows, [caption for caption, _ in shown])
+    which = "all of them" if len(shown) == written else f"the first {len(shown)}"
+    click.echo(f"{written} pictures in {folder}, {which} in {grid}")
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@run_option
+@click.option("--prompt", help="What the picture shows; without it the text is left out.")
+@click.option("--unet", type=int, help="Which super-resolution U-Net; default the last.")
+@click.option("--tile", type=click.IntRange(min=1), help="Default the U-Net's own size.")
+@click.option("--out", type=click.Path(), help="PNG file; default FILE_xN.png beside FILE.")
+@seed_option
+@unfinished_option
+@user_errors
+@sampling_options
+def upscale(
+    file: str,
+    run: str | None,
+    prompt: str | None,
+    unet: int | None,
+    tile: int | None,
+    out: str | None,
+    seed: int,
+    allow_unfinished: bool,
+    runtime: Any,
+    settings: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    r"""Enlarge the picture FILE, of any size and shape, with a super-resolution stage.
+
+    \b
+        imagen-scale upscale photo.jpg --prompt "a lighthouse at dusk"
+    """
+    from imagen_scale.checkpoint import find_run, sha256
+    from imagen_scale.config import load_config
+
+    run_dir = find_run(run)
+    number = unet or len(load_config(run_dir / "config.json").unets)
+    from imagen_scale.upscale import Upscaler, read_picture
+
+    picture = read_picture(Path(file))
+    from imagen_scale.cascade import to_uint8
+    from imagen_scale.pictures import save_picture
+    from imagen_scale.runtimes import Options
+
+    upscaler = Upscaler(
+        run_dir, number, allow_unfinished=allow_unfinished, tile=tile,
+        runtime=runtime, options=Options(**how), say=_say,
+    )  # fmt: skip
+    path = Path(out) if out else Path(file).with_name(f"{Path(file).stem}_x{upscaler.factor:g}.png")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out {path}: pictures are written as PNG; name it {path.stem}.png.")
+    if path.exists():
+        raise UsageError(f"{path}: exists already; name another file with --out.")
+    with _Progress() as progress:
+        image, one, name = upscaler(
+            picture, prompt, seed=seed, settings=settings,
+            on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
+        )  # fmt: skip
+    facts = {"file": Path(file).name, "prompt": prompt, "seed": seed, "unet": number, "tile": tile,
+             **one._asdict(), "runtime": name, "version": __version__,
+             "model_sha256": sha256(upscaler.file.path)}  # fmt: skip
+    save_picture(path, to_uint8(image[None])[0], facts)
+    click.echo(f"{image.shape[2]} x {image.shape[1]} px: {path}")
 
 
 @main.command()
@@ -281,13 +429,18 @@ def sample(
     show_default=True,
     help="Captions used at most.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@steps_option
-@cond_scale_option
+@seed_option
 @unfinished_option
 @user_errors
+@sampling_options
 def evaluate(
-    run: str | None, num: int, seed: int, steps: int, cond_scale: float, allow_unfinished: bool
+    run: str | None,
+    num: int,
+    seed: int,
+    allow_unfinished: bool,
+    runtime: Any,
+    settings: dict[str, Any],
+    how: dict[str, Any],
 ) -> None:
     """Measure a trained run on its own training captions; writes evaluation.json."""
     from imagen_scale.checkpoint import find_run, write_atomically
@@ -297,18 +450,23 @@ def evaluate(
     from imagen_scale.data.dataset import prepare as prepare_data
     from imagen_scale.data.dataset import split_indices
     from imagen_scale.evaluation import evaluate as measure
+    from imagen_scale.runtimes import Options
 
-    cascade = Cascade.load(run_dir, allow_unfinished=allow_unfinished)
+    cascade = Cascade.load(
+        run_dir, allow_unfinished=allow_unfinished,
+        runtime=runtime, options=Options(**how), say=_say,
+    )  # fmt: skip
+    per_stage = [one._asdict() for one in cascade.settings(**settings)]
     run_config = cascade.files[0].config
     with _Progress() as progress:
         prepared = prepare_data(run_config, progress=progress)
         indices = split_indices(prepared.source.keys, run_config.data.val_fraction)[0][:num]
         result = measure(
-            cascade, prepared, indices, seed=seed, steps=steps, cond_scale=cond_scale,
-            on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
+            cascade, prepared, indices, seed=seed,
+            on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total), **settings,
         )  # fmt: skip
     report = run_dir / "evaluation.json"
-    facts = {**result._asdict(), "seed": seed, "steps": steps, "cond_scale": cond_scale}
+    facts = {**result._asdict(), "seed": seed, "stages": per_stage}
     write_atomically(report, lambda temporary: temporary.write_text(json.dumps(facts, indent=1)))
     for stage, accuracy in enumerate(result.retrieval_accuracy, start=1):
         click.echo(
@@ -336,10 +494,8 @@ def _read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _next_number(folder: Path) -> int:
-    """One above the highest picture number in a folder, so that nothing is overwritten."""
-    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
-    return max(numbers, default=-1) + 1
+def _say(sentence: str) -> None:
+    click.echo(sentence, err=True)
 
 
 class _Progress:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.cascade import Cascade, OnStep, Stage
+from imagen_scale.cascade import Cascade, OnStep
 from imagen_scale.data.dataset import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 
@@ -50,9 +50,8 @@ def evaluate(
     indices: Sequence[int],
     *,
     seed: int = 0,
-    steps: int = 50,
-    cond_scale: float = 3.0,
     on_step: OnStep | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Generates a picture for each caption and compares it with the real ones.
 
@@ -64,9 +63,8 @@ def evaluate(
         prepared: Pictures and captions.
         indices: Which of them to use.
         seed: Of the first picture; the i-th uses seed + i.
-        steps: Denoiser evaluations per stage.
-        cond_scale: Guidance scale of the base stage.
         on_step: Told of each step.
+        settings: As for `Cascade.settings`.
     """
     captions = [prepared.source.captions[i] for i in indices]
     text = cascade.encode(captions)
@@ -74,22 +72,19 @@ def evaluate(
     base_size = cascade.files[0].config.imagen.image_sizes[0]
     accuracies, sr_psnr, bicubic_psnr = [], [], []
     lowres = None
-    for file in cascade.files:
-        stage = Stage(file, cascade.device)
+    for number, how in enumerate(cascade.settings(**settings), start=1):
+        stage = cascade.stage(number)
         real = real_pictures(prepared, indices, stage.image_size)
-        scale = cond_scale if lowres is None else 1.0
-        options: dict[str, Any] = {"steps": steps, "on_step": on_step}
-        generated = stage.sample(text, seeds, lowres=lowres, cond_scale=scale, **options)
+        options = {"on_step": on_step, **how._asdict()}
+        generated = stage.sample(text, seeds, lowres=lowres, **options)
         accuracies.append(retrieval_accuracy(generated, real, base_size))
         if lowres is not None:
             small = lowres.shape[-1]
-            restored = stage.sample(
-                text, seeds, lowres=resize(real, small), cond_scale=scale, **options
-            )
+            restored = stage.sample(text, seeds, lowres=resize(real, small), **options)
             sr_psnr.append(psnr_db(restored, real).mean().item())
             bicubic_psnr.append(psnr_db(shrink_and_enlarge(real, small), real).mean().item())
         lowres = generated
-        del stage
+        stage.close()
     return Evaluation(
         captions=len(captions),
         retrieval_accuracy=accuracies,

@@ -1,5 +1,8 @@
 """Writing pictures: single PNG files and captioned grids."""
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ from imagen_scale.checkpoint import write_atomically
 MARGIN = 6
 LABEL_HEIGHT = 16
 MAX_COLUMNS = 8
-MAX_CELL = 512  # larger pictures are shrunk here; each is also a file of its own
+GRID_LIMIT = 64  # pictures in the grid of a command; each is also a file of its own
+MAX_CELL = 512  # larger pictures are shrunk here
 MIN_CELL = 128  # small pictures are enlarged, pixel by pixel, so that a person can see them
 
 
@@ -23,6 +27,41 @@ def save_png(path: Path, image: Any) -> None:
         image: (H, W, 3) uint8.
     """
     _save(path, Image.fromarray(image))
+
+
+def save_sample(folder: Path, number: int, image: Any, facts: dict[str, Any]) -> Path:
+    """Writes a picture and, beside it, what it was made from.
+
+    The name holds a number and a hash of the facts, never the prompt: prompts may hold anything.
+
+    Args:
+        folder: Where to.
+        number: First part of the name.
+        image: (H, W, 3) uint8.
+        facts: Prompt, seed, settings, model.
+
+    Returns:
+        The PNG file; it is written last, so it never stands without its facts.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{number:05d}_{digest[:8]}.png"
+    save_picture(path, image, facts)
+    return path
+
+
+def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
+    """`save_sample` under a name of the caller's."""
+    text = json.dumps(facts, ensure_ascii=False, indent=1) + "\n"
+    write_atomically(
+        path.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
+    save_png(path, image)
+
+
+def next_number(folder: Path) -> int:
+    """One above the highest picture number in a folder, so that nothing is overwritten."""
+    found = (re.match(r"(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> None:

@@ -1,28 +1,37 @@
 """Sampling a saved cascade, the command line around it, and what refuses to be sampled."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from imagen_scale.cascade import Cascade, Stage, UNetDenoiser
+from imagen_scale.cascade import Cascade, to_uint8
 from imagen_scale.checkpoint import (
     find_run,
     inference_path,
     load_weights,
     read_inference,
     save_inference,
+    sha256,
 )
 from imagen_scale.cli import main
 from imagen_scale.config import dump_config, parse_config
 from imagen_scale.data.text import encoder_fingerprint, encoder_folder
-from imagen_scale.diffusion.guidance import guide
+from imagen_scale.diffusion.sampler import SAMPLERS
 from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.models.unet import UNet
+from imagen_scale.pictures import next_number, save_sample
 
 FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
 
@@ -60,12 +69,12 @@ def test_shapes_and_range(run):
     assert large.isfinite().all()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_seed_same_picture_whatever_stands_beside(run, sampler):
     alone = sample(run, "sun", seed=1, sampler=sampler)
     beside = sample(run, "red heart", "sun", seed=0, num=2, sampler=sampler)
     for ours, theirs in zip(alone, beside, strict=True):
-        torch.testing.assert_close(ours[0], theirs[3], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours[0], theirs[3], atol=1e-3, rtol=0)  # 1/255 is 8e-3
     other = sample(run, "sun", seed=2, sampler=sampler)
     assert (other[0] - alone[0]).abs().max() > 0.01
 
@@ -73,17 +82,6 @@ def test_same_seed_same_picture_whatever_stands_beside(run, sampler):
 def test_prompts_matter(run):
     torch_run = sample(run, "red heart", "sun", cond_scale=8.0)[0]
     assert (torch_run[0] - torch_run[1]).abs().max() > 1e-3
-
-
-def test_guidance_in_one_batch_is_guidance_in_two_passes(run):
-    stage = Stage(read_inference(inference_path(run, 1)), torch.device("cpu"))
-    unet, x_t, t = stage.unet, torch.randn(2, 3, 16, 16), torch.tensor([10, 90])
-    with torch.no_grad():
-        text = unet.condition_text(torch.randn(2, 5, 384), torch.ones(2, 5, dtype=torch.bool))
-        both = UNetDenoiser(unet, text, stage.schedule, 3.0)(x_t, t)
-        cond = UNetDenoiser(unet, text, stage.schedule, 1.0)(x_t, t)
-        null = unet.denoise(x_t, t, unet.null_text(2))
-    torch.testing.assert_close(both, guide(cond, null, 3.0), atol=1e-4, rtol=0)
 
 
 def test_a_large_batch_is_sampled_in_parts_with_the_same_pictures(run, monkeypatch):
@@ -158,25 +156,101 @@ def test_command_writes_pictures_facts_and_a_grid(run, tmp_path):
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffpizza\n\n  rocket  \n", encoding="utf-8")
-    arguments = ("sample", "../red/heart", "--run", run, "--out", out, "--steps", 2,
-                 "--from-file", prompts, "--seed", 5)  # fmt: skip
+    arguments = ("sample", "../red/heart", "--run", run, "--out", out, "--steps", "3,2",
+                 "--from-file", prompts, "--seed", 5, "--runtime", "torch")  # fmt: skip
     done = cli(*arguments)
     assert done.exit_code == 0, done.output
     names = sorted(path.name for path in out.iterdir())
-    assert names == [
-        "00000.json", "00000.png", "00001.json", "00001.png", "00002.json", "00002.png",
-        "grid_00000.png",
-    ]  # fmt: skip
-    facts = [json.loads((out / f"0000{i}.json").read_text()) for i in range(3)]
+    assert len(names) == 7
+    for i, name in enumerate(names[:6]):
+        assert re.fullmatch(rf"0000{i // 2 + 1}_[0-9a-f]{{8}}\.{('json', 'png')[i % 2]}", name)
+    assert names[6] == "grid_00001.png"
+    facts = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     assert [fact["prompt"] for fact in facts] == ["../red/heart", "pizza", "rocket"]
     assert facts[0]["seed"] == 5
-    with Image.open(out / "00000.png") as image:
+    assert [stage["steps"] for stage in facts[0]["stages"]] == [3, 2]
+    assert [stage["cond_scale"] for stage in facts[0]["stages"]] == [3, 1]
+    hashes = [sha256(inference_path(run, number)) for number in (1, 2)]
+    assert [stage["model_sha256"] for stage in facts[0]["stages"]] == hashes
+    with Image.open(out / names[1]) as image:
         assert image.size == (32, 32)
         first = np.asarray(image)
-    # Again: the same picture under a new number; nothing is overwritten.
+    # Again: the same picture, the same hash, a new number; nothing is overwritten.
     cli(*arguments)
-    with Image.open(out / "00003.png") as image:
+    (again,) = out.glob(f"00004_{names[1][6:14]}.png")
+    with Image.open(again) as image:
         assert (np.asarray(image) == first).all()
+
+
+@given(prompt=st.text(min_size=1))
+def test_prompts_never_become_file_names(tmp_path_factory, prompt):
+    folder = tmp_path_factory.mktemp("names")
+    path = save_sample(folder, 7, np.zeros((2, 2, 3), np.uint8), {"prompt": prompt})
+    assert re.fullmatch(r"00007_[0-9a-f]{8}\.png", path.name)
+    assert sorted(folder.iterdir()) == [path.with_suffix(".json"), path]
+    assert json.loads(path.with_suffix(".json").read_text("utf-8"))["prompt"] == prompt
+    assert next_number(folder) == 8
+
+
+def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-c", "from imagen_scale.cli import main; main()", "sample", "sun",
+        "--run", run, "--out", out, "--num", 60, "--at-once", 1, "--steps", "5,50",
+        "--runtime", "torch",
+    ]  # fmt: skip
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(out.glob("*.png"))) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode == 130, error
+    pictures = sorted(out.glob("*.png"))
+    assert f"interrupted: {len(pictures)} of 60 pictures are in" in error
+    for path in pictures:
+        with Image.open(path) as image:
+            image.load()
+        assert path.with_suffix(".json").is_file()
+    # What was made is what an uninterrupted run makes.
+    whole = to_uint8(Cascade.load(run).sample(["sun"], num=2, steps=[5, 50])[-1])
+    with Image.open(pictures[1]) as image:
+        assert np.abs(np.asarray(image).astype(int) - whole[1]).max() <= 1
+
+
+def test_many_pictures_go_through_in_groups_with_the_same_result(run, monkeypatch):
+    whole = sample(run, "red heart", "sun", num=3)
+    monkeypatch.setattr("imagen_scale.cascade.GROUP", 4)
+    grouped = sample(run, "red heart", "sun", num=3)
+    for ours, theirs in zip(grouped, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_settings_per_stage(run):
+    cascade = Cascade.load(run)
+    base, large = cascade.settings(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.8)
+    assert (base.steps, base.sampler, base.cond_scale, base.threshold) == (9, "ddim", 3, 0.8)
+    assert (large.steps, large.sampler, large.cond_scale, large.threshold) == (4, "heun", 1, 0.8)
+    assert [one.cond_scale for one in cascade.settings(cond_scale=[2, 5])] == [2, 5]
+    assert [one.threshold for one in cascade.settings()] == [0.9, 0.9]
+    # Each stage really takes its own: changing the second leaves the first picture alone.
+    one, other = (cascade.sample(["sun"], steps=[3, steps]) for steps in (2, 5))
+    assert torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": [1, 2, 3]}, "--steps: 3 values for 2 stage"),
+        ({"cond_scale": float("nan")}, "--cond-scale nan: a finite number"),
+        ({"threshold": 0.0}, "--threshold 0.0: a percentile above 0"),
+        ({"sampler": "ddim", "eta": 1.5}, "--eta 1.5: between 0"),
+        ({"eta": 0.5}, "--eta 0.5: goes with --sampler ddim"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(run, settings, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Cascade.load(run).settings(**settings)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +262,9 @@ def test_command_writes_pictures_facts_and_a_grid(run, tmp_path):
         (["config", "check", "nowhere.json"], "nowhere.json: cannot be read"),
         (["prepare", "--config", "nowhere.json"], "nowhere.json: cannot be read"),
         (["evaluate", "--run", "nowhere"], "nowhere: not a run folder"),
+        (["sample", "x", "--sampler", "ddim,euler"], "'euler' is not one of"),
+        (["sample", "x", "--steps", "5,0"], "0 is not in the range"),
+        (["upscale", "x.png", "--run", "nowhere"], "nowhere: not a run folder"),
     ],
 )
 def test_wrong_use_ends_in_one_sentence_and_exit_code_2(arguments, message):
@@ -242,6 +319,7 @@ def test_evaluate_writes_its_report(run):
     assert done.exit_code == 0, done.output
     assert "U-Net 2: super-resolution" in done.output
     report = json.loads((run / "evaluation.json").read_text())
+    assert [stage["steps"] for stage in report["stages"]] == [2, 2]
     assert report["captions"] == 4
     assert report["retrieval_chance"] == 0.25
     assert len(report["retrieval_accuracy"]) == 2

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from imagen_scale.diffusion.guidance import abs_quantile, dynamic_threshold, guide
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
-from imagen_scale.diffusion.sampler import ddim_step, sample, spaced_times
+from imagen_scale.diffusion.sampler import levels_at, sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.solvers import ddim_step
+from imagen_scale.diffusion.spacing import spaced_times
 
 
 @given(timesteps=st.integers(21, 1500))
@@ -87,15 +89,14 @@ def test_spaced_times():
 
 def test_full_stochastic_step_is_the_ddpm_posterior():
     schedule = NoiseSchedule.linear(1000)
-    abar = schedule.abar
     x_0, x_t = torch.randn(2, 5, 3, 4, 4).unbind()
     for time in (1, 37, 500, 999):
         t = torch.full((5,), time)
         mean, variance, _ = schedule.posterior(x_0, x_t, t)
-        step = {"abar_t": abar[time], "abar_s": abar[time - 1], "eta": 1.0}
-        ours = ddim_step(x_t.double(), x_0.double(), noise=torch.zeros(1).double(), **step)
+        step = (x_t.double(), x_0.double(), *levels_at(schedule, [time, time - 1]))
+        ours = ddim_step(*step, eta=1.0, noise=torch.zeros(1).double())
         torch.testing.assert_close(ours.float(), mean, atol=1e-5, rtol=0)
-        with_noise = ddim_step(x_t.double(), x_0.double(), noise=torch.ones(1).double(), **step)
+        with_noise = ddim_step(*step, eta=1.0, noise=torch.ones(1).double())
         spread = (with_noise - ours).square().float()
         torch.testing.assert_close(spread, variance.expand_as(spread), atol=1e-6, rtol=1e-3)
 

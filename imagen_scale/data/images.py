@@ -75,12 +75,28 @@ def load_picture(file: Path | BinaryIO, size: int) -> Picture:
         # Read after loading: Pillow orients TIFF while it loads it and then drops the tag.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         square = _centre_square(image, size)
-    if orientation in _UNDO_ORIENTATION:  # a centred square may as well be turned at the end
-        square = square.transpose(_UNDO_ORIENTATION[orientation])
-    if square.mode == "RGBA":
-        white = Image.new("RGBA", square.size, "white")
-        square = Image.alpha_composite(white, square).convert("RGB")
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (3, size, size)
+    return _as_array(square, orientation)  # a centred square may as well be turned at the end
+
+
+def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
+    """Reads a picture as it is: any size and shape, oriented and over white as `load_picture` does.
+
+    Args:
+        file: Path.
+
+    Returns:
+        RGB picture, (3, height, width) uint8.
+
+    Raises:
+        DataError: As `load_picture`.
+    """
+    with _opened(file) as image:
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        image = _to_8_bits(image)
+        return _as_array(
+            image.convert("RGBA" if image.has_transparency_data else "RGB"), orientation
+        )
 
 
 @contextmanager
@@ -109,6 +125,16 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
         raise DataError(
             f"the picture cannot be read: {first_line(error)}; repair it or remove it."
         ) from error
+
+
+def _as_array(image: Image.Image, orientation: int | None) -> npt.NDArray[np.uint8]:
+    """An RGB or RGBA image turned upright and laid over white, (3, height, width)."""
+    if orientation in _UNDO_ORIENTATION:
+        image = image.transpose(_UNDO_ORIENTATION[orientation])
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -5,16 +5,21 @@ from torch import Tensor
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic resize with antialiasing, clamped to [-1, 1].
+    """Bicubic resize of squares with antialiasing, clamped to [-1, 1].
 
     Args:
-        images: (B, C, H, W) in [-1, 1].
+        images: (B, C, H, H) in [-1, 1].
         size: New side in pixels.
     """
-    if images.shape[-1] == size:
+    return enlarge(images, size, size)
+
+
+def enlarge(images: Tensor, height: int, width: int) -> Tensor:
+    """`resize` to any shape."""
+    if images.shape[-2:] == (height, width):
         return images
     resized = F.interpolate(
-        images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False
+        images.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
     )
     return resized.clamp(-1, 1)
 

@@ -1,49 +1,24 @@
-"""Sampling loops: from noise to images with a denoiser."""
+"""The sampling loop: from noise to images with a denoiser."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
+from imagen_scale.diffusion.spacing import spaced_times as spaced_times
+
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"]
+SAMPLERS: tuple[Sampler, ...] = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")
 
 
-def spaced_times(timesteps: int, steps: int) -> list[int]:
-    """`steps` times from T - 1 down to 0, evenly spaced; all of them when steps >= T.
-
-    Both ends are included, so that sampling starts from the noise the network was trained on.
-    """
-    if steps >= timesteps:
-        return list(range(timesteps - 1, -1, -1))
-    if steps == 1:
-        return [timesteps - 1]
-    return [round((timesteps - 1) * (1 - i / (steps - 1))) for i in range(steps)]
-
-
-def ddim_step(
-    x_t: Tensor, x_0: Tensor, abar_t: Tensor, abar_s: Tensor, *, eta: float, noise: Tensor | None
-) -> Tensor:
-    """Goes from time t to an earlier time s.
-
-    With eta = 1 this is the DDPM posterior of the pair (t, s), with eta = 0 it is deterministic.
-
-    Args:
-        x_t: Noisy images, (B, C, H, W).
-        x_0: Predicted clean images, (B, C, H, W).
-        abar_t: Cumulative alpha at t, scalar.
-        abar_s: Cumulative alpha at s, scalar; 1 at the end.
-        eta: Share of the posterior's noise that is added, in [0, 1].
-        noise: Standard normal, (B, C, H, W); unused when eta = 0.
-
-    Source: Song et al. 2021 (DDIM), arXiv:2010.02502, equations 12 and 16.
-    """
-    eps = (x_t - abar_t.sqrt() * x_0) / (1 - abar_t).sqrt()
-    variance = eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-    # Rounding may push the difference below zero where eta = 1 and s is the last step.
-    direction = (1 - abar_s - variance).clamp(min=0).sqrt()
-    x_s = abar_s.sqrt() * x_0 + direction * eps
-    return x_s if eta == 0 or noise is None else x_s + variance.sqrt() * noise
+def num_evaluations(sampler: Sampler, steps: int) -> int:
+    """How often the denoiser is asked: Heun asks twice a step, but for the last."""
+    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 @torch.no_grad()
@@ -53,34 +28,64 @@ def sample(
     schedule: NoiseSchedule,
     *,
     times: Sequence[int],
-    eta: float,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
     threshold: Callable[[Tensor], Tensor],
     draw_noise: Callable[[], Tensor],
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Runs the reverse process.
 
+    The last step goes from the last time to the clean image that was predicted there.
+
     Args:
         denoiser: Predicts the noise.
         x_t: Standard normal start, (B, C, H, W) float32.
-        schedule: Noise schedule, on the same device.
-        times: Decreasing times to visit, from `spaced_times`.
-        eta: 1 for DDPM, 0 for DDIM.
+        schedule: Noise schedule.
+        times: Falling times to visit, from `visited_times`.
+        sampler: "ddpm" (ancestral), "ddim", "dpmpp_2m" (DPM-Solver++(2M)), "dpmpp_2m_sde" (its
+            form with noise) or "heun" (EDM's; two evaluations a step).
+        eta: For "ddim": share of DDPM's noise that is added, in [0, 1].
         threshold: Applied to each predicted clean image, e.g. dynamic thresholding.
-        draw_noise: Gives the next standard normal tensor of x_t's shape; called if eta > 0.
+        draw_noise: Gives the next standard normal tensor of x_t's shape; called by "ddpm",
+            "dpmpp_2m_sde" and, with eta above 0, "ddim".
         on_step: Called with the number of steps done and the predicted clean images.
 
     Returns:
         Images in [-1, 1], (B, C, H, W).
     """
-    abar = schedule.abar
-    for i, time in enumerate(times):
-        t = torch.full((len(x_t),), time, device=x_t.device, dtype=torch.int64)
-        x_0 = threshold(schedule.eps_to_x0(x_t, t, denoiser(x_t, t)))
-        is_last = i == len(times) - 1
-        abar_s = abar.new_ones(()) if is_last else abar[times[i + 1]]
-        noise = draw_noise() if eta > 0 and not is_last else None
-        x_t = ddim_step(x_t, x_0, abar[time], abar_s, eta=eta, noise=noise).to(x_0.dtype)
+
+    def predict_x0(x: Tensor, level: Level) -> Tensor:
+        t = torch.full((len(x),), level.time, device=x.device, dtype=torch.int64)
+        return threshold((x - level.sigma * denoiser(x, t)) / level.alpha)
+
+    levels = levels_at(schedule, times)
+    past: Past | None = None
+    for done, (now, then) in enumerate(pairwise(levels), start=1):
+        x_0 = predict_x0(x_t, now)
+        match sampler:
+            case "ddpm":
+                x_t = ddim_step(x_t, x_0, now, then, eta=1.0, noise=draw_noise())
+            case "ddim":
+                noise = draw_noise() if eta > 0 else None
+                x_t = ddim_step(x_t, x_0, now, then, eta=eta, noise=noise)
+            case "dpmpp_2m":
+                x_t = dpmpp_2m_step(x_t, x_0, now, then, past=past, noise=None)
+            case "dpmpp_2m_sde":
+                x_t = dpmpp_2m_step(x_t, x_0, now, then, past=past, noise=draw_noise())
+            case "heun":
+                x_t = heun_step(x_t, x_0, now, then, predict_x0=predict_x0)
+        past = Past(now, x_0)
         if on_step is not None:
-            on_step(i + 1, x_0)
-    return x_t.clamp(-1, 1)
+            on_step(done, x_0)
+    x_0 = predict_x0(x_t, levels[-1])
+    if on_step is not None:
+        on_step(len(levels), x_0)
+    return x_0.clamp(-1, 1)
+
+
+def levels_at(schedule: NoiseSchedule, times: Sequence[int]) -> list[Level]:
+    """The noise levels of some times, to double precision."""
+    abar = schedule.abar[torch.tensor(times, device=schedule.abar.device)]
+    rows = zip(times, abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True)
+    return [Level(*row) for row in rows]

@@ -1,0 +1,76 @@
+"""Which times a sampler visits.
+
+A network is trained at the schedule's integer times only. Where a spacing asks for a time in
+between, the nearest integer is visited instead, and the solver takes its coefficients at the time
+that was visited: rounding moves the steps a little, it adds no error to them.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from imagen_scale.diffusion.schedule import NoiseSchedule
+
+Spacing = Literal["linear", "trailing", "logsnr", "karras"]
+SPACINGS: tuple[Spacing, ...] = ("linear", "trailing", "logsnr", "karras")
+KARRAS_RHO = 7.0
+
+
+def spaced_times(timesteps: int, steps: int) -> list[int]:
+    """`steps` times from T - 1 down to 0, evenly spaced; all of them when steps >= T.
+
+    Both ends are included, so that sampling starts from the noise the network was trained on.
+    """
+    if steps == 1:
+        return [timesteps - 1]
+    steps = min(steps, timesteps)
+    return [round((timesteps - 1) * (1 - i / (steps - 1))) for i in range(steps)]
+
+
+def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list[int]:
+    """`steps` distinct times, falling from T - 1; all of them when steps >= T.
+
+    - linear: even in t, both ends included.
+    - trailing: even in t from T - 1, stopping T / steps before the end, from where the last step
+      goes straight to the clean picture (Lin et al. 2023, arXiv:2305.08891, table 2).
+    - logsnr: even in log(alpha / sigma), both ends included (Lu et al. 2022, arXiv:2206.00927,
+      section 3.4).
+    - karras: even in (sigma / alpha)^(1/7), both ends included (Karras et al. 2022,
+      arXiv:2206.00364, equation 5).
+
+    Args:
+        schedule: Noise schedule of T times.
+        steps: How many, at least 1.
+        spacing: Which of the above.
+    """
+    total = schedule.timesteps
+    if steps == 1 or steps >= total or spacing == "linear":
+        return spaced_times(total, steps)
+    if spacing == "trailing":
+        return _distinct([total - i * total / steps - 1 for i in range(steps)], total)
+    abar = schedule.abar.cpu()
+    noise = ((1 - abar) / abar).sqrt()  # the standard deviation of the noise where alpha = 1
+    share = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if spacing == "logsnr":
+        wanted = noise[-1].log().lerp(noise[0].log(), share)
+    else:
+        root = 1 / KARRAS_RHO
+        wanted = (noise[-1] ** root).lerp(noise[0] ** root, share).log() * KARRAS_RHO
+    return _distinct(_place(wanted, noise.log()), total)
+
+
+def _place(wanted: torch.Tensor, values: torch.Tensor) -> list[float]:
+    """Where `wanted` stands in the rising `values`, by linear interpolation."""
+    above = torch.searchsorted(values, wanted).clamp(1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    return (above - 1 + (wanted - low) / (high - low)).tolist()
+
+
+def _distinct(places: Sequence[float], total: int) -> list[int]:
+    """The nearest integers, moved where two would fall on one."""
+    times: list[int] = []
+    for place in reversed(places):
+        times.append(max(round(place), times[-1] + 1 if times else 0))
+    times.reverse()
+    return [min(time, total - 1 - i) for i, time in enumerate(times)]

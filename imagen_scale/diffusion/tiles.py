@@ -1,0 +1,107 @@
+"""Large images through a denoiser that sees one tile at a time, without seams.
+
+At every step each tile is predicted by itself and the predictions are averaged with smooth
+weights, so that there is one noisy image, one thresholding and one solver for the whole picture,
+and memory for the network's activations on one tile only.
+
+Source: Bar-Tal et al. 2023 (MultiDiffusion), arXiv:2302.08113, equation 5, with weights that
+fall to zero before a tile ends.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.errors import ShapeError
+
+
+class Tile(NamedTuple):
+    """A window of an image."""
+
+    rows: slice
+    columns: slice
+
+    def of(self, images: Tensor) -> Tensor:
+        """The tile of images (B, C, H, W)."""
+        return images[..., self.rows, self.columns]
+
+
+class TiledDenoiser:
+    """A denoiser of whole images from denoisers of tiles.
+
+    Tiles overlap by a quarter of their side or more. The outer quarter of an overlap has weight
+    zero, so what a network sees of a tile's edge never shows: where its receptive field is no
+    larger than that (a sixteenth of a tile), the result is that of the whole image.
+
+    Args:
+        bind: Gives the denoiser of a tile. Asked anew in every step: kept, the conditioning of a
+            thousand tiles would fill the memory that tiling saves.
+        tile: Side of a tile in pixels, a multiple of `divisor`.
+        divisor: Tiles start and end at multiples of it: the network's downsampling.
+    """
+
+    def __init__(self, bind: Callable[[Tile], Denoiser], *, tile: int, divisor: int) -> None:
+        self.bind, self.tile, self.divisor = bind, tile, divisor
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predicts the noise, (B, C, H, W)."""
+        height, width = x_t.shape[-2:]
+        rows = tile_starts(height, self.tile, self.divisor)
+        columns = tile_starts(width, self.tile, self.divisor)
+        row_weights = _weights(rows, self.tile, height, x_t)
+        column_weights = _weights(columns, self.tile, width, x_t)
+        eps = torch.zeros_like(x_t)
+        for (row, down), (column, across) in itertools.product(
+            zip(rows, row_weights, strict=True), zip(columns, column_weights, strict=True)
+        ):
+            tile = Tile(slice(row, row + self.tile), slice(column, column + self.tile))
+            prediction = self.bind(tile)(tile.of(x_t).contiguous(), t)
+            tile.of(eps).add_(prediction * down[:, None] * across)
+        return eps
+
+
+def tile_starts(side: int, tile: int, divisor: int) -> list[int]:
+    """Where tiles of one dimension start: evenly spread, a quarter of a tile or more shared.
+
+    Args:
+        side: Of the image, a multiple of `divisor`, not smaller than the tile.
+        tile: Side of a tile, a multiple of `divisor`.
+        divisor: Starts are multiples of it.
+
+    Raises:
+        ShapeError: If the sides do not go together.
+    """
+    if side < tile or side % divisor or tile % divisor:
+        raise ShapeError(
+            f"an image side of {side} px in tiles of {tile} px: both must be multiples of "
+            f"{divisor} px and the image must not be smaller than a tile."
+        )
+    units = (side - tile) // divisor  # room between the first start and the last
+    stride = max((tile - tile // 4) // divisor, 1)
+    gaps = math.ceil(units / stride)
+    return [round(i * units / gaps) * divisor for i in range(gaps + 1)] if gaps else [0]
+
+
+def _weights(starts: list[int], tile: int, side: int, like: Tensor) -> list[Tensor]:
+    """Weights of each tile along one dimension, (tile,); where tiles overlap they sum to one."""
+    weights = torch.zeros(len(starts), side, dtype=torch.float64)
+    for weight, start in zip(weights, starts, strict=True):
+        weight[start : start + tile] = 1
+    for i, (left, right) in enumerate(itertools.pairwise(starts)):
+        overlap = left + tile - right
+        margin = overlap // 4
+        places = (torch.arange(overlap, dtype=torch.float64) + 0.5 - margin) / (
+            overlap - 2 * margin
+        )
+        rising = (places.clamp(0, 1) * math.pi / 2).sin().square()
+        weights[i + 1, right : right + overlap] *= rising
+        weights[i, right : right + overlap] *= 1 - rising
+    weights /= weights.sum(0)  # where three tiles overlap
+    return [
+        weight[start : start + tile].to(like) for weight, start in zip(weights, starts, strict=True)
+    ]

@@ -1,0 +1,135 @@
+"""What computes a U-Net: equal results by every way, and plain words where there is none."""
+
+import pytest
+import torch
+from test_cascade import write_stage
+
+from imagen_scale.cascade import Cascade, Stage
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.diffusion.guidance import guide
+from imagen_scale.errors import ImagenScaleError, UsageError
+from imagen_scale.runtimes import Options, Text, TorchRuntime, open_runtime
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    write_stage(folder, 1)
+    write_stage(folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["base", "super-resolution"])
+def file(run, request):
+    return read_inference(inference_path(run, request.param))
+
+
+def inputs(file, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    size = file.config.imagen.image_sizes[file.unet_number - 1]
+    x_t, lowres = torch.randn(2, batch, 3, size, size, generator=generator).unbind()
+    text = Text(
+        torch.randn(batch, 5, 384, generator=generator), torch.ones(batch, 5, dtype=torch.bool)
+    )
+    if file.unet_number == 1:
+        return text, x_t, {"lowres_img": None, "lowres_t": None}
+    return text, x_t, {"lowres_img": lowres, "lowres_t": torch.full((batch,), 3)}
+
+
+T = torch.tensor([10, 90])
+
+
+def predict(runtime, file, cond_scale=3.0):
+    text, x_t, lowres = inputs(file)
+    return runtime.bind(text, cond_scale=cond_scale, **lowres)(x_t, T)
+
+
+@torch.no_grad()
+def by_hand(runtime, file, cond_scale=3.0):
+    """Two passes and guidance, written out."""
+    text, x_t, lowres = inputs(file)
+    unet = runtime.unet
+    cond = unet(x_t, T, *text, **lowres)
+    null = unet(x_t, T, *text, keep_mask=torch.zeros(2, dtype=torch.bool), **lowres)
+    prediction = guide(cond, null, cond_scale)
+    is_v = unet.config.pred_type == "v"
+    return runtime.schedule.v_to_eps(x_t, T, prediction) if is_v else prediction
+
+
+@pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "options",
+    [Options(), Options(sequential=True), Options(channels_last=True)],
+    ids=["eager", "sequential", "channels_last"],
+)
+def test_guidance_is_two_passes_by_hand(file, options, cond_scale):
+    runtime = TorchRuntime(file, CPU, options)
+    expected = by_hand(TorchRuntime(file, CPU), file, cond_scale)
+    torch.testing.assert_close(predict(runtime, file, cond_scale), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.06), ("fp16", 0.01)])
+def test_half_precision_is_close_and_gives_float32(file, precision, limit):
+    expected = predict(TorchRuntime(file, CPU), file)
+    runtime = TorchRuntime(file, CPU, Options(precision=precision))
+    found = predict(runtime, file)
+    assert next(runtime.unet.parameters()).dtype.itemsize == 2
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
+def test_compiled_is_eager(run):
+    file = read_inference(inference_path(run, 1))
+    compiled = open_runtime("compile", file, device=CPU)
+    expected = predict(TorchRuntime(file, CPU), file)
+    torch.testing.assert_close(predict(compiled, file), expected, atol=2e-5, rtol=0)
+    compiled.close()
+
+
+def test_short_memory_makes_two_passes_of_one_and_says_so(file):
+    """The network refuses more images at once than fit, as a full card does."""
+    said = []
+    runtime = TorchRuntime(file, CPU, say=said.append)
+    whole = runtime.denoise
+
+    def small(x_t, *rest):
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError
+        return whole(x_t, *rest)
+
+    runtime.denoise = small
+    torch.testing.assert_close(
+        predict(runtime, file), by_hand(TorchRuntime(file, CPU), file), atol=2e-5, rtol=0
+    )
+    assert runtime.sequential
+    (sentence,) = said
+    assert "memory is short" in sentence
+
+
+def test_auto_says_what_it_took_and_why_not_the_other(run):
+    said = []
+    cascade = Cascade.load(run, runtime="auto", say=said.append)
+    auto = cascade.sample(["sun"], steps=2)
+    assert [line.startswith(f"U-Net {n}: runtime torch fp32 on cpu; not onnx:")
+            for n, line in enumerate(said, start=1)] == [True, True], said  # fmt: skip
+    torch.testing.assert_close(auto[1], Cascade.load(run).sample(["sun"], steps=2)[1])
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "tensorrt"])
+def test_an_export_that_is_asked_for_and_missing_is_an_error(run, name):
+    with pytest.raises(ImagenScaleError, match=r"export"):
+        open_runtime(name, read_inference(inference_path(run, 1)), device=CPU)
+
+
+def test_exports_take_no_options_of_torch(run):
+    file = read_inference(inference_path(run, 1))
+    with pytest.raises(UsageError, match="neither --channels-last nor --sequential"):
+        open_runtime("onnx", file, device=CPU, options=Options(channels_last=True))
+
+
+def test_closing_frees_the_network(run):
+    stage = Stage(read_inference(inference_path(run, 1)), CPU)
+    stage.close()
+    assert not hasattr(stage.runtime, "unet")
