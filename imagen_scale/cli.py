@@ -18,7 +18,7 @@ from imagen_scale.errors import UsageError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    r"""Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
+    """Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
 
     Training itself starts with DeepSpeed's launcher:
 
@@ -207,7 +207,7 @@ def plan(
     as_json: bool,
     write: str | None,
 ) -> None:
-    r"""Say how much memory training will take, and choose what fits, before it is spent.
+    """Say how much memory training will take, and choose what fits, before it is spent.
 
     What the configuration writes is kept; what it leaves null is chosen. Exit code 1 when a stage
     does not fit.
@@ -303,7 +303,7 @@ def sample(
     settings: dict[str, Any],
     how: dict[str, Any],
 ) -> None:
-    r"""Make pictures from PROMPTS with a trained run; each is written as soon as it is finished.
+    """Make pictures from PROMPTS with a trained run; each is written as soon as it is finished.
 
     \b
         imagen-scale sample "red heart" "grinning cat" --cond-scale 3 --steps 25,10
@@ -382,7 +382,7 @@ def upscale(
     settings: dict[str, Any],
     how: dict[str, Any],
 ) -> None:
-    r"""Enlarge the picture FILE, of any size and shape, with a super-resolution stage.
+    """Enlarge the picture FILE, of any size and shape, with a super-resolution stage.
 
     \b
         imagen-scale upscale photo.jpg --prompt "a lighthouse at dusk"
