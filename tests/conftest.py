@@ -70,9 +70,9 @@ def environment_of_no_launcher():
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def process_group(private_folders):
-    """DeepSpeed in this process, as the only rank."""
+    """DeepSpeed in this process, as the only rank; it cannot be joined a second time."""
     from imagen_scale.training import distributed
 
     with environment_of_no_launcher():

@@ -124,7 +124,8 @@ def test_locks_in_use_are_kept_through_a_symlink_too(tmp_path, monkeypatch):
 
 
 def test_what_deepspeed_itself_refuses_is_a_sentence(process_group):
-    config = make_config({"stage": 2, "reduce_bucket_sise": 5})
+    bad = {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}  # past our own check
+    config = make_config({"stage": 2}).model_copy(update={"deepspeed": bad})
     with pytest.raises(ConfigError, match=r"(?s)refuses the configuration.*reduce_bucket_sise"):
         make_engine(config)
 
