@@ -49,7 +49,7 @@ unfinished_option = click.option(
 )
 
 
-class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """One value, or one per stage separated by commas."""
 
     def __init__(self, item: Any) -> None:
