@@ -216,9 +216,10 @@ class Planner:
         if written is not None:
             levels = [per_level(written, self.levels)]
         else:
+            # Blocks where the pictures are largest hold the most; more mixtures gain little.
             levels = [
                 ("blocks",) * finest + ("norms",) * (self.levels - finest)
-                for finest in range(self.levels + 1)
+                for finest in sorted({0, 1, self.levels})
             ]
         offload = self.config.per_unet("memory", "offload_activations", self.index)
         if offload is not None:
