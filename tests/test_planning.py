@@ -230,7 +230,9 @@ def test_too_little_memory_names_the_term_at_fault(paper):
     card = plan(paper, 2, SMALL_CARD._replace(card=3 * GB))
     assert "the card: " in card.fault
     assert "largest term is activations" in card.fault
-    host = plan(paper, 0, SMALL_CARD._replace(ram=5 * GB))
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    offloaded = paper.model_copy(update={"deepspeed": {"zero_optimization": zero}})
+    host = plan(offloaded, 0, SMALL_CARD._replace(ram=5 * GB))
     assert "host memory: " in host.fault
 
 
