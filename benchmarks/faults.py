@@ -353,7 +353,7 @@ def prompts(trials: int, folder: Path) -> Result:
     failures += [f"opened to write: {p}" for p in opened if Path(p).resolve().parent != out]
     kept = [json.loads(file.read_text()).get("prompt") for file in sorted(out.glob("0*.json"))]
     failures += [f"no picture of {text!r}" for text in texts if text not in kept]
-    images = len([path for path in written if re.fullmatch(r"\d{5}\.png", path.name)])
+    images = len([path for path in written if re.fullmatch(r"\d{5}_[0-9a-f]{8}\.png", path.name)])
     if images != trials:
         failures.append(f"{images} pictures for {trials} prompts")
     return Result(trials, failures, f"{images} pictures in the folder asked for, 0 elsewhere")

@@ -17,7 +17,7 @@ from imagen_scale.cascade import (
     read_stage,
 )
 from imagen_scale.data.images import load_whole_picture
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import DataError, UsageError
 
 MAX_PIXELS = 2**26  # of the result: float32 images of 0.8 GB each, several at a time
 
@@ -110,4 +110,8 @@ def read_picture(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
-    return torch.from_numpy(load_whole_picture(path)).float() / 127.5 - 1
+    try:
+        picture = load_whole_picture(path)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return torch.from_numpy(picture).float() / 127.5 - 1
