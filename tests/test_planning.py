@@ -222,8 +222,10 @@ def test_more_memory_never_costs_time_and_is_used():
         seconds.append(found.choice.seconds)
         batches.append(found.choice.setup.micro_batch)
     assert seconds == sorted(seconds, reverse=True)
-    assert batches == sorted(batches)
-    assert batches[-1] > batches[0]
+    # A small card may recompute more and keep its micro-batch; a large one needs neither.
+    assert batches[-1] == 64
+    assert set(found.choice.setup.checkpointing) == {"norms"}
+    assert seconds[-1] < seconds[0]
 
 
 def test_too_little_memory_names_the_term_at_fault(paper):
