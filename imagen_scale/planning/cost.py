@@ -21,7 +21,7 @@ HOST_PROCESS_CPU = 600_000_000
 HOST_PROCESS_CUDA = 2_500_000_000
 # Bytes of one moment pair: fp32, bf16, or one byte each and a scale per block of 256.
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2 + 2 * 4 / 256, "adamw_bf16": 4, "adafactor": 0}
-# Parameters that ZeRO updates at a time without offload: see training.optimizers.
+# Parameters that ZeRO updates at a time without offload, and that saving puts aside at a time.
 GROUP_ELEMENTS = 100_000_000
 
 
@@ -91,7 +91,7 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         else:
             gradients = width * P // W
             optimizer = (master * P + moments) // W
-            update = 6 * min(GROUP_ELEMENTS, P // W)
+            update = 6 * min(GROUP_ELEMENTS + largest, P // W)
     elif setup.offloads_optimizer:
         temporary = width * largest
         buckets = temporary + (1 if W == 1 else 2) * width * bucket
@@ -104,7 +104,7 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         gradients = width * P // (W if setup.stage == 2 else 1)
         optimizer = (master * P + moments) // W
         buckets = (1 if W == 1 else 2) * width * bucket
-        update = 6 * min(max(GROUP_ELEMENTS, largest), P // W)
+        update = 6 * min(GROUP_ELEMENTS + largest, P // W)
 
     has_host_masters = setup.offloads_optimizer and setup.stage > 0
     ema = 0

@@ -1,13 +1,14 @@
 """Exponential moving average of the weights, kept where the fp32 master weights are."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-EXCHANGE_ELEMENTS = 2**22  # 16 MiB at a time
+EXCHANGE_ELEMENTS = 2**20  # 4 MiB at a time
 
 
 class Ema:
@@ -76,8 +77,14 @@ class Ema:
 
         module = self.engine.module
         has_zero = self.engine.zero_optimization_stage() > 0
-        with self._in_place_of_masters():
+        place = {p: i for i, group in enumerate(parameter_groups(self.engine)) for p in group}
+        shown = None
+        with ExitStack() as exchanged:
             for name, parameter in module.named_parameters():
+                if place[parameter] != shown:
+                    shown = place[parameter]
+                    exchanged.close()
+                    exchanged.enter_context(self._in_place_of_master(shown))
                 full = safe_get_full_fp32_param(parameter) if has_zero else parameter
                 yield name, full.detach().float().cpu().clone()
         for name, buffer in module.named_buffers():
@@ -88,26 +95,22 @@ class Ema:
         return all(bool(shard.isfinite().all()) for shard in self.shards)
 
     @contextmanager
-    def _in_place_of_masters(self) -> Iterator[None]:
-        pairs = list(zip(self.masters, self.shards, strict=True))
-        aside: list[Tensor | None] = []
+    def _in_place_of_master(self, index: int) -> Iterator[None]:
+        master, shard = self.masters[index], self.shards[index]
         with torch.no_grad():
-            for master, shard in pairs:
-                if master.dtype == shard.dtype:
-                    aside.append(None)
-                    _exchange(master, shard)
-                else:  # bf16 masters cannot carry the average back: they are put aside
-                    aside.append(master.detach().clone())
-                    master.copy_(shard)
+            if is_exact := master.dtype == shard.dtype:
+                _exchange(master, shard)
+            else:  # bf16 masters cannot carry the average back: this one is put aside
+                aside = master.detach().clone()
+                master.copy_(shard)
         try:
             yield
         finally:
             with torch.no_grad():
-                for (master, shard), kept in zip(pairs, aside, strict=True):
-                    if kept is None:
-                        _exchange(master, shard)
-                    else:
-                        master.copy_(kept)
+                if is_exact:
+                    _exchange(master, shard)
+                else:
+                    master.copy_(aside)
 
 
 def _exchange(master: Tensor, shard: Tensor) -> None:
@@ -139,3 +142,12 @@ def master_shards(engine: Any) -> list[Tensor]:
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def parameter_groups(engine: Any) -> list[list[Parameter]]:
+    """The parameters behind each of `master_shards`."""
+    optimizer = engine.optimizer
+    for name in ("fp16_groups", "bit16_groups"):  # ZeRO-3, ZeRO-1/2; whatever their type
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    return [[parameter] for group in optimizer.param_groups for parameter in group["params"]]

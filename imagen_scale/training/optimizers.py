@@ -11,10 +11,8 @@ from torch.nn import Parameter
 
 from imagen_scale.config import Config
 from imagen_scale.errors import MissingExtraError
+from imagen_scale.planning.cost import GROUP_ELEMENTS
 from imagen_scale.planning.setup import Setup
-
-# Without offload ZeRO makes an fp32 copy of one group's gradients at a time.
-GROUP_ELEMENTS = 100_000_000
 
 
 def has_compiler() -> bool:
@@ -58,7 +56,10 @@ def make_optimizer(
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
-    """Parameters in order, in groups of bounded size."""
+    """Parameters in order, in groups of bounded size.
+
+    Without offload ZeRO makes an fp32 copy of one group's gradients at a time.
+    """
     groups: list[dict[str, Any]] = []
     elements = GROUP_ELEMENTS
     for parameter in parameters:
