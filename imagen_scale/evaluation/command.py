@@ -1,0 +1,114 @@
+"""`imagen-scale evaluate`: a run measured on captions of its own data set."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from imagen_scale.cascade import Cascade
+from imagen_scale.checkpoint import write_atomically
+from imagen_scale.config import Config
+from imagen_scale.data.dataset import Prepared, prepare, split_indices
+from imagen_scale.data.storage import Progress
+from imagen_scale.errors import UsageError
+from imagen_scale.evaluation.distances import require_torchmetrics
+from imagen_scale.evaluation.features import Clip, open_extractor
+from imagen_scale.evaluation.measurement import Evaluation, evaluate
+from imagen_scale.evaluation.report import as_dict
+from imagen_scale.runtimes import Options, RuntimeName, Say
+
+Split = Literal["held-out", "train"]
+
+
+class Report(NamedTuple):
+    """The measures, where they came from, and the file that holds both."""
+
+    result: Evaluation
+    facts: dict[str, Any]
+    file: Path
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    num: int,
+    seed: int,
+    split: Split | None,
+    features: str | None,
+    clip: str | None,
+    allow_unfinished: bool,
+    runtime: RuntimeName,
+    options: Options,
+    settings: dict[str, Any],
+    progress: Progress,
+    say: Say,
+) -> Report:
+    """Measures a run and writes `evaluation.json` into it.
+
+    Args:
+        run: The run's folder.
+        num: Captions used at most.
+        seed: Of the first picture.
+        split: Which pictures; None takes the held-out ones where there are any, and says so
+            where there are none.
+        features: Network for FID and KID; see `open_extractor`.
+        clip: CLIP model for the CLIP score.
+        allow_unfinished: Accept stages whose training has not ended.
+        runtime: What computes the U-Nets.
+        options: How.
+        settings: As for `Cascade.settings`.
+        progress: Told of the work.
+        say: Told in a sentence what was chosen.
+
+    Raises:
+        UsageError: If the split holds no pictures.
+        ImagenScaleError: If stages, pictures or networks cannot be used.
+    """
+    # First: these may have to be downloaded, and are refused in a second.
+    if features is not None:
+        require_torchmetrics()
+    extractor = None if features is None else open_extractor(features)
+    known_captions = None if clip is None else Clip(clip)
+    cascade = Cascade.load(
+        run, allow_unfinished=allow_unfinished, runtime=runtime, options=options, say=say
+    )
+    per_stage = cascade.settings(**settings)
+    config = cascade.files[0].config
+    prepared = prepare(config, progress=progress)
+    chosen, indices = _choose(config, prepared, split, say)
+    if features is not None and min(num, len(indices)) < 2:
+        raise UsageError(
+            f"--features: {min(num, len(indices))} picture has no FID; take 2 or more."
+        )
+    result = evaluate(
+        cascade, prepared, indices[:num], seed=seed, extractor=extractor, clip=known_captions,
+        on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total), **settings,
+    )  # fmt: skip
+    facts = {
+        **as_dict(result), "split": chosen, "seed": seed, "features": features, "clip": clip,
+        "settings": [one._asdict() for one in per_stage],
+    }  # fmt: skip
+    file = run / "evaluation.json"
+    text = json.dumps(facts, indent=1) + "\n"
+    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return Report(result, facts, file)
+
+
+def _choose(
+    config: Config, prepared: Prepared, split: Split | None, say: Say
+) -> tuple[Split, list[int]]:
+    """The split in force and its pictures."""
+    train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
+    if split is None:
+        split = "held-out" if held_out else "train"
+        if not held_out:
+            say(
+                "no pictures were held out (data.val_fraction is 0, or the set is small): measured "
+                "on pictures that it was trained on"
+            )
+    indices = held_out if split == "held-out" else train
+    if not indices:
+        raise UsageError(
+            f"--split {split}: no picture is in it (data.val_fraction "
+            f"{config.data.val_fraction:g}); take the other."
+        )
+    return split, indices

@@ -1,0 +1,186 @@
+"""Measuring a cascade: pictures made from captions, beside the real ones of these captions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.cascade import GROUP, Cascade, OnStep
+from imagen_scale.data.dataset import Prepared, real_pictures
+from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
+from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
+from imagen_scale.evaluation.features import Clip, Extractor
+from imagen_scale.evaluation.measures import (
+    Colour,
+    ColourTally,
+    drift,
+    lowres_consistency_db,
+    psnr_db,
+    retrieval_accuracy,
+    ssim,
+)
+
+MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
+
+
+class Restoration(NamedTuple):
+    """Real pictures shrunk to a stage's input and enlarged again, mean over the pictures."""
+
+    psnr_db: float
+    bicubic_psnr_db: float
+    ssim: float
+    bicubic_ssim: float
+
+
+class StageMeasures(NamedTuple):
+    """What was measured of one stage."""
+
+    unet: int  # from 1
+    size: int  # side of its pictures in pixels
+    retrieval_accuracy: float  # in [0, 1]
+    generated_colour: Colour
+    real_colour: Colour
+    colour_mean_drift: float  # of the colour that is furthest off, generated - real, levels 0 to 1
+    colour_std_drift: float
+    lowres_consistency_db: float | None = None  # super-resolution only
+    restoration: Restoration | None = None  # super-resolution only
+    fid: float | None = None  # with an extractor only
+    kid: float | None = None
+    clip_score: float | None = None  # with CLIP only
+    real_clip_score: float | None = None  # of the real pictures, for comparison
+
+
+class Evaluation(NamedTuple):
+    """What was measured over N captions."""
+
+    captions: int
+    retrieval_chance: float
+    stages: list[StageMeasures]
+
+
+class _StageTally:
+    """What is kept of a stage's pictures until all are made: numbers and thumbnails."""
+
+    def __init__(self, thumbnail: int, extractor: Extractor | None, clip: Clip | None) -> None:
+        self.thumbnail, self.extractor, self.clip = thumbnail, extractor, clip
+        self.colours = ColourTally(), ColourTally()  # of generated and of real pictures
+        # The same pairs; restored ones are of super-resolution.
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.kept.setdefault(name, []).append(values)
+
+    def add(self, generated: Tensor, real: Tensor, captions: list[str]) -> None:
+        for what, images, colour in zip(
+            ("generated", "real"), (generated, real), self.colours, strict=True
+        ):
+            colour.add(images)
+            self._keep(f"{what} thumbnails", resize(images, self.thumbnail))
+            if self.extractor is not None:
+                self._keep(f"{what} features", self.extractor(images))
+            if self.clip is not None:
+                self._keep(f"{what} clip", self.clip(images))
+        if self.clip is not None:
+            self._keep("captions", self.clip.encode(captions))
+
+    def add_super_resolution(
+        self, generated: Tensor, lowres: Tensor, restored: Tensor, bicubic: Tensor, real: Tensor
+    ) -> None:
+        self._keep("consistency", lowres_consistency_db(generated, lowres).clamp(max=MAX_DB))
+        for what, images in (("", restored), ("bicubic_", bicubic)):
+            self._keep(f"{what}psnr_db", psnr_db(images, real).clamp(max=MAX_DB))
+            self._keep(f"{what}ssim", ssim(images, real))
+
+    def measures(self, unet: int, size: int) -> StageMeasures:
+        kept = {name: torch.cat(values) for name, values in self.kept.items()}
+        generated, real = (tally.colour() for tally in self.colours)
+        result = StageMeasures(
+            unet,
+            size,
+            retrieval_accuracy(
+                kept["generated thumbnails"], kept["real thumbnails"], self.thumbnail
+            ),
+            generated,
+            real,
+            drift(generated.mean, real.mean),
+            drift(generated.std, real.std),
+        )
+        if "consistency" in kept:
+            result = result._replace(
+                lowres_consistency_db=kept["consistency"].mean().item(),
+                restoration=Restoration(
+                    *(kept[name].mean().item() for name in Restoration._fields)
+                ),
+            )
+        if self.extractor is not None:
+            sets = kept["generated features"], kept["real features"]
+            result = result._replace(fid=frechet_distance(*sets), kid=kernel_distance(*sets))
+        if self.clip is not None:
+            result = result._replace(
+                clip_score=clip_score(kept["generated clip"], kept["captions"]),
+                real_clip_score=clip_score(kept["real clip"], kept["captions"]),
+            )
+        return result
+
+
+def evaluate(
+    cascade: Cascade,
+    prepared: Prepared,
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    extractor: Extractor | None = None,
+    clip: Clip | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Generates a picture for each caption and compares it with the real ones.
+
+    Super-resolution is measured twice: on what the stage before it generated, for which only the
+    low-resolution picture is known (consistency), and on real pictures shrunk to the stage's
+    input, against bicubic enlargement of the same input (PSNR and SSIM). Low-resolution
+    pictures get the noise that they get in sampling.
+
+    `GROUP` captions at a time go through all stages; of their pictures, numbers and thumbnails
+    are kept, so that memory grows little with their count.
+
+    Args:
+        cascade: The trained stages.
+        prepared: Pictures and captions.
+        indices: Which of them to use, two at least where an extractor is given.
+        seed: Of the first picture; the i-th uses seed + i.
+        extractor: For FID and KID; None leaves them out.
+        clip: For the CLIP score; None leaves it out.
+        on_step: Told of each step.
+        settings: As for `Cascade.settings`.
+    """
+    per_stage = cascade.settings(**settings)
+    sizes = cascade.files[0].config.imagen.image_sizes
+    tallies = [_StageTally(sizes[0], extractor, clip) for _ in per_stage]
+    for start in range(0, len(indices), GROUP):
+        group = indices[start : start + GROUP]
+        captions = [prepared.source.captions[i] for i in group]
+        text = cascade.encode(captions)
+        seeds = [seed + start + i for i in range(len(group))]
+        lowres = None
+        for number, (how, tally) in enumerate(zip(per_stage, tallies, strict=True), start=1):
+            stage = cascade.stage(number)
+            try:
+                real = real_pictures(prepared, group, stage.image_size)
+                options = {"on_step": on_step, **how._asdict()}
+                generated = stage.sample(text, seeds, lowres=lowres, **options)
+                tally.add(generated, real, captions)
+                if lowres is not None:
+                    small = lowres.shape[-1]
+                    restored = stage.sample(text, seeds, lowres=resize(real, small), **options)
+                    bicubic = shrink_and_enlarge(real, small)
+                    tally.add_super_resolution(generated, lowres, restored, bicubic, real)
+            finally:
+                stage.close()
+            lowres = generated
+    stages = [
+        tally.measures(number, size)
+        for number, (tally, size) in enumerate(zip(tallies, sizes, strict=False), start=1)
+    ]
+    return Evaluation(len(indices), 1 / len(indices), stages)
