@@ -163,26 +163,47 @@ def config_schema() -> None:
 @main.command()
 @click.option("--config", "config_path", required=True, help="JSON file of the run.")
 @set_option
+@click.option("--estimate", is_flag=True, help="Say what it would take in time and disk, and stop.")
+@click.option("--sheet", type=click.Path(), help="PNG of the contact sheet; default in the cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @user_errors
-def prepare(config_path: str, overrides: tuple[str, ...]) -> None:
-    """Resize pictures and encode captions once, before training needs them."""
+def prepare(
+    config_path: str,
+    overrides: tuple[str, ...],
+    estimate: bool,
+    sheet: str | None,
+    as_json: bool,
+) -> None:
+    """Check and resize pictures and encode captions, before training needs them.
+
+    Tells what the data set is like, names what is left out, and draws a contact sheet.
+
+    \b
+        imagen-scale prepare --config configs/cascade_64_256.json --sheet sheet.png
+    """
     from imagen_scale.config import load_config
 
     checked = load_config(config_path, overrides)
-    from imagen_scale.data.dataset import cache_dir, split_indices
-    from imagen_scale.data.dataset import prepare as prepare_data
+    if sheet is not None and Path(sheet).suffix.lower() != ".png":
+        raise UsageError(f"--sheet {sheet}: it is written as PNG; name it {Path(sheet).stem}.png.")
+    from rich.console import Console
 
+    from imagen_scale import preparation
+
+    # Where it is piped, paths stay whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     with _Progress() as progress:
-        prepared = prepare_data(checked, progress=progress)
-    train, val = split_indices(prepared.source.keys, checked.data.val_fraction)
-    unique = len(set(prepared.source.captions))
-    click.echo(
-        f"{len(prepared.source)} pictures ({len(train)} to train on, {len(val)} held out), "
-        f"{unique} distinct captions, prepared in {cache_dir(checked)}"
-    )
-    click.echo(f"which pictures were left out, and why: {prepared.report}")
-    if prepared.source.attribution:
-        click.echo(prepared.source.attribution)
+        if estimate:
+            planned = preparation.estimate(checked, progress)
+        else:
+            done = preparation.prepare_data(checked, Path(sheet) if sheet else None, progress)
+    if as_json:
+        facts = planned._asdict() if estimate else preparation.as_dict(done)
+        click.echo(json.dumps(facts, indent=1))
+    elif estimate:
+        preparation.print_estimate(planned, console)
+    else:
+        preparation.print_preparation(done, console)
 
 
 @main.command()

@@ -64,18 +64,22 @@ def next_number(folder: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> None:
+def save_grid(
+    path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str], *, lines: int = 1
+) -> None:
     """Writes a grid with a caption over each column, at most `MAX_COLUMNS` wide.
 
     Args:
         path: The PNG file.
         rows: Each row holds one (H, W, 3) uint8 array per column; sizes may differ by row.
         labels: One caption per column.
+        lines: Lines of each caption that are shown.
     """
+    label_height = lines * LABEL_HEIGHT
     sides = [image.shape[0] for row in rows for image in row]
     cell = min(max(MIN_CELL, *sides), MAX_CELL)
     columns = min(len(labels), MAX_COLUMNS)
-    band_height = LABEL_HEIGHT + MARGIN + len(rows) * (cell + MARGIN)
+    band_height = label_height + MARGIN + len(rows) * (cell + MARGIN)
     size = (MARGIN + columns * (cell + MARGIN), -(-len(labels) // columns) * band_height)
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
@@ -83,25 +87,38 @@ def save_grid(path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str]) 
     for i, label in enumerate(labels):
         band, column = divmod(i, columns)
         x, y = MARGIN + column * (cell + MARGIN), band * band_height
-        draw.text((x, y + 3), _fit(draw, label, font, cell), fill="black", font=font)
+        text = "\n".join(_fit(draw, label, font, cell, lines))
+        draw.text((x, y + 3), text, fill="black", font=font)
         for r, row in enumerate(rows):
             picture = Image.fromarray(row[i])
             enlarges = picture.width <= cell
             picture = picture.resize(
                 (cell, cell), Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
             )
-            grid.paste(picture, (x, y + LABEL_HEIGHT + MARGIN + r * (cell + MARGIN)))
+            grid.paste(picture, (x, y + label_height + MARGIN + r * (cell + MARGIN)))
     _save(path, grid)
 
 
-def _fit(draw: ImageDraw.ImageDraw, label: str, font: Any, width: int) -> str:
-    """The label on one line, cut to the width of its column."""
-    label = " ".join(label.split())
-    if draw.textlength(label, font=font) <= width:
-        return label
-    while label and draw.textlength(label + "...", font=font) > width:
-        label = label[:-1]
-    return label + "..."
+def _fit(draw: ImageDraw.ImageDraw, label: str, font: Any, width: int, lines: int) -> Sequence[str]:
+    """The label on so many lines, cut to the width of its column."""
+    words, fitted = label.split(), list[str]()
+    while words and len(fitted) < lines - 1:
+        count = 1
+        while (
+            count < len(words) and draw.textlength(" ".join(words[: count + 1]), font=font) <= width
+        ):
+            count += 1
+        fitted.append(_cut(draw, " ".join(words[:count]), font, width))
+        words = words[count:]
+    return [*fitted, _cut(draw, " ".join(words), font, width)]
+
+
+def _cut(draw: ImageDraw.ImageDraw, line: str, font: Any, width: int) -> str:
+    if draw.textlength(line, font=font) <= width:
+        return line
+    while line and draw.textlength(line + "...", font=font) > width:
+        line = line[:-1]
+    return line + "..."
 
 
 def _save(path: Path, image: Image.Image) -> None:

@@ -73,6 +73,9 @@ class EmojiSource:
         """None: the drawings come with their package."""
         return None
 
+    def size(self, i: int) -> None:
+        """None: drawings are rendered at any size."""
+
 
 def _openmoji_folder() -> Path:
     """The folder of OpenMoji's SVG files, once every package that this source needs is there."""

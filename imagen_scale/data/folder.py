@@ -13,7 +13,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.captions import clean_caption
-from imagen_scale.data.images import CHECK_SIZE, EXTENSIONS, Picture, load_picture
+from imagen_scale.data.images import CHECK_SIZE, EXTENSIONS, Picture, load_picture, picture_size
 from imagen_scale.data.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError
@@ -81,6 +81,11 @@ class FolderSource:
         except DataError as reason:
             return str(reason)
         return None
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of the picture at `i` in pixels."""
+        with named(printable(self.keys[i])):
+            return picture_size(self._folder / self.keys[i])
 
     def _read_lists(self, lists: list[Path], config: DataConfig) -> None:
         rows = (row for file in lists for row in self._rows(file, lists))

@@ -7,7 +7,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.captions import clean_caption
-from imagen_scale.data.images import CHECK_SIZE, Picture, load_picture
+from imagen_scale.data.images import CHECK_SIZE, Picture, load_picture, picture_size
 from imagen_scale.data.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, MissingExtraError
@@ -78,6 +78,11 @@ class HuggingFaceSource:
         except DataError as reason:
             return str(reason)
         return None
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of the picture at `i` in pixels."""
+        with named(f"{self._where}, row {self.keys[i]}"):
+            return picture_size(self._file(i))
 
     def _file(self, i: int) -> Path | io.BytesIO:
         cell = self._rows[int(self.keys[i])][self._column]

@@ -55,6 +55,11 @@ class ImageStore:
                     _build(file, source, size, progress)
         return store
 
+    @property
+    def file(self) -> Path | None:
+        """Where the pictures lie ready; None where they are decoded at every read."""
+        return self._file
+
     def __len__(self) -> int:
         return self._length
 

@@ -99,6 +99,17 @@ def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
         )
 
 
+def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
+    """Width and height of a picture as it is shown, read from its header.
+
+    Raises:
+        DataError: As `load_picture`, as far as the header tells.
+    """
+    with _opened(file) as image:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.height, image.width) if is_turned else (image.width, image.height)
+
+
 @contextmanager
 def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
     """Opens a picture and turns whatever goes wrong with it into a DataError."""

@@ -37,6 +37,9 @@ class Source(Protocol):
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
 
+    def size(self, i: int) -> tuple[int, int] | None:
+        """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""
+
 
 def open_source(config: DataConfig) -> Source:
     """Opens the pictures and captions that the `data` section names.
@@ -76,3 +79,7 @@ class Without:
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
         return self._source.check(self._kept[i])
+
+    def size(self, i: int) -> tuple[int, int] | None:
+        """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""
+        return self._source.size(self._kept[i])

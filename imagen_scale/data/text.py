@@ -303,6 +303,11 @@ class EmbeddingStore:
             self._shards[shard] = np.load(self._folder / f"{shard}.npy", mmap_mode="r")
         return np.array(self._shards[shard][start:end], dtype=np.float32)
 
+    def num_tokens(self, caption: str) -> int:
+        """Length L of a caption's features; KeyError if it was never encoded."""
+        _, start, end = self._rows[caption]
+        return end - start
+
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a full copy; each process opens its own.
         return {**self.__dict__, "_shards": {}}

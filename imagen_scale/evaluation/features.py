@@ -34,8 +34,8 @@ def open_extractor(name: str) -> Extractor:
     """Opens the network for FID and KID.
 
     Args:
-        name: `inception`, the path of its weights (`pt_inception-2015-12-05-6726825d.pth`), or a
-            vision model of transformers (CLIP, DINOv2, ViT, ...): a folder written by
+        name: `inception`; the path of its weights, `weights-inception-2015-12-05-6726825d.pth`;
+            or a vision model of transformers (CLIP, DINOv2, ViT, ...): a folder written by
             save_pretrained, or a name on the Hugging Face hub.
 
     Raises:
@@ -175,7 +175,7 @@ class Inception:
         except Exception as error:
             raise DataError(
                 f"--features {name}: the weights cannot be loaded: {first_line(error)}; offline, "
-                f"download pt_inception-2015-12-05-6726825d.pth elsewhere and give its path."
+                f"download weights-inception-2015-12-05-6726825d.pth elsewhere and give its path."
             ) from error
         self._device = default_device()
         self._network = metric.inception.to(self._device)
