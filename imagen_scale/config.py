@@ -138,14 +138,22 @@ class UnetConfig(Section):
 class DataConfig(Section):
     """Where pictures and captions come from."""
 
-    source: Literal["emoji", "folder", "huggingface"] = "emoji"
+    source: Literal["emoji", "folder", "huggingface", "webdataset"] = Field(
+        "emoji",
+        description="emoji: the embedded drawings; folder: pictures with captions beside them or "
+        "in a list; huggingface: a data set; webdataset: tar shards, as img2dataset writes them.",
+    )
     path: str | None = Field(
-        None, description="Folder (source folder), or data set name or folder (huggingface)."
+        None,
+        description="Folder (source folder), data set name or folder (huggingface), a .tar or a "
+        "folder of them (webdataset).",
     )
     split: str = Field("train", description="Split of the Hugging Face data set.")
     image_column: str = "image"
     caption_column: str = Field(
-        "text", description="Caption column of the data set or of metadata.jsonl / metadata.csv."
+        "text",
+        description="Caption column of the data set or of metadata.jsonl / metadata.csv, or the "
+        "key in the .json of a tar.",
     )
     names: tuple[str, ...] | None = Field(
         None, description="Source emoji: keep only these captions, e.g. 'red heart'."
@@ -509,7 +517,7 @@ def _cross_checks(config: Config) -> list[str]:
             f"training.lowres_aug_max {training.lowres_aug_max}, so the network never saw it; "
             f"lower it."
         )
-    if config.data.source in ("folder", "huggingface") and not config.data.path:
+    if config.data.source != "emoji" and not config.data.path:
         problems.append(
             f"data.path: required for source {config.data.source!r}; give the folder or the "
             f"data set's name."

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: emoji, a folder, or a Hugging Face data set."""
+"""Where pictures and captions come from: emoji, a folder, a Hugging Face data set, or tars."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -10,6 +10,7 @@ from imagen_scale.data.huggingface import HuggingFaceSource
 from imagen_scale.data.images import Picture
 from imagen_scale.data.skipped import Skipped
 from imagen_scale.data.storage import fingerprint
+from imagen_scale.data.webdataset import WebDatasetSource
 
 
 class Source(Protocol):
@@ -17,7 +18,8 @@ class Source(Protocol):
 
     Attributes:
         captions: One per picture, never empty.
-        keys: A stable unique id of each picture: file name, emoji code points or row number.
+        keys: A stable unique id of each picture: file name, emoji code points, row number
+            or name in a tar.
         skipped: Pictures and rows refused for their name, kind or caption.
         fingerprint: Short hex text; changes when the pictures could have changed.
         attribution: What has to be said when the pictures are shown, if anything.
@@ -53,6 +55,8 @@ def open_source(config: DataConfig) -> Source:
         return EmojiSource(config)
     if config.source == "folder":
         return FolderSource(config)
+    if config.source == "webdataset":
+        return WebDatasetSource(config)
     return HuggingFaceSource(config)
 
 
