@@ -186,12 +186,9 @@ def prepare(
     checked = load_config(config_path, overrides)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: it is written as PNG; name it {Path(sheet).stem}.png.")
-    from rich.console import Console
-
     from imagen_scale import preparation
 
-    # Where it is piped, paths stay whole.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = _console()
     with _Progress() as progress:
         if estimate:
             planned = preparation.estimate(checked, progress)
@@ -502,10 +499,8 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(report.facts, indent=1))
         return
-    from rich.console import Console
-
     click.echo(f"{report.facts['captions']} captions, {report.facts['split']} pictures")
-    print_table(report.result, Console(highlight=False))
+    print_table(report.result, _console())
     click.echo(f"written to {report.file}")
 
 
@@ -523,6 +518,13 @@ def _read_prompts(path: str) -> list[str]:
 
 def _say(sentence: str) -> None:
     click.echo(sentence, err=True)
+
+
+def _console() -> Any:
+    """For tables; where they are piped, lines are not broken."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 class _Progress:
