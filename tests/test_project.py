@@ -28,7 +28,7 @@ def run(*command, cwd=ROOT):
             "export",
             "launch",
             "configs",
-            "docs/export.md",
+            "docs",
             "README.md",
             "CONTRIBUTING.md",
         ),
