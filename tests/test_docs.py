@@ -4,6 +4,7 @@ import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import ROOT
 from doc_commands import DOCUMENTS, Checker, Command, commands
 
 from imagen_scale.cli import main
+from imagen_scale.planning.cache import plan_dir
 
 
 def every_command(called=main, path=()):
@@ -83,8 +85,21 @@ SHOWN = [command for document in DOCUMENTS for command in commands(document)
 
 @pytest.fixture(scope="module")
 def fresh_cache(tmp_path_factory):
-    """Without what a card of this machine was measured at, which would change a plan."""
-    return tmp_path_factory.mktemp("cache")
+    """Without what a card of this machine was measured at, which would change a plan.
+
+    What the planner found on tensors without memory takes a minute and is kept for other tests.
+    """
+    shared, own = plan_dir(), tmp_path_factory.mktemp("cache")
+
+    def copy(source, target):
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.glob("*.json"):
+            if file.name != "calibration.json":
+                shutil.copy(file, target)
+
+    copy(shared, own / "plan")
+    yield own
+    copy(own / "plan", shared)
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)
