@@ -454,6 +454,7 @@ def upscale(
 )
 @click.option("--features", help="Network for FID and KID: see above.")
 @click.option("--clip", help="CLIP model for the CLIP score: a folder, or a name on the hub.")
+@click.option("--unet-limit", type=int, help="Measure only the first so many U-Nets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @seed_option
 @unfinished_option
@@ -465,6 +466,7 @@ def evaluate(
     split: Any,
     features: str | None,
     clip: str | None,
+    unet_limit: int | None,
     as_json: bool,
     seed: int,
     allow_unfinished: bool,
@@ -493,7 +495,7 @@ def evaluate(
     with _Progress() as progress:
         report = evaluate_run(
             run_dir, num=num, seed=seed, split=split, features=features, clip=clip,
-            allow_unfinished=allow_unfinished, runtime=runtime, options=Options(**how),
+            unet_limit=unet_limit, allow_unfinished=allow_unfinished, runtime=runtime, options=Options(**how),
             settings=settings, progress=progress, say=_say,
         )  # fmt: skip
     if as_json:

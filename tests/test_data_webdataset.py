@@ -176,6 +176,17 @@ def test_what_is_left_out_has_its_reason(tmp_path, entries, reason):
         raise AssertionError(skip.reason)
 
 
+def test_a_picture_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.tar"
+    caption, big = tarfile.TarInfo("1.txt"), tarfile.TarInfo("1.png")
+    caption.size, big.size = 3, 200_000_001
+    with path.open("wb") as file:
+        file.write(caption.tobuf() + b"one".ljust(512, b"\0") + big.tobuf())
+        file.truncate(file.tell() + -(-big.size // 512) * 512 + 1024)  # sparse
+    source = opened(path)
+    assert len(source) == 0 and "at most 200,000,000 are read" in reasons(source)["a.tar/1"]
+
+
 def test_two_pictures_of_one_key(tmp_path):
     path = tar(tmp_path / "a.tar", ("1.png", png(1)), ("1.jpg", png(2)), ("1.txt", "one"))
     source = opened(path)

@@ -292,3 +292,13 @@ def test_command_refuses_wrong_use_before_the_work(run, models):
     assert done.exit_code == 2 and "--features 'no/such'" in done.output
     done = cli("evaluate", "--run", run, "--features", models[1], "--num", 1)
     assert done.exit_code == 2 and "1 picture has no FID" in done.output
+
+
+def test_command_measures_the_stages_there_are(tmp_path):
+    write_stage(tmp_path / "run", 1)
+    done = cli("evaluate", "--run", tmp_path / "run", "--steps", 1, "--num", 2)
+    assert done.exit_code == 1 and "--unet-limit 1" in done.output
+    done = cli("evaluate", "--run", tmp_path / "run", "--steps", 1, "--num", 2, "--unet-limit", 1)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [stage["unet"] for stage in report["stages"]] == [1]

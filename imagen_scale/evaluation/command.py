@@ -35,6 +35,7 @@ def evaluate_run(
     split: Split | None,
     features: str | None,
     clip: str | None,
+    unet_limit: int | None,
     allow_unfinished: bool,
     runtime: RuntimeName,
     options: Options,
@@ -52,6 +53,7 @@ def evaluate_run(
             where there are none.
         features: Network for FID and KID; see `open_extractor`.
         clip: CLIP model for the CLIP score.
+        unet_limit: Measure only the first so many U-Nets.
         allow_unfinished: Accept stages whose training has not ended.
         runtime: What computes the U-Nets.
         options: How.
@@ -69,8 +71,9 @@ def evaluate_run(
     extractor = None if features is None else open_extractor(features)
     known_captions = None if clip is None else Clip(clip)
     cascade = Cascade.load(
-        run, allow_unfinished=allow_unfinished, runtime=runtime, options=options, say=say
-    )
+        run, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
+        runtime=runtime, options=options, say=say,
+    )  # fmt: skip
     per_stage = cascade.settings(**settings)
     config = cascade.files[0].config
     prepared = prepare(config, progress=progress)
