@@ -495,7 +495,8 @@ def evaluate(
     with _Progress() as progress:
         report = evaluate_run(
             run_dir, num=num, seed=seed, split=split, features=features, clip=clip,
-            unet_limit=unet_limit, allow_unfinished=allow_unfinished, runtime=runtime, options=Options(**how),
+            unet_limit=unet_limit, allow_unfinished=allow_unfinished,
+            runtime=runtime, options=Options(**how),
             settings=settings, progress=progress, say=_say,
         )  # fmt: skip
     if as_json:
