@@ -21,6 +21,7 @@ from imagen_scale.evaluation.measures import (
     ssim,
 )
 
+PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
 MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
 
 
@@ -142,8 +143,8 @@ def evaluate(
     input, against bicubic enlargement of the same input (PSNR and SSIM). Low-resolution
     pictures get the noise that they get in sampling.
 
-    `GROUP` captions at a time go through all stages; of their pictures, numbers and thumbnails
-    are kept, so that memory grows little with their count.
+    `GROUP` captions at a time, fewer of large pictures, go through all stages; of their pictures,
+    numbers and thumbnails are kept, so that memory grows little with their count.
 
     Args:
         cascade: The trained stages.
@@ -158,8 +159,9 @@ def evaluate(
     per_stage = cascade.settings(**settings)
     sizes = cascade.files[0].config.imagen.image_sizes
     tallies = [_StageTally(sizes[0], extractor, clip) for _ in per_stage]
-    for start in range(0, len(indices), GROUP):
-        group = indices[start : start + GROUP]
+    together = max(1, min(GROUP, PIXELS_HELD // sizes[len(per_stage) - 1] ** 2))
+    for start in range(0, len(indices), together):
+        group = indices[start : start + together]
         captions = [prepared.source.captions[i] for i in group]
         text = cascade.encode(captions)
         seeds = [seed + start + i for i in range(len(group))]

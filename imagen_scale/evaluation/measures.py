@@ -47,7 +47,13 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
 
     Source: Wang, Bovik, Sheikh & Simoncelli 2004, doi:10.1109/TIP.2003.819861, section III.B.
     """
-    channels, side = images.shape[1], min(*images.shape[-2:], SSIM_WINDOW)
+    # One at a time: what is held in between is twenty times a picture.
+    pairs = zip(images.split(1), real.split(1), strict=True)
+    return torch.cat([_ssim_of_one(*pair) for pair in pairs])
+
+
+def _ssim_of_one(image: Tensor, real: Tensor) -> Tensor:
+    channels, side = image.shape[1], min(*image.shape[-2:], SSIM_WINDOW)
     side -= 1 - side % 2
     offsets = torch.arange(side, dtype=torch.float64) - side // 2
     weights = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
@@ -58,7 +64,7 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
         return F.conv2d(values, window, groups=channels)
 
     # In double precision: a variance is a small difference of large numbers.
-    x, y = ((pictures.double() + 1) / 2 for pictures in (images, real))
+    x, y = ((pictures.double() + 1) / 2 for pictures in (image, real))
     mean_x, mean_y = local(x), local(y)
     var_x, var_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
     covariance = local(x * y) - mean_x * mean_y
@@ -95,10 +101,11 @@ class ColourTally:
 
     def add(self, images: Tensor) -> None:
         """Takes pictures, (N, 3, H, W) in [-1, 1]."""
-        levels = (images.double() + 1) / 2
-        self._count += levels[:, 0].numel()
-        self._sum += levels.sum((0, 2, 3))
-        self._squares += levels.square().sum((0, 2, 3))
+        for image in images:  # one at a time in double precision
+            levels = (image.double() + 1) / 2
+            self._count += levels[0].numel()
+            self._sum += levels.sum((1, 2))
+            self._squares += levels.square().sum((1, 2))
 
     def colour(self) -> Colour:
         """Of all pictures so far, one at least."""
