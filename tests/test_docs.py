@@ -1,6 +1,8 @@
 """The documents: every command in them can be called, and the site builds without a network."""
 
+import ast
 import doctest
+import importlib
 import os
 import re
 import shlex
@@ -13,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from doc_commands import DOCUMENTS, Checker, Command, commands
+from doc_commands import BLOCK, DOCUMENTS, Checker, Command, commands
 
 from imagen_scale.cli import main
 from imagen_scale.planning.cache import plan_dir
@@ -77,6 +79,20 @@ def test_every_help_opens_and_its_examples_can_be_called(path):
     for line in (called.help or "").splitlines():
         if line.strip().startswith("imagen-scale "):
             Checker().check(Command(shlex.split(line), "help of " + " ".join(path)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_examples_name_what_there_is(document):
+    for block in BLOCK.finditer(document.read_text(encoding="utf-8")):
+        if block[1] != "python":
+            continue
+        for node in ast.walk(ast.parse(block[2])):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+            elif isinstance(node, ast.Import):
+                for name in node.names:
+                    importlib.import_module(name.name)
 
 
 SHOWN = [command for document in DOCUMENTS for command in commands(document)
