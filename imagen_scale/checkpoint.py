@@ -43,11 +43,16 @@ def inference_path(run_dir: Path, unet_number: int) -> Path:
 
 def staging_folder(parent: Path, step: int) -> Path:
     """A fresh folder beside the final one; whatever an earlier crash left there is removed."""
-    for leftover in parent.glob(f"{_STAGING_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    clear_staging(parent)
     folder = parent / f"{_STAGING_PREFIX}{step:08d}"
     folder.mkdir(parents=True)
     return folder
+
+
+def clear_staging(parent: Path) -> None:
+    """Removes what an unfinished save left."""
+    for leftover in parent.glob(f"{_STAGING_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
@@ -73,7 +78,7 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
         _sync(folder)
     final = staging.parent / f"step_{step:08d}"
     if final.exists():  # the same step again, after a resume that fell back behind it
-        shutil.rmtree(final)
+        _discard(final)
     staging.rename(final)
     _sync(final.parent)
     return final
@@ -137,17 +142,28 @@ def newest_good(
     return None, None
 
 
-def remove_old(parent: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, right after the commit of `step`.
+def remove_old(parent: Path, step: int, keep: int, every: int | None = None) -> None:
+    """Deletes old checkpoints, right after the commit of `step`.
 
     Those beyond `step` were damaged and passed over by the resume that led here: they go first.
+
+    Args:
+        parent: Folder of one U-Net.
+        step: Of the checkpoint just committed.
+        keep: How many of the newest stay.
+        every: Those of multiples of this step stay too.
     """
     checkpoints = list_checkpoints(parent)
     beyond = [folder for folder in checkpoints if _step_of(folder) > step]
-    for folder in [*beyond, *checkpoints[len(beyond) + keep :]]:
-        doomed = folder.with_name(f"{_STAGING_PREFIX}{folder.name}")
-        folder.rename(doomed)  # never half a checkpoint under its own name
-        shutil.rmtree(doomed)
+    old = checkpoints[len(beyond) + keep :]
+    for folder in [*beyond, *(f for f in old if every is None or _step_of(f) % every)]:
+        _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    doomed = folder.with_name(f"{_STAGING_PREFIX}{folder.name}")
+    folder.rename(doomed)  # never half a checkpoint under its own name
+    shutil.rmtree(doomed)
 
 
 def _step_of(folder: Path) -> int:

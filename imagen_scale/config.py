@@ -229,7 +229,15 @@ class TrainingConfig(Section):
     )
     seed: NaturalInt = 0
     checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="The newest that are kept.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints at multiples of this step are kept for good."
+    )
+    max_skipped: PositiveInt = Field(
+        20,
+        description="Steps left out in a row, because a gradient was not finite, before training "
+        "goes back to the newest checkpoint, once, and then stops.",
+    )
     val_every: PositiveInt = 1000
     val_batches: PositiveInt = Field(8, description="Micro-batches per validation and rank.")
     sample_every: PositiveInt | None = Field(5000, description="null: no pictures in training.")

@@ -52,6 +52,8 @@ def main(
 
         train(config, Path(folder), unet_number=unet, resume=resume, fresh=fresh,
               plan_check=plan_check)  # fmt: skip
+    except KeyboardInterrupt:  # before training began: nothing is lost
+        sys.exit(130)
     except ImagenScaleError as error:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"error: {error}", err=True)

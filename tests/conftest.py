@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ def launch():
         check=True,
         env=None,
         kill_at=None,
+        kill_with=signal.SIGKILL,
         script=None,
     ):
         flags = [option for option in options if option.startswith("--") or option.isdigit()]
@@ -124,7 +126,7 @@ def launch():
         if kill_at is not None:
             while process.poll() is None and not list(Path(run_dir).glob(f"*/{kill_at}")):
                 time.sleep(0.005)
-            process.kill()
+            process.send_signal(kill_with)
             check = False
         try:
             stdout, stderr = process.communicate(timeout=400)

@@ -109,3 +109,11 @@ def test_a_failed_write_leaves_the_file_before_and_no_debris(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_at_multiples_are_kept_for_good(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step)
+        remove_old(tmp_path, step, keep=2, every=3)
+    assert names(tmp_path) == ["step_00000007", "step_00000006", "step_00000003"]
+    assert not list(tmp_path.glob(".staging*"))

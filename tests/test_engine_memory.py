@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from imagen_scale.config import parse_config
 from imagen_scale.data.dataset import Batch
@@ -19,6 +18,7 @@ from imagen_scale.tensor_file import write_tensors
 from imagen_scale.training import distributed, optimizers
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
 from imagen_scale.training.objective import Objective
+from imagen_scale.training.shards import load_shards, publish, save_shard
 
 CPU = {"device": "cpu"}
 BUCKET = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
@@ -96,13 +96,12 @@ class Trained:
 
     def save(self, folder):
         write_tensors(folder / "weights", self.ema.shapes(), self.ema.named_weights(), {})
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        save_file(self.ema.state_dict(), folder / "ema")
+        save_shard(self.engine, self.ema, self.setup.optimizer, folder / "rank_0000.safetensors")
         (folder / "done").write_text(str(self.done))
 
     def load(self, folder):
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
-        self.ema.load_state_dict(load_file(folder / "ema"))
+        load_shards(self.engine, self.ema, self.setup.optimizer, folder)
+        publish(self.engine)
         self.done = int((folder / "done").read_text())
 
     def release(self):

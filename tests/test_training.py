@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     run = tmp_path / "run"
     shutil.copytree(reference[0], run)
     (run / "unet1" / "inference.safetensors").unlink()
-    shard = run / "unet1" / "step_00000006" / "ema_rank_0000.safetensors"
+    shard = run / "unet1" / "step_00000006" / "rank_0000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -211,16 +211,136 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "all 2 checkpoints are damaged" in refused.stderr
 
 
-def test_another_number_of_processes_is_refused_with_the_remedy(
+def test_a_run_continues_on_another_number_of_processes_and_at_another_stage(
     config, launch, reference, tmp_path
 ):
     run = tmp_path / "run"
     shutil.copytree(reference[0], run)
     undo_last_checkpoint(run, 1)
-    done = launch(config, run, "--unet", "1", processes=2, check=False)
-    assert done.returncode == 1
-    assert "saved with processes 1, but this run has 2" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = launch(config, run, ZERO_3, "training.micro_batch=4", "--unet", "1", processes=2)
+    assert "continues at step 3 of 6" in done.stdout
+    assert "saved with another setup: processes 1 -> 2, zero_stage 0 -> 3" in done.stdout
+    assert_same_curve(run, reference[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("signum", "zero", "processes"),
+    [
+        (signal.SIGTERM, 'deepspeed.zero_optimization={"stage":0}', 1),
+        (signal.SIGUSR1, 'deepspeed.zero_optimization={"stage":0}', 1),
+        (signal.SIGINT, ZERO_3, 2),
+    ],
+)
+def test_a_run_told_to_stop_saves_and_continues_as_if_nothing_was(
+    signum, zero, processes, config, launch, tmp_path
+):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = (zero, "training.steps=60", "training.checkpoint_every=60", "training.val_every=60",
+               "training.sample_every=60", "data.num_workers=1", "--unet", "1")  # fmt: skip
+    if processes == 2:
+        options = (*options, "training.micro_batch=4")
+    plain = processes == 1
+    told = launch(config, run, *options, plain=plain, processes=processes,
+                  kill_at="metrics.jsonl", kill_with=signum)  # fmt: skip
+    if plain:  # the launcher has exit codes of its own
+        assert told.returncode == 128 + signum
+    assert f"stopped by {signum.name} after step" in told.stderr
+    assert "Traceback" not in told.stderr
+    (stopped,) = list_checkpoints(run / "unet1")
+    assert 0 < int(stopped.name[-8:]) < 60
+    launch(config, run, *options, plain=plain, processes=processes)
+    launch(config, whole, *options, plain=plain, processes=processes)
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, ".")
+from imagen_scale.training.telemetry import Telemetry
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+advance = Telemetry.advance
+
+def give_back(self, step):
+    advance(self, step)
+    limit(50_000 if step < LAST else resource.RLIM_INFINITY)
+
+Telemetry.advance = give_back
+sys.argv.pop(0)
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_save_that_fails_costs_nothing_but_that_save(config, launch, reference, tmp_path):
+    """No file may be larger than 50 kB until step 6; then until the end."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL_DISK.replace("LAST", "6"))
+    run = tmp_path / "run"
+    done = launch(config, run, "--unet", "1", plain=True, script=script)
+    assert "nothing saved at step 3" in done.stdout
+    assert "File too large" in done.stdout
+    assert [path.name for path in list_checkpoints(run / "unet1")] == ["step_00000006"]
+    assert losses(run) == losses(reference[0])
+
+    script.write_text(FULL_DISK.replace("LAST", "100"))
+    run = tmp_path / "never"
+    failed = launch(config, run, "--unet", "1", plain=True, script=script, check=False)
+    assert failed.returncode == 1
+    assert "File too large" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    left = {path.name for path in (run / "unet1").iterdir()}
+    assert left == {"metrics.jsonl"}
+    assert losses(run) == losses(reference[0])
+
+
+NOT_A_NUMBER = """
+import sys
+sys.path.insert(0, ".")
+from imagen_scale.training.objective import Objective
+
+losses = Objective.losses
+
+def spoiled(self, unet, batch, purpose="train"):
+    found = losses(self, unet, batch, purpose)
+    bad = purpose == "train" and (batch.positions // 8).isin(__import__("torch").tensor(STEPS))
+    return found.masked_fill(bad & (batch.positions % 8 == 5), float("nan")) if purpose == "train" \
+        else found
+
+Objective.losses = spoiled
+sys.argv.pop(0)
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_step_that_is_not_a_number_is_left_out_and_many_end_the_run(config, launch, tmp_path):
+    script = tmp_path / "nan.py"
+    script.write_text(NOT_A_NUMBER.replace("STEPS", "[1]"))
+    run = tmp_path / "once"
+    done = launch(config, run, "--unet", "1", "logging.log_every=3", plain=True, script=script)
+    (line,) = [text for text in done.stdout.splitlines() if "left out" in text]
+    assert "step 2 left out: the loss of" in line
+    assert line.count(",") == 0  # the one picture
+    rows = [json.loads(x) for x in (run / "unet1" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "skipped" in row] == [2]
+    assert all(value.isfinite().all() for value in weights(run).values())
+    assert read_inference(run / "unet1" / "inference.safetensors").is_finished
+
+    script.write_text(NOT_A_NUMBER.replace("STEPS", "[3, 4, 5]"))
+    run = tmp_path / "always"
+    stopped = launch(config, run, "--unet", "1", "training.max_skipped=2", plain=True,
+                     script=script, check=False)  # fmt: skip
+    assert stopped.returncode == 1
+    assert stopped.stdout.count("going back to the newest checkpoint, once") == 1
+    assert stopped.stdout.count("continues at step 3 of 6") == 1
+    assert "2 steps in a row left out" in stopped.stderr
+    assert "training.lr" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert list_checkpoints(run / "unet1")[0].name == "step_00000003"
 
 
 def test_wrong_use_is_one_sentence_and_exit_code_2(config, launch, reference, tmp_path):

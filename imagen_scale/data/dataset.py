@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -134,13 +135,17 @@ class CaptionedImages(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position, which may be as large as one likes."""
-        epoch, place = divmod(position, len(self._indices))
-        i = self._indices[self._epoch_order(epoch)[place]]
+        i = self.picture(position)
         image = self._images[i]
         if self._flip and seeded("flip", self._seed, position) % 2:
             image = image[:, :, ::-1]
         caption = self._captions[i]
         return Sample(image, self._embeddings[caption], position, caption)
+
+    def picture(self, position: int) -> int:
+        """Which picture of the source stands at a position."""
+        epoch, place = divmod(position, len(self._indices))
+        return self._indices[self._epoch_order(epoch)[place]]
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Stacks samples; pictures become float32 in [-1, 1]."""
@@ -239,8 +244,15 @@ def batches(
         # The loader draws a seed for its workers; from the global generator it would change the
         # noise of a resumed run.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
     )
     return _plain_errors(iter(loader))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Being told to stop is the trainer's affair: it needs its workers to the step's end."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:

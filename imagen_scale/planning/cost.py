@@ -132,7 +132,7 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         workspace=workspace,
         host=int(host),
         pinned=int(pinned),
-        disk=int((width + (master if width == 2 else 0) + 4 + 4) * P + moments),
+        disk=int((master + 4 + 4) * P + moments),  # EMA twice
         transfer=transfer,
         transfer_micro=transfer_micro + 2 * activations.on_host,
     )

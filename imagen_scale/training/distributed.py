@@ -6,7 +6,6 @@ import platform
 import sys
 import sysconfig
 import traceback
-import zipfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -228,7 +227,8 @@ def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str
         setup: How the U-Net is trained.
         num_parameters: Of the U-Net.
     """
-    bf16: dict[str, Any] = {"enabled": setup.precision == "bf16"}
+    # Without the check ZeRO-1 and 2 would apply NaN gradients in bf16.
+    bf16: dict[str, Any] = {"enabled": setup.precision == "bf16", "check_grad_overflow": True}
     if setup.optimizer == "adamw_bf16":
         bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return {
@@ -247,7 +247,7 @@ def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str
 
 
 def make_engine(unet: Any, config: Config, unet_index: int, setup: Setup) -> Any:
-    """An engine around one U-Net; its checkpoints load without running code from files."""
+    """An engine around one U-Net."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -269,25 +269,7 @@ def make_engine(unet: Any, config: Config, unet_index: int, setup: Setup) -> Any
             f"deepspeed: DeepSpeed refuses the configuration: {error}\nCorrect that key of the "
             f"deepspeed section; where bf16 is not supported, set training.precision to fp32."
         ) from None
-    engine.checkpoint_engine.load = _load_without_code
     return engine
-
-
-def _load_without_code(path: str, map_location: Any = None) -> Any:
-    """Loads one of DeepSpeed's shards with only the three classes that it needs.
-
-    DeepSpeed 0.19 calls `torch.load` with `weights_only=False`, which runs whatever code a
-    crafted file holds.
-    """
-    import torch
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-        # Mapped, not read: what is copied out of it never stands in memory as a whole.
-        is_mappable = zipfile.is_zipfile(path) and str(map_location) in ("cpu", "None")
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable)
 
 
 def release_engine(engine: Any) -> None:

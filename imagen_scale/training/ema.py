@@ -49,16 +49,6 @@ class Ema:
             for piece in _pieces(ours):  # brought over a little at a time
                 ours[piece].lerp_(theirs[piece].to(ours), 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's shards, for its own file in a checkpoint."""
-        return {str(i): shard for i, shard in enumerate(self.shards)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores this rank's shards."""
-        for i, shard in enumerate(self.shards):
-            shard.copy_(state[str(i)])
-
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Type and shape of what `named_weights` yields, in its order."""
         module = self.engine.module

@@ -5,8 +5,6 @@ bytes a parameter on the card and none on the host. What needs all gradients at 
 their norm, accumulation) is refused by the configuration.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +13,7 @@ from torch.nn import Parameter
 
 from imagen_scale.config import Config
 from imagen_scale.planning.setup import Setup
-from imagen_scale.tensor_file import write_tensors
 from imagen_scale.training.optimizers import make_optimizer
-
-_FILE = "state.safetensors"
 
 
 class InBackwardEngine:
@@ -48,7 +43,12 @@ class InBackwardEngine:
             parameter.register_post_accumulate_grad_hook(self._apply)
 
     def _apply(self, parameter: Parameter) -> None:
-        self._of_parameter[parameter].step()
+        assert parameter.grad is not None
+        # From the first bad gradient on nothing of this step is applied.
+        if not self.optimizer.overflow and bool(parameter.grad.isfinite().all()):
+            self._of_parameter[parameter].step()
+        else:
+            self.optimizer.overflow = True
         parameter.grad = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -56,8 +56,10 @@ class InBackwardEngine:
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward and update in one."""
-        loss.backward()
+        """Backward and update in one; nothing when the loss is not finite."""
+        self.optimizer.overflow = not bool(loss.isfinite())
+        if not self.optimizer.overflow:
+            loss.backward()
 
     def step(self) -> None:
         """Nothing is left to do after backward."""
@@ -77,55 +79,10 @@ class InBackwardEngine:
     def get_global_grad_norm(self) -> None:
         """The gradients never exist together."""
 
-    def save_checkpoint(self, folder: str, tag: str, *, save_latest: bool) -> None:
-        """Writes weights and moments into `folder/tag`."""
-        place = Path(folder) / tag
-        place.mkdir(parents=True)
-        tensors, plain = self._state()
-        write_tensors(
-            place / _FILE,
-            {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
-            tensors.items(),
-            {"plain": json.dumps(plain)},
-        )
-
-    @torch.no_grad()
-    def load_checkpoint(self, folder: str, tag: str, *, load_module_strict: bool) -> None:
-        """Reads what `save_checkpoint` wrote, one parameter at a time."""
-        from safetensors import safe_open
-
-        with safe_open(Path(folder) / tag / _FILE, "pt") as file:
-            plain = json.loads(file.metadata()["plain"])
-            keys: dict[str, list[str]] = {}
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                keys.setdefault(key.partition("/")[0], []).append(key)
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(file.get_tensor(name))
-                optimizer = self.optimizers[name]
-                state = {
-                    key.partition("/")[2]: file.get_tensor(key) for key in keys[name] if "/" in key
-                } | plain[name]
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
-
     def destroy(self) -> None:
         """Frees the moments."""
         self.optimizers.clear()
         self._of_parameter.clear()
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """Weights and moments by name ("name", "name/moment"), and what is not a tensor."""
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.module.named_parameters():
-            tensors[name] = parameter
-            plain[name] = {}
-            for key, value in self.optimizers[name].state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value
-                else:
-                    plain[name][key] = value
-        return tensors, plain
 
 
 class _Groups:
@@ -133,6 +90,7 @@ class _Groups:
 
     def __init__(self, optimizers: dict[str, Any]) -> None:
         self._optimizers = optimizers
+        self.overflow = False  # as ZeRO's optimizers call a step that was left out
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

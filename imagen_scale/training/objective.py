@@ -49,7 +49,11 @@ class Objective:
         self.loss_type = imagen.loss_type
 
     def loss(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
-        """Mean loss over a batch, a float32 scalar.
+        """Mean loss over a batch, a float32 scalar; see `losses`."""
+        return self.losses(unet, batch, purpose).mean()
+
+    def losses(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
+        """Loss of each sample of a batch, (B,) float32.
 
         Args:
             unet: The network, or DeepSpeed's engine around it.
@@ -77,7 +81,7 @@ class Objective:
             target = self.schedule.v_target(x_0, draws.t, draws.eps)
         else:
             target = draws.eps
-        return image_loss(prediction, target, self.loss_type).mean()
+        return image_loss(prediction, target, self.loss_type)
 
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
         """Random numbers of the samples at `positions`, (B,), for pictures of `shape`."""

@@ -43,7 +43,7 @@ class Telemetry:
         self.path = folder / "metrics.jsonl"
         self.unet_number = unet_number
         drop_metrics_after(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = LineFile(self.path)
         self._wandb = _start_wandb(run_dir, config, unet_number)
         self._progress = Progress(
             TextColumn(f"U-Net {unet_number}"),
@@ -79,13 +79,13 @@ class Telemetry:
         self._progress.update(self._task, completed=step)
 
     def train(
-        self, step: int, *, loss: float, lr: float, grad_norm: float | None, images: int
+        self, step: int, *, loss: float | None, lr: float, grad_norm: float | None, images: int
     ) -> None:
         """Reports the mean loss since the last report, and the speed.
 
         Args:
             step: Optimizer steps done.
-            loss: Mean over all ranks and steps since the last report.
+            loss: Mean over all ranks and steps since the last report; None if all were left out.
             lr: Learning rate of the step.
             grad_norm: Norm before clipping, where DeepSpeed tells it.
             images: Pictures per step over all ranks.
@@ -96,7 +96,8 @@ class Telemetry:
         seconds_left = (self._steps - step) * elapsed / max(step - self._last_step, 1)
         self._last_step = step
         memory = peak_memory_gib()
-        status = f"loss {loss:.4f}  {images_per_s:.1f} images/s  {memory:.2f} GiB"
+        shown = "-" if loss is None else f"{loss:.4f}"
+        status = f"loss {shown}  {images_per_s:.1f} images/s  {memory:.2f} GiB"
         self._progress.update(self._task, completed=step, status=status)
         if self._progress.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
@@ -112,8 +113,7 @@ class Telemetry:
     def write(self, step: int, **values: float | None) -> None:
         """Appends one line to metrics.jsonl."""
         row = {"unet": self.unet_number, "step": step, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(row) + "\n")
         if self._wandb is not None:
             prefix = f"unet{self.unet_number}/"
             self._wandb.log({prefix + name: value for name, value in row.items() if name != "unet"})
@@ -127,6 +127,30 @@ class Telemetry:
 
             name = f"unet{self.unet_number}/"
             self._wandb.log({name + "samples": wandb.Image(str(path)), name + "step": step})
+
+
+class LineFile:
+    """A file that lines are added to; those that a full disk refuses are kept and added later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+
+    def append(self, line: str) -> None:
+        """Adds a line, and those that could not be added before."""
+        data = self._pending + line.encode()
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            if not self._pending:
+                say(f"WARNING: {self.path}: {error.strerror}; its lines are kept and added later")
+            written = 0
+        self._pending = data[written:]
+
+    def close(self) -> None:
+        """Ends it."""
+        self._file.close()
 
 
 def drop_metrics_after(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 
-from imagen_scale import checkpoint as ckpt
 from imagen_scale.config import Config
 from imagen_scale.data.dataset import (
     CaptionedImages,
@@ -20,7 +20,6 @@ from imagen_scale.data.dataset import (
     seeded,
     split_indices,
 )
-from imagen_scale.data.text import encoder_fingerprint, encoder_folder
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, ImagenScaleError
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.models.unet import UNet
@@ -30,7 +29,7 @@ from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.training import distributed
 from imagen_scale.training.choice import choose_setup, remember, smaller
-from imagen_scale.training.distributed import from_rank_0, rank, together, world_size
+from imagen_scale.training.distributed import from_rank_0, rank, world_size
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.memory_use import (
     check_plan,
@@ -40,6 +39,7 @@ from imagen_scale.training.memory_use import (
     release_memory,
 )
 from imagen_scale.training.objective import Objective
+from imagen_scale.training.preemption import Preempted, StopRequest
 from imagen_scale.training.preview import draw_grid
 from imagen_scale.training.run import (
     check_run,
@@ -48,6 +48,8 @@ from imagen_scale.training.run import (
     open_run,
     unet_numbers,
 )
+from imagen_scale.training.saving import Saver
+from imagen_scale.training.stepping import Stepped, Stepper
 from imagen_scale.training.telemetry import Telemetry, say
 
 
@@ -73,6 +75,7 @@ def train(
         plan_check: Compare predicted with measured memory after so many steps of each U-Net.
 
     Raises:
+        Preempted: If SIGTERM, SIGUSR1 or SIGINT asked to stop; everything is saved.
         ImagenScaleError: With what to do next.
     """
     distributed.fill_environment()
@@ -135,19 +138,19 @@ class UnetTraining:
         self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
         self.unet_number, self.index = unet_number, unet_number - 1
         self.training = config.training
-        self.folder = ckpt.unet_dir(run_dir, unet_number)
         self.steps = config.per_unet("training", "steps", self.index)
         self.size = config.imagen.image_sizes[self.index]
         # The learned null embedding of every caption is as wide as the encoder's features.
         self.text_embed_dim = prepared.embeddings.dim
-        self.fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
+        self.saver = Saver(config, run_dir, unet_number, self.steps, prepared, say)
+        self.has_gone_back = False
         self.train_indices, self.val_indices = split_indices(
             prepared.source.keys, config.data.val_fraction
         )
 
     def run(self) -> None:
         """Trains to the last step; does nothing when that was reached before."""
-        if from_rank_0(self._is_finished):
+        if from_rank_0(self.saver.is_finished):
             self.say(f"U-Net {self.unet_number}: already trained ({self.steps} steps)")
             return
         self.setup: Setup = from_rank_0(
@@ -160,16 +163,20 @@ class UnetTraining:
             pass
 
     def _run_once(self) -> bool:
-        """Trains from the newest checkpoint; False when memory ran out and less of it may do."""
-        self.step, self.saved_step, self.is_updating = 0, 0, False
+        """Trains from the newest checkpoint; False when it is to be tried again from there."""
+        self.step, self.saved_step = 0, 0
         try:
             self._build()
-            self.step = self.saved_step = self._resume()
+            self.step = self.saved_step = self.saver.resume(self.engine, self.ema, self.setup)
             if self.step < self.steps:
                 self._loop()
             else:  # the file for sampling was lost or damaged
-                self._save_inference(self.step)
+                self.saver.save_inference(self.ema, self.step)
             return True
+        except _GoBack as reason:
+            self.say(f"{reason}; going back to the newest checkpoint, once")
+            self.has_gone_back = True
+            return False
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -179,7 +186,7 @@ class UnetTraining:
         finally:
             if hasattr(self, "engine"):
                 distributed.release_engine(self.engine)
-                del self.engine, self.ema, self.objective
+                del self.engine, self.ema, self.objective, self.stepper
             release_memory()
 
     def _take_less(self, message: str) -> None:
@@ -201,8 +208,8 @@ class UnetTraining:
             )
         self.say(f"{where}; going on with {change}; the global batch stays {setup.global_batch}")
         release_memory()
-        if self.step > self.saved_step and not self.is_updating:
-            self._save(self.step)  # weights and moments are whole: no step is lost
+        if self.step > self.saved_step and not self.stepper.is_updating:
+            self._save()  # weights and moments are whole: no step is lost
         self.setup = setup
 
     def _advice(self) -> str:
@@ -215,16 +222,6 @@ class UnetTraining:
         if plan.fault is None and plan.choice.setup != self.setup:
             return f"Set {knobs}; `imagen-scale plan` would take: {in_words(plan.choice.setup)}."
         return f"Nothing smaller is left in this setup. Set {knobs}."
-
-    def _is_finished(self) -> bool:
-        path = ckpt.inference_path(self.run_dir, self.unet_number)
-        if not path.is_file():
-            return False
-        try:
-            return ckpt.read_inference(path).step >= self.steps
-        except CheckpointError as error:
-            self.say(f"written anew from the newest checkpoint: {error}")
-            return False
 
     def _build(self) -> None:
         release_memory()
@@ -240,6 +237,7 @@ class UnetTraining:
         self.engine = distributed.make_engine(unet, self.config, self.index, setup)
         self.ema = Ema(self.engine, self.training.ema_decay, offload=setup.ema_offload)
         self.objective = Objective(self.config, self.index, self.engine.device)
+        self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
         crop = self.config.unets[self.index].crop
         pixels = f"{self.size} px" if crop is None else f"{crop} px crops of {self.size} px"
         self.say(
@@ -247,97 +245,9 @@ class UnetTraining:
             f"{len(self.train_indices)} pictures; {in_words(setup)}"
         )
 
-    # Checkpoints.
-
-    def _resume(self) -> int:
-        """Loads the newest good checkpoint; returns the steps done."""
-        found = from_rank_0(lambda: ckpt.newest_good(self.folder, self.say))
-        folder, manifest = found
-        if folder is None:
-            return 0
-        for key, ours in self._facts().items():
-            if manifest[key] != ours:
-                raise CheckpointError(
-                    f"{folder}: saved with {key} {manifest[key]}, but this run has {ours}. "
-                    f"Continue it with {manifest[key]}."
-                )
-        if manifest["text_encoder"] != self.fingerprint:
-            raise CheckpointError(
-                f"{folder}: trained with another version of the text encoder "
-                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
-                f"--fresh."
-            )
-        if manifest["pictures"] != self.prepared.source.fingerprint:
-            self.say(
-                "the pictures changed since the checkpoint; training goes on with the new ones"
-            )
-        from safetensors.torch import load_file
-
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
-        self.ema.load_state_dict(load_file(folder / self._ema_name()))
-        step: int = manifest["step"]
-        self.say(f"U-Net {self.unet_number}: continues at step {step} of {self.steps}")
-        return step
-
-    def _facts(self) -> dict[str, Any]:
-        """What DeepSpeed's shards depend on."""
-        return {
-            "processes": world_size(),
-            "zero_stage": self.setup.stage,
-            "optimizer": self.setup.optimizer,
-            "optimizer_in_backward": self.setup.in_backward,
-        }
-
-    def _ema_name(self) -> str:
-        return f"ema_rank_{rank():04d}.safetensors"
-
-    def _save(self, step: int) -> None:
-        from safetensors.torch import save_file
-
-        staging = Path(from_rank_0(lambda: str(ckpt.staging_folder(self.folder, step))))
-
-        def write() -> None:
-            # DeepSpeed would publish `latest` before the other ranks have finished: we commit.
-            self.engine.save_checkpoint(str(staging), tag="deepspeed", save_latest=False)
-            save_file(self.ema.state_dict(), staging / self._ema_name())
-
-        together(write)
-        facts = {
-            **self._facts(),
-            "pictures": self.prepared.source.fingerprint,
-            "text_encoder": self.fingerprint,
-        }
-        from_rank_0(lambda: str(ckpt.commit(staging, step, facts)))
-        from_rank_0(lambda: ckpt.remove_old(self.folder, step, self.training.keep_checkpoints))
-
-    def _save_inference(self, step: int) -> None:
-        """Writes the EMA weights for sampling; all ranks gather, rank 0 writes."""
-        path = ckpt.inference_path(self.run_dir, self.unet_number)
-        weights = self.ema.named_weights()
-        failure: Exception | None = None
-        if rank() == 0:
-            try:
-                ckpt.stream_inference(
-                    path,
-                    self.ema.shapes(),
-                    weights,
-                    config=self.config,
-                    unet_number=self.unet_number,
-                    text_embed_dim=self.text_embed_dim,
-                    text_fingerprint=self.fingerprint,
-                    step=step,
-                    steps=self.steps,
-                )
-            except Exception as error:  # the other ranks are still giving their shares
-                failure = error
-        for _ in weights:
-            pass
-
-        def fail_together() -> None:
-            if failure is not None:
-                raise failure
-
-        from_rank_0(fail_together)
+    def _save(self) -> None:
+        if self.saver.save(self.engine, self.ema, self.setup, self.step):
+            self.saved_step = self.step
 
     # Steps.
 
@@ -354,11 +264,11 @@ class UnetTraining:
         )
 
     def _loop(self) -> None:
-        step = self.step
+        dataset = self._dataset(self.train_indices, shuffle=True)
         micro_batches = batches(
-            self._dataset(self.train_indices, shuffle=True),
-            start_step=step,
-            steps=self.steps - step,
+            dataset,
+            start_step=self.step,
+            steps=self.steps - self.step,
             global_batch=self.setup.global_batch,
             micro_batch=self.setup.micro_batch,
             rank=rank(),
@@ -366,39 +276,92 @@ class UnetTraining:
             num_workers=self.config.data.num_workers,
         )
         window: list[torch.Tensor] = []
-        with self._telemetry(step) as telemetry:
-            while step < self.steps:
-                lr = learning_rate(self.config, self.index, step)
-                window.append(self._step(micro_batches, lr))
-                step += 1
-                self.ema.update(step)
-                self.step = step
+        skipped = 0  # in a row
+        with StopRequest() as request, self._telemetry(self.step) as telemetry:
+            while self.step < self.steps:
+                lr = learning_rate(self.config, self.index, self.step)
+                stepped = self.stepper.step(micro_batches, lr)
+                self.step += 1
+                step = self.step
+                if stepped.applied:
+                    self.ema.update(step)
+                    window.append(stepped.loss)
+                    skipped = 0
+                else:
+                    skipped += 1
+                    self._tell_skipped(telemetry, dataset, stepped, skipped)
                 if step == self.plan_check:
                     self._check_plan()
                 if telemetry is not None:
                     telemetry.advance(step)
+                signum = request.agreed(self.engine.device)
                 is_checkpoint = self._is_due(step, self.training.checkpoint_every)
                 is_sample = self._is_due(step, self.training.sample_every)
                 # Also before a checkpoint, so that none is made of a diverged state and a resumed
                 # run reports the same means.
-                if is_checkpoint or is_sample or self._is_due(step, self.config.logging.log_every):
-                    self._report(telemetry, step, lr, window)
+                is_report = self._is_due(step, self.config.logging.log_every)
+                if is_checkpoint or is_sample or is_report or signum:
+                    self._report(telemetry, lr, window)
                     window = []
                 if self.val_indices and self._is_due(step, self.training.val_every):
                     self._validate(telemetry, step)
                 if is_checkpoint or is_sample:
-                    self._save_inference(step)
-                if is_checkpoint:
-                    self._save(step)
-                    self.saved_step = step
-                if is_sample:
+                    self.saver.save_inference(self.ema, step)
+                if is_checkpoint or signum:
+                    self._save()
+                if is_sample and not signum:
                     from_rank_0(functools.partial(self._draw, telemetry, step))
+                if signum:
+                    self._stop(signum)
+
+    def _stop(self, signum: int) -> None:
+        name, step = signal.Signals(signum).name, self.step
+        if self.saved_step == step:
+            what = f"stopped by {name} after step {step} of {self.steps}; everything is saved"
+        else:
+            what = (
+                f"stopped by {name} after step {step} of {self.steps}, which could not be saved; "
+                f"the newest checkpoint is of step {self.saved_step}"
+            )
+        raise Preempted(f"U-Net {self.unet_number}: {what}. The same command continues it.", signum)
+
+    def _tell_skipped(
+        self, telemetry: Telemetry | None, dataset: CaptionedImages, stepped: Stepped, skipped: int
+    ) -> None:
+        """Names the samples of a step that was left out; stops when there are too many in a row."""
+        bad = ~stepped.losses.isfinite().cpu()
+        positions = [p for p, is_bad in zip(stepped.positions, bad, strict=True) if is_bad]
+        named = [self.prepared.source.keys[dataset.picture(position)] for position in positions]
+        all_named: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(all_named, named)
+        names = [name for of_rank in all_named for name in of_rank]
+        reason = (
+            f"the loss of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} was not finite"
+            if names
+            else "a gradient was not finite, though every loss was"
+        )
+        where = f"U-Net {self.unet_number}: step {self.step} left out: {reason}"
+        self.say(f"WARNING: {where}")
+        if telemetry is not None:
+            telemetry.write(self.step, skipped=1)
+        if skipped < self.training.max_skipped:
+            return
+        where = f"U-Net {self.unet_number}: {skipped} steps in a row left out; of the last {reason}"
+        if not self.has_gone_back:
+            raise _GoBack(where)
+        raise ImagenScaleError(
+            f"{where}, and so again after going back. Nothing of it reached the weights. Lower it "
+            f"with --set training.lr=..., train with --set training.precision=fp32, or look at the "
+            f"pictures named; then run the command again: it continues from the newest checkpoint."
+        )
 
     def _draw(self, telemetry: Telemetry | None, step: int) -> None:
         try:
             path = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
-        except torch.OutOfMemoryError:  # pictures are a pleasure, not a reason to stop
-            self.say(f"U-Net {self.unet_number}: no pictures at step {step}: out of memory")
+        # Pictures are a pleasure, not a reason to stop. Without the file for sampling, which a
+        # full disk refused, there are none either.
+        except (torch.OutOfMemoryError, OSError, CheckpointError) as error:
+            self.say(f"U-Net {self.unet_number}: no pictures at step {step}: {error}")
             return
         if telemetry is not None:
             telemetry.picture(step, path)
@@ -416,39 +379,21 @@ class UnetTraining:
     def _is_due(self, step: int, every: int | None) -> bool:
         return every is not None and (step % every == 0 or step == self.steps)
 
-    def _step(self, micro_batches: Any, lr: float) -> torch.Tensor:
-        """One optimizer step; returns this rank's mean loss."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=self.engine.device)
-        for micro_step in range(1, self.setup.accumulation + 1):
-            loss = self.objective.loss(self.engine, next(micro_batches))
-            self.is_updating = self.setup.in_backward
-            self.engine.backward(loss)
-            self.is_updating |= micro_step == self.setup.accumulation
-            self.engine.step()
-            total += loss.detach()
-        self.is_updating = False
-        return total / self.setup.accumulation
-
     def _check_plan(self) -> None:
         check_plan(
             self.config, self.index, self.text_embed_dim, self.setup, self.baseline, self.say
         )
 
-    def _report(
-        self, telemetry: Telemetry | None, step: int, lr: float, window: list[torch.Tensor]
-    ) -> None:
-        loss = self._mean_over_ranks(torch.stack(window).mean())
+    def _report(self, telemetry: Telemetry | None, lr: float, window: list[torch.Tensor]) -> None:
+        step = self.step
+        loss = self._mean_over_ranks(torch.stack(window).mean()) if window else None
         not_finite = 0.0 if self.ema.is_finite() else 1.0
         if self._mean_over_ranks(torch.tensor(not_finite, device=self.engine.device)) > 0:
-            loss = math.nan
-        if not math.isfinite(loss):
             raise ImagenScaleError(
-                f"U-Net {self.unet_number}: training diverged before step {step} (loss {loss}); "
-                f"nothing of it was saved. Lower it with --set training.lr=... or raise "
-                f"training.warmup_steps, and run the command again: it continues from the newest "
-                f"checkpoint. If that diverges too, start anew with --fresh."
+                f"U-Net {self.unet_number}: training diverged before step {step}: the weights are "
+                f"not finite; nothing of it was saved. Lower it with --set training.lr=... or "
+                f"raise training.warmup_steps, and run the command again: it continues from the "
+                f"newest checkpoint. If that diverges too, start anew with --fresh."
             )
         if telemetry is not None:
             norm = self.engine.get_global_grad_norm()
@@ -485,6 +430,10 @@ class UnetTraining:
         loss = self._mean_over_ranks(torch.stack(losses).mean())
         if telemetry is not None:
             telemetry.write(step, val_loss=loss)
+
+
+class _GoBack(Exception):
+    """Training is to start again from the newest checkpoint."""
 
 
 def _silent(message: str) -> None:

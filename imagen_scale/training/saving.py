@@ -1,0 +1,209 @@
+"""Checkpoints and the inference file of a U-Net in training, written by all ranks together."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagen_scale import checkpoint as ckpt
+from imagen_scale.config import Config
+from imagen_scale.data.dataset import Prepared
+from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.errors import CheckpointError, EnvironmentProblem
+from imagen_scale.planning.setup import Setup
+from imagen_scale.training.distributed import from_rank_0, rank, together, world_size
+from imagen_scale.training.ema import Ema
+from imagen_scale.training.shards import (
+    file_name,
+    load_shards,
+    publish,
+    save_shard,
+    state_bytes,
+)
+
+FORMAT = "imagen-scale checkpoint 1"
+
+
+class Saver:
+    """Saves and resumes one U-Net.
+
+    A save that fails leaves the checkpoint before it, and no debris: training goes on and the
+    next save is tried. Only the last one of a training has to succeed.
+
+    Args:
+        config: The run.
+        run_dir: Its folder.
+        unet_number: From 1.
+        steps: Optimizer steps in all.
+        prepared: What is trained on.
+        say: Told of what happens; on rank 0.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, unet_number: int, steps: int, prepared: Prepared,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.config, self.unet_number, self.steps, self.say = config, unet_number, steps, say
+        self.folder = ckpt.unet_dir(run_dir, unet_number)
+        self.inference = ckpt.inference_path(run_dir, unet_number)
+        self.pictures = prepared.source.fingerprint
+        self.text_embed_dim = prepared.embeddings.dim
+        self.encoder = encoder_fingerprint(encoder_folder(config.text_encoder))
+
+    def is_finished(self) -> bool:
+        """Whether the inference file of the last step is there; on rank 0."""
+        if not self.inference.is_file():
+            return False
+        try:
+            return ckpt.read_inference(self.inference).step >= self.steps
+        except CheckpointError as error:
+            self.say(f"written anew from the newest checkpoint: {error}")
+            return False
+
+    def resume(self, engine: Any, ema: Ema, setup: Setup) -> int:
+        """Loads the newest good checkpoint, whatever ranks and ZeRO stage it was saved with.
+
+        Returns:
+            The optimizer steps done; 0 when there is no checkpoint.
+
+        Raises:
+            CheckpointError: If it is of another run, or all are damaged.
+        """
+        found = from_rank_0(lambda: ckpt.newest_good(self.folder, self.say))
+        folder, manifest = found
+        if folder is None:
+            return 0
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: format {manifest.get('format')!r}, but this version reads {FORMAT!r}. "
+                f"Continue it with the version that wrote it, or start anew with --fresh."
+            )
+        if manifest["text_encoder"] != self.encoder:
+            raise CheckpointError(
+                f"{folder}: trained with another version of the text encoder "
+                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
+                f"--fresh."
+            )
+        if manifest["pictures"] != self.pictures:
+            self.say(
+                "the pictures changed since the checkpoint; training goes on with the new ones"
+            )
+        together(lambda: load_shards(engine, ema, setup.optimizer, folder))
+        publish(engine)
+        step: int = manifest["step"]
+        self.say(f"U-Net {self.unet_number}: continues at step {step} of {self.steps}")
+        now = self._facts(setup)
+        if changed := [f"{key} {manifest[key]} -> {now[key]}" for key in now
+                       if manifest[key] != now[key]]:  # fmt: skip
+            self.say(f"saved with another setup: {', '.join(changed)}")
+        return step
+
+    def save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> bool:
+        """Writes a checkpoint; tells whether it could.
+
+        Raises:
+            EnvironmentProblem: If it could not and this is the last step.
+        """
+        return self._try(step, lambda: self._save(engine, ema, setup, step))
+
+    def save_inference(self, ema: Ema, step: int) -> bool:
+        """Writes the EMA weights for sampling; tells whether it could.
+
+        Raises:
+            EnvironmentProblem: If it could not and this is the last step.
+        """
+        return self._try(step, lambda: self._save_inference(ema, step))
+
+    def _try(self, step: int, save: Callable[[], None]) -> bool:
+        try:
+            save()
+        except EnvironmentProblem as error:
+            from_rank_0(lambda: ckpt.clear_staging(self.folder))
+            if step >= self.steps:
+                raise
+            self.say(
+                f"WARNING: U-Net {self.unet_number}: nothing saved at step {step}: {error} "
+                f"Training goes on; the next save is tried at its time."
+            )
+            return False
+        return True
+
+    def _save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> None:
+        # Without ZeRO every rank holds the same: one writes.
+        writes = rank() == 0 or setup.stage > 0
+        needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
+        torch.distributed.all_reduce(needed)
+        from_rank_0(lambda: check_space(self.folder, int(needed)))
+        staging = Path(from_rank_0(lambda: str(ckpt.staging_folder(self.folder, step))))
+
+        def write() -> None:
+            if writes:
+                save_shard(engine, ema, setup.optimizer, staging / file_name(rank()))
+
+        together(write)
+        facts = {
+            "format": FORMAT,
+            **self._facts(setup),
+            "pictures": self.pictures,
+            "text_encoder": self.encoder,
+        }
+        from_rank_0(lambda: str(ckpt.commit(staging, step, facts)))
+        training = self.config.training
+        from_rank_0(
+            lambda: ckpt.remove_old(
+                self.folder, step, training.keep_checkpoints, training.keep_every
+            )
+        )
+
+    def _save_inference(self, ema: Ema, step: int) -> None:
+        """All ranks gather, rank 0 writes."""
+        weights = ema.named_weights()
+        failure: Exception | None = None
+        if rank() == 0:
+            try:
+                ckpt.stream_inference(
+                    self.inference,
+                    ema.shapes(),
+                    weights,
+                    config=self.config,
+                    unet_number=self.unet_number,
+                    text_embed_dim=self.text_embed_dim,
+                    text_fingerprint=self.encoder,
+                    step=step,
+                    steps=self.steps,
+                )
+            except Exception as error:  # the other ranks are still giving their shares
+                failure = error
+        for _ in weights:
+            pass
+
+        def fail_together() -> None:
+            if failure is not None:
+                raise failure
+
+        from_rank_0(fail_together)
+
+    def _facts(self, setup: Setup) -> dict[str, Any]:
+        """How the state is divided: told when it changes."""
+        return {
+            "processes": world_size(),
+            "zero_stage": setup.stage,
+            "optimizer": setup.optimizer,
+        }
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+        EnvironmentProblem: With the path, what is needed and what is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. "
+            f"Free some, lower training.keep_checkpoints, or move the run to another disk."
+        )

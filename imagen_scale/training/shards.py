@@ -1,0 +1,313 @@
+"""Each rank's share of the training state in one safetensors file that any other share can read.
+
+DeepSpeed's own checkpoints fit the number of ranks and the ZeRO stage they were saved with, and
+are pickles. Here every file says which part of which parameter lies where in it, so that a
+checkpoint loads on any number of ranks at any stage: a rank copies the pieces of its own share
+from whichever files hold them. Where the share is the one that was saved, everything is copied as
+it is, and the resumed run is the uninterrupted one bit for bit.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.errors import CheckpointError
+from imagen_scale.tensor_file import write_tensors
+from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
+
+BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """A run of a parameter's elements and its place in one of this rank's master tensors."""
+
+    name: str
+    start: int  # in the flattened parameter
+    numel: int
+    offset: int  # in the master
+
+
+def file_name(rank: int) -> str:
+    """Of a rank's share inside a checkpoint."""
+    return f"rank_{rank:04d}.safetensors"
+
+
+def fragments(engine: Any) -> list[list[Fragment]]:
+    """What each of `ema.master_shards` is made of, by the layout of DeepSpeed 0.19."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    named = dict(engine.module.named_parameters())
+    if stage == 0:  # every parameter is its own master
+        order = {parameter: name for name, parameter in named.items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return [[Fragment(order[p], 0, p.numel(), 0)] for p in parameters]
+    if stage == 3:
+        share = torch.distributed.get_rank()
+        groups: list[list[Fragment]] = [[] for _ in optimizer.fp16_groups]
+        for name, parameter in named.items():
+            # The last rank's part is padded.
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = share * size
+            numel = min(size, parameter.ds_numel - start)
+            if numel > 0:
+                groups[group].append(Fragment(name, start, numel, offset))
+        return [sorted(group, key=lambda fragment: fragment.offset) for group in groups]
+    groups = [[] for _ in optimizer.bit16_groups]
+    for name, parameter in named.items():
+        if (place := parameter._hp_mapping) is not None:  # a part of it is this rank's
+            ours, theirs = place.hp_fragment_address, place.lp_fragment_address
+            fragment = Fragment(name, theirs.start, ours.numel, ours.start)
+            groups[place.param_group_index].append(fragment)
+    return [sorted(group, key=lambda fragment: fragment.offset) for group in groups]
+
+
+def state_bytes(engine: Any, ema: Ema) -> int:
+    """Size of this rank's share on disk."""
+    return sum(tensor.nbytes for _, tensor in _tensors(engine, ema)[0]) + 2**16
+
+
+def save_shard(engine: Any, ema: Ema, optimizer: str, path: Path) -> None:
+    """Writes this rank's masters, moments and EMA; one tensor at a time.
+
+    Args:
+        engine: DeepSpeed's, or one like it.
+        ema: Its average.
+        optimizer: Its name in the configuration.
+        path: The file.
+    """
+    tensors, plain = _tensors(engine, ema)
+    write_tensors(
+        path,
+        {key: (tensor.dtype, tensor.shape) for key, tensor in tensors},
+        tensors,
+        {
+            "optimizer": optimizer,
+            "fragments": json.dumps(fragments(engine)),
+            "plain": json.dumps(plain),
+        },
+    )
+
+
+@torch.no_grad()
+def load_shards(engine: Any, ema: Ema, optimizer: str, folder: Path) -> None:
+    """Takes this rank's share out of a checkpoint, whatever shares it was saved in.
+
+    `publish` has to follow on every rank.
+
+    Masters and EMA are copied; so are moments, unless they were saved in another precision or
+    divided otherwise in 8 bits: then they pass through fp32.
+
+    Args:
+        engine: DeepSpeed's, or one like it; freshly built.
+        ema: Its average.
+        optimizer: Its name in the configuration.
+        folder: With every rank's file, all verified.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another network, or its moments mean nothing to
+            this optimizer.
+    """
+    with ExitStack() as files:
+        saved = _Saved(folder, files)
+        if "adafactor" in (saved.optimizer, optimizer) and saved.optimizer != optimizer:
+            raise CheckpointError(
+                f"{folder}: saved with training.optimizer {saved.optimizer}, whose state means "
+                f"nothing to {optimizer}. Continue it with {saved.optimizer}."
+            )
+        for i, ours in enumerate(fragments(engine)):
+            master, average = ema.masters[i], ema.shards[i]
+            state, same = _optimizer(engine, i).state[master], saved.find(ours)
+            state.clear()
+            if same is not None and saved.optimizer == optimizer:
+                master.view(-1).copy_(same.get("master").view(-1))
+                average.view(-1).copy_(same.get("ema").view(-1))
+                for key in same.state_keys():
+                    value = same.get(f"state/{key}")
+                    state[key] = torch.empty_like(value, device=master.device).copy_(value)
+                state |= same.plain
+                _give_step(_optimizer(engine, i), state, state.pop("step", None), master)
+            else:
+                saved.assemble(ours, "master", master)
+                saved.assemble(ours, "ema", average)
+                if saved.step is not None:
+                    _fill_moments(_optimizer(engine, i), optimizer, saved, ours, master)
+
+
+# What a rank holds ------------------------------------------------------------------------------
+
+
+def _optimizer(engine: Any, index: int) -> Any:
+    """The optimizer that holds the moments of one master: ZeRO's wraps it."""
+    if hasattr(engine, "optimizers"):  # inside backward: one each
+        return list(engine.optimizers.values())[index]
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
+def _tensors(engine: Any, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[dict[str, Any]]]:
+    """Everything in the order of the file, and what of the states is no tensor, by master."""
+    tensors: list[tuple[str, Tensor]] = []
+    plain: list[dict[str, Any]] = []
+    for i, (master, shard) in enumerate(zip(ema.masters, ema.shards, strict=True)):
+        tensors += [(f"{i}/master", master), (f"{i}/ema", shard)]
+        plain.append({})
+        for key, value in _optimizer(engine, i).state[master].items():
+            if key == "step":
+                plain[i][key] = int(value)
+            elif isinstance(value, Tensor):
+                tensors.append((f"{i}/state/{key}", value))
+            else:
+                plain[i][key] = value
+    return tensors, plain
+
+
+def _give_step(optimizer: Any, state: dict[str, Any], step: int | None, master: Tensor) -> None:
+    """Writes the count of updates as the optimizer keeps it: torch's as a tensor."""
+    if step is None:
+        return
+    if isinstance(optimizer, torch.optim.AdamW):  # a fused one counts where its parameter is
+        state["step"] = torch.tensor(float(step), device=master.device)
+    elif isinstance(optimizer, torch.optim.Adafactor):
+        state["step"] = torch.tensor(float(step))
+    else:
+        state["step"] = step
+
+
+def publish(engine: Any) -> None:
+    """Makes the weights that the network computes with out of the masters; all ranks together."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for i in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        optimizer.update_lp_params()
+
+
+# What was saved ---------------------------------------------------------------------------------
+
+
+class _Group:
+    """One master of one file, with its moments and average."""
+
+    def __init__(self, file: Any, index: int, fragments: list[Fragment], keys: list[str],
+                 plain: dict[str, Any]) -> None:  # fmt: skip
+        self.file, self.index, self.fragments, self.plain = file, index, fragments, plain
+        self.keys = keys
+
+    def state_keys(self) -> list[str]:
+        return [key.removeprefix("state/") for key in self.keys if key.startswith("state/")]
+
+    def get(self, key: str) -> Tensor:
+        return self.file.get_tensor(f"{self.index}/{key}")
+
+    def values(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat "master", "ema" or a moment of `_MOMENTS`."""
+        if key not in _MOMENTS:
+            return self._flat(key, start, stop)
+        number = _MOMENTS.index(key) + 1
+        if f"state/{key}" in self.keys:
+            return self._flat(f"state/{key}", start, stop)
+        found = self._flat(f"state/state{number}", start, stop)
+        if found.dtype != torch.uint8:  # bitsandbytes keeps small tensors in fp32
+            return found
+        scales = self._flat(f"state/absmax{number}", start // BLOCK, -(-stop // BLOCK))
+        scales = scales.repeat_interleave(BLOCK)[start % BLOCK :][: stop - start]
+        return self.get(f"state/qmap{number}")[found.int()] * scales
+
+    def _flat(self, key: str, start: int, stop: int) -> Tensor:
+        return self.get(key).view(-1)[start:stop]  # mapped: nothing else of it is read
+
+
+class _Saved:
+    """Every rank's file of a checkpoint."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        from safetensors import safe_open
+
+        self.groups: list[_Group] = []
+        self.places: dict[str, list[tuple[Fragment, _Group]]] = {}
+        self.step: int | None = None  # updates made; None before the first
+        self.folder = folder
+        for path in sorted(folder.glob("rank_*.safetensors")):
+            file = files.enter_context(safe_open(path, "pt"))
+            facts = file.metadata()
+            self.optimizer = facts["optimizer"]
+            keys: dict[int, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                index, _, name = key.partition("/")
+                keys.setdefault(int(index), []).append(name)
+            parts, plain = json.loads(facts["fragments"]), json.loads(facts["plain"])
+            for i, (part, values) in enumerate(zip(parts, plain, strict=True)):
+                group = _Group(file, i, [Fragment(*p) for p in part], keys[i], values)
+                self.groups.append(group)
+                self.step = values.get("step", self.step)
+                for fragment in group.fragments:
+                    self.places.setdefault(fragment.name, []).append((fragment, group))
+
+    def find(self, fragments: list[Fragment]) -> _Group | None:
+        """The group that is made of just these fragments."""
+        for _, group in self.places.get(fragments[0].name, []) if fragments else []:
+            if group.fragments == fragments:
+                return group
+        return None
+
+    def assemble(self, fragments: list[Fragment], key: str, out: Tensor) -> None:
+        """Fills the flat `out` with what its fragments hold; the padding is left as it is."""
+        flat = out.view(-1)
+        for fragment in fragments:
+            for start, values in self._parts(fragment, key):
+                place = fragment.offset + start - fragment.start
+                flat[place : place + len(values)] = values.to(flat)
+
+    def _parts(self, wanted: Fragment, key: str) -> Iterator[tuple[int, Tensor]]:
+        """(First element, values) of pieces that cover a fragment of a parameter."""
+        end, covered = wanted.start + wanted.numel, 0
+        for fragment, group in self.places.get(wanted.name, []):
+            first = max(wanted.start, fragment.start)
+            last = min(end, fragment.start + fragment.numel)
+            covered += max(0, last - first)
+            for start in range(first, last, EXCHANGE_ELEMENTS):
+                stop, shift = min(start + EXCHANGE_ELEMENTS, last), fragment.offset - fragment.start
+                yield start, group.values(key, start + shift, stop + shift)
+        if covered != wanted.numel:
+            raise CheckpointError(
+                f"{self.folder}: {wanted.name} has other sizes than the network of this "
+                f"configuration. Undo the change of unets, or start anew with --fresh."
+            )
+
+
+def _fill_moments(
+    optimizer: Any, kind: str, saved: _Saved, fragments: list[Fragment], master: Tensor
+) -> None:
+    """Moments of one master, from files where they lie in other pieces or another precision."""
+    state = optimizer.state[master]
+    if kind != "adamw_8bit":
+        dtype = torch.bfloat16 if kind == "adamw_bf16" else torch.float32
+        for key in _MOMENTS:
+            state[key] = torch.zeros_like(master, dtype=dtype)
+            saved.assemble(fragments, key, state[key])
+    else:
+        from bitsandbytes.functional import quantize_blockwise
+
+        optimizer.init_state(optimizer.param_groups[0], master, 0, 0)
+        for number, key in enumerate(_MOMENTS, 1):
+            whole = torch.zeros(master.numel(), device=master.device)
+            saved.assemble(fragments, key, whole)
+            if f"absmax{number}" not in state:  # small tensors stay in fp32
+                state[f"state{number}"].view(-1).copy_(whole)
+                continue
+            for start in range(0, whole.numel(), EXCHANGE_ELEMENTS):
+                values = whole[start : start + EXCHANGE_ELEMENTS]
+                quantised, how = quantize_blockwise(
+                    values, code=state[f"qmap{number}"], blocksize=BLOCK
+                )
+                first = start // BLOCK
+                state[f"state{number}"].view(-1)[start : start + len(values)] = quantised.view(-1)
+                state[f"absmax{number}"][first : first + len(how.absmax)] = how.absmax
+    _give_step(optimizer, state, saved.step, master)

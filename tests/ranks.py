@@ -1,0 +1,245 @@
+"""Small trainings on several CPU ranks without the launcher: what storms and tests share.
+
+    RANK=0 WORLD_SIZE=2 ... python tests/ranks.py save FOLDER
+    RANK=0 WORLD_SIZE=2 ... python tests/ranks.py load FOLDER
+
+`save` leaves one checkpoint for each ZeRO stage and trains on; `load` reads every checkpoint that
+is there at every stage, compares weights and average bit for bit, and the losses that follow.
+`nan` spoils data, loss and gradients at every stage and precision. Rank 0 prints JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = (0, 1, 2, 3)
+GLOBAL_BATCH = 8
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+
+
+def start(mode, folder, processes, *arguments, timeout=600):
+    """Runs this file on so many ranks; what rank 0 printed as JSON."""
+    from conftest import free_port
+
+    port = str(free_port())
+    command = [sys.executable, __file__, mode, str(folder), *map(str, arguments)]
+    environment = os.environ | {
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError("\n".join(output[-3000:] for output in outputs))
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+class Small:
+    """A tiny U-Net with its engine, stepped on invented pictures that depend on the step alone."""
+
+    def __init__(self, stage, precision="fp32", offload=True, optimizer="adamw", clip=1.0):
+        from conftest import TINY
+
+        from imagen_scale.config import parse_config
+        from imagen_scale.models.unet import UNet
+        from imagen_scale.planning.setup import written_setup
+        from imagen_scale.training import distributed
+        from imagen_scale.training.ema import Ema
+        from imagen_scale.training.objective import Objective
+        from imagen_scale.training.stepping import Stepper
+
+        self.ranks, self.rank = distributed.world_size(), distributed.rank()
+        self.micro = max(1, GLOBAL_BATCH // self.ranks // 2)  # two are accumulated
+        zero = {"stage": stage} | (OFFLOADED if stage > 1 and offload else {})
+        training = {
+            "precision": precision, "micro_batch": self.micro, "optimizer": optimizer,
+            "grad_clip": clip,
+        }  # fmt: skip
+        changed = {
+            "training": TINY["training"] | training,
+            "deepspeed": {"zero_optimization": zero},
+        }
+        config = parse_config(json.dumps(TINY | changed))
+        torch.manual_seed(0)
+        self.optimizer = optimizer
+        setup = written_setup(config, 0, self.ranks, on_card=False)
+        self.engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0, setup)
+        self.ema = Ema(self.engine, 0.9)
+        self.objective = Objective(config, 0, torch.device("cpu"))
+        self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
+        self.done = 0
+
+    def batch(self, first):
+        from imagen_scale.data.dataset import Batch
+
+        samples = []
+        for position in range(first, first + self.micro):
+            generator = torch.Generator().manual_seed(position)
+            samples.append(
+                (
+                    torch.rand(3, 16, 16, generator=generator) * 2 - 1,
+                    torch.rand(8, 384, generator=generator),
+                )
+            )
+        images, text = (torch.stack(part) for part in zip(*samples, strict=True))
+        mask = torch.ones(self.micro, 8, dtype=torch.bool)
+        positions = torch.arange(first, first + self.micro)
+        return Batch(images, text, mask, positions, ["x"] * self.micro)
+
+    def step(self, spoil=lambda batch, micro_step: batch):
+        """(mean loss over all ranks, whether the step was applied)."""
+        start = self.done * GLOBAL_BATCH
+        batches = [
+            spoil(self.batch(start + (i * self.ranks + self.rank) * self.micro), i)
+            for i in range(self.stepper.accumulation)
+        ]
+        stepped = self.stepper.step(iter(batches), lr=1e-3)
+        self.done += 1
+        if stepped.applied:
+            self.ema.update(self.done)
+        loss = stepped.loss.clone()
+        torch.distributed.all_reduce(loss)
+        return loss.item() / self.ranks, stepped.applied
+
+    def masters(self):
+        from imagen_scale.training.ema import Ema
+
+        return dict(Ema(self.engine, 0.9).named_weights())
+
+    def average(self):
+        return dict(self.ema.named_weights())
+
+    def save(self, folder):
+        from imagen_scale.training.shards import file_name, save_shard
+
+        if self.rank == 0 or self.engine.zero_optimization_stage() > 0:
+            save_shard(self.engine, self.ema, self.optimizer, folder / file_name(self.rank))
+        torch.distributed.barrier()
+
+    def load(self, folder, done):
+        from imagen_scale.training.shards import load_shards, publish
+
+        load_shards(self.engine, self.ema, self.optimizer, folder)
+        publish(self.engine)
+        self.done = done
+
+    def release(self):
+        from imagen_scale.training.distributed import release_engine
+
+        release_engine(self.engine)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def save(folder, after=20):
+    from safetensors.torch import save_file
+
+    for stage in STAGES:
+        small = Small(stage)
+        for _ in range(3):
+            small.step()
+        place = folder / f"{small.ranks}_ranks_zero_{stage}"
+        place.mkdir(parents=True, exist_ok=True)
+        small.save(place)
+        masters, average = small.masters(), small.average()
+        losses = [small.step()[0] for _ in range(after)]
+        if small.rank == 0:
+            save_file(masters, place / "masters.safetensors")
+            save_file(average, place / "average.safetensors")
+            (place / "losses.json").write_text(json.dumps(losses))
+        small.release()
+    return []
+
+
+def load(folder, *names):
+    from safetensors.torch import load_file
+
+    found = []
+    for place in sorted(p for p in folder.iterdir() if not names or p.name in names):
+        losses = json.loads((place / "losses.json").read_text())
+        for stage in STAGES:
+            small = Small(stage)
+            small.load(place, 3)
+            same = equal(small.masters(), load_file(place / "masters.safetensors"))
+            same &= equal(small.average(), load_file(place / "average.safetensors"))
+            drift = max(abs(small.step()[0] - loss) for loss in losses)
+            found.append([place.name, f"{small.ranks}_ranks_zero_{stage}", same, drift])
+            small.release()
+    return found
+
+
+def nan(folder):
+    """[where, stage, precision, skipped, untouched, goes on] of each way to spoil a step."""
+    from imagen_scale.training.distributed import world_size
+
+    found = []
+    last = world_size() - 1  # one rank only is at fault
+    for stage in STAGES:
+        for precision in ("fp32", "bf16")[: 1 if stage == 0 else 2]:
+            for clip in (1.0, None):
+                for where in ("data", "loss", "gradient"):
+                    found.append(_spoiled(stage, precision, clip, where, last))
+    return found
+
+
+def _spoiled(stage, precision, clip, where, rank):
+    small = Small(stage, precision, clip=clip)
+    small.step()
+    before, average = small.masters(), small.average()
+    is_here = small.rank == rank
+    losses = small.objective.losses
+    handle = None
+
+    def spoil(batch, micro_step):
+        if where == "data" and is_here and micro_step == 0:
+            batch.images[-1, 0, 3, 3] = float("nan")
+        return batch
+
+    if where == "loss" and is_here:
+        small.objective.losses = lambda *inputs: losses(*inputs) * float("inf")
+    if where == "gradient" and is_here:
+        out = [module for module in small.engine.module.modules()][-1]
+        handle = out.register_full_backward_hook(
+            lambda module, into, from_: tuple(None if g is None else g * float("nan") for g in into)
+        )
+    _, applied = small.step(spoil)
+    small.objective.losses = losses
+    if handle is not None:
+        handle.remove()
+    untouched = equal(before, small.masters()) and equal(average, small.average())
+    loss, goes_on = small.step()
+    goes_on &= loss == loss and not equal(before, small.masters())
+    goes_on &= all(bool(value.isfinite().all()) for value in small.masters().values())
+    small.release()
+    return [where, stage, precision, clip, not applied, untouched, bool(goes_on)]
+
+
+def main():
+    from imagen_scale.training import distributed
+
+    distributed.fill_environment()
+    distributed.check_machine()
+    distributed.join(lambda message: None)
+    mode, folder, *names = sys.argv[1:]
+    result = {"save": save, "load": load, "nan": nan}[mode](Path(folder), *names)
+    if distributed.rank() == 0:
+        print(json.dumps(result), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    main()

@@ -1,0 +1,123 @@
+"""Checkpoints that fit any number of ranks and any ZeRO stage, and gradients that are NaN."""
+
+import errno
+import json
+
+import pytest
+import ranks
+import torch
+
+from imagen_scale.errors import CheckpointError, EnvironmentProblem
+from imagen_scale.training.saving import check_space
+from imagen_scale.training.telemetry import LineFile
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def saved(private_folders, tmp_path_factory):
+    """Checkpoints of two ranks at every stage."""
+    folder = tmp_path_factory.mktemp("saved")
+    ranks.start("save", folder, 2)
+    return folder
+
+
+def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(saved):
+    found = ranks.start("load", saved, 1, "2_ranks_zero_1", "2_ranks_zero_3")
+    assert len(found) == 8
+    for saved_as, loaded_as, same, drift in found:
+        assert same, f"{saved_as} -> {loaded_as}"
+        assert drift <= 1e-5, f"{saved_as} -> {loaded_as}: {drift}"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("where", ["data", "loss", "gradient"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_a_number_reaches_nothing(stage, where, precision, process_group):
+    if (stage, precision) == (0, "bf16"):
+        pytest.skip("bf16 needs ZeRO")
+    *_, skipped, untouched, goes_on = ranks._spoiled(stage, precision, 1.0, where, rank=0)
+    assert skipped and untouched and goes_on
+
+
+def test_moments_survive_a_change_of_precision(process_group, tmp_path):
+    """adamw -> adamw_8bit -> adamw: masters bit for bit, moments to 8 bits."""
+    first = ranks.Small(2)
+    for _ in range(3):
+        first.step()
+    (tmp_path / "exact").mkdir()
+    first.save(tmp_path / "exact")
+    masters, loss = first.masters(), first.step()[0]
+    first.release()
+
+    small = ranks.Small(2, optimizer="adamw_8bit")
+    small.load(tmp_path / "exact", 3)
+    assert ranks.equal(small.masters(), masters)
+    (tmp_path / "8bit").mkdir()
+    small.save(tmp_path / "8bit")
+    small.release()
+
+    last = ranks.Small(2)
+    last.load(tmp_path / "8bit", 3)
+    assert ranks.equal(last.masters(), masters)
+    assert last.step()[0] == loss
+    again = last.step()[0]
+    last.release()
+    exact = ranks.Small(2)
+    exact.load(tmp_path / "exact", 3)
+    exact.step()
+    assert again == pytest.approx(exact.step()[0], rel=2e-3)
+    exact.release()
+
+
+def test_a_checkpoint_of_another_network_is_refused(process_group, tmp_path):
+    small = ranks.Small(0)
+    small.step()
+    small.save(tmp_path)
+    other = ranks.Small(2)
+    parameter = next(iter(other.engine.module.named_parameters()))[1]
+    parameter._hp_mapping.hp_fragment_address.numel += 1  # as one of other sizes would say
+    parameter._hp_mapping.lp_fragment_address.numel += 1
+    with pytest.raises(CheckpointError, match="other sizes than the network"):
+        other.load(tmp_path, 1)
+    small.release()
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path):
+    with pytest.raises(EnvironmentProblem, match=r"takes 1000000\.00 GB and .* GB are free"):
+        check_space(tmp_path, 10**15)
+
+
+def test_lines_that_a_full_disk_refuses_are_added_later(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file, real = LineFile(path), None
+
+    class Full:
+        def __init__(self, room):
+            self.room = room
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written, self.room = real.write(data[: self.room]), 0
+            return written
+
+    file.append("one\n")
+    real, file._file = file._file, Full(room=2)
+    for line in ("two\n", "three\n"):
+        file.append(line)
+    file._file = real
+    file.append("four\n")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n"
+
+
+def test_the_state_is_read_without_pickle(process_group, tmp_path, monkeypatch):
+    small = ranks.Small(1)
+    small.step()
+    small.save(tmp_path)
+    monkeypatch.setattr(torch, "load", None)
+    small.load(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_0000.safetensors"]
+    header = (tmp_path / "rank_0000.safetensors").read_bytes()
+    json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    small.release()
