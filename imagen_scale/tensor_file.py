@@ -58,5 +58,5 @@ def write_tensors(
             wanted, (dtype, shape) = next(expected)
             assert (name, tensor.dtype, tuple(tensor.shape)) == (wanted, dtype, tuple(shape)), name
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            raw.numpy().tofile(file)
+            file.write(raw.numpy().data)  # unlike tofile it tells why it failed
         assert next(expected, None) is None, "a tensor is missing"

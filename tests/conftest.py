@@ -122,11 +122,12 @@ def launch():
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=kill_at is not None,
         )  # fmt: skip
         if kill_at is not None:
             while process.poll() is None and not list(Path(run_dir).glob(f"*/{kill_at}")):
                 time.sleep(0.005)
-            process.send_signal(kill_with)
+            os.killpg(process.pid, kill_with)  # as a terminal and SLURM do
             check = False
         try:
             stdout, stderr = process.communicate(timeout=400)

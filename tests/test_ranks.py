@@ -30,12 +30,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(saved):
         assert drift <= 1e-5, f"{saved_as} -> {loaded_as}: {drift}"
 
 
-@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("where", ["data", "loss", "gradient"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32")])
 def test_a_gradient_that_is_not_a_number_reaches_nothing(stage, where, precision, process_group):
-    if (stage, precision) == (0, "bf16"):
-        pytest.skip("bf16 needs ZeRO")
     *_, skipped, untouched, goes_on = ranks._spoiled(stage, precision, 1.0, where, rank=0)
     assert skipped and untouched and goes_on
 
@@ -108,6 +105,7 @@ def test_lines_that_a_full_disk_refuses_are_added_later(tmp_path):
         file.append(line)
     file._file = real
     file.append("four\n")
+    file.close()
     assert path.read_text() == "one\ntwo\nthree\nfour\n"
 
 

@@ -30,7 +30,7 @@ class Preempted(ImagenScaleError):
 class StopRequest:
     """While it is entered, the first signal is noted and a second one ends the process at once.
 
-    Outside, signals do what they always do: nothing that is written would be lost.
+    Outside, before the ranks have joined, signals do what they always do: nothing is lost.
     """
 
     def __init__(self) -> None:

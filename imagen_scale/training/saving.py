@@ -121,12 +121,15 @@ class Saver:
             save()
         except EnvironmentProblem as error:
             from_rank_0(lambda: ckpt.clear_staging(self.folder))
-            if step >= self.steps:
-                raise
-            self.say(
-                f"WARNING: U-Net {self.unet_number}: nothing saved at step {step}: {error} "
-                f"Training goes on; the next save is tried at its time."
+            where = (
+                f"U-Net {self.unet_number}: nothing saved at step {step} in {self.folder}: {error}"
             )
+            if step >= self.steps:
+                raise EnvironmentProblem(
+                    f"{where}\nFree the disk, or lower training.keep_checkpoints, and run the same "
+                    f"command again: it continues from the newest checkpoint."
+                ) from None
+            self.say(f"WARNING: {where}\nTraining goes on; the next save is tried at its time.")
             return False
         return True
 

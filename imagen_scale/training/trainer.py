@@ -102,8 +102,9 @@ def train(
         )
         if prepared.source.attribution:
             quiet(f"pictures: {prepared.source.attribution}")
-        for number in numbers:
-            UnetTraining(config, run_dir, number, prepared, quiet, plan_check).run()
+        with StopRequest() as request:
+            for number in numbers:
+                UnetTraining(config, run_dir, number, prepared, quiet, request, plan_check).run()
         quiet(f"run: {run_dir}")
     finally:
         distributed.stop()
@@ -132,9 +133,10 @@ class UnetTraining:
         unet_number: int,
         prepared: Prepared,
         say: Callable[[str], None],
+        request: StopRequest,
         plan_check: int | None = None,
     ) -> None:
-        self.plan_check = plan_check
+        self.plan_check, self.request = plan_check, request
         self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
         self.unet_number, self.index = unet_number, unet_number - 1
         self.training = config.training
@@ -277,7 +279,7 @@ class UnetTraining:
         )
         window: list[torch.Tensor] = []
         skipped = 0  # in a row
-        with StopRequest() as request, self._telemetry(self.step) as telemetry:
+        with self._telemetry(self.step) as telemetry:
             while self.step < self.steps:
                 lr = learning_rate(self.config, self.index, self.step)
                 stepped = self.stepper.step(micro_batches, lr)
@@ -294,7 +296,7 @@ class UnetTraining:
                     self._check_plan()
                 if telemetry is not None:
                     telemetry.advance(step)
-                signum = request.agreed(self.engine.device)
+                signum = self.request.agreed(self.engine.device)
                 is_checkpoint = self._is_due(step, self.training.checkpoint_every)
                 is_sample = self._is_due(step, self.training.sample_every)
                 # Also before a checkpoint, so that none is made of a diverged state and a resumed
@@ -386,7 +388,7 @@ class UnetTraining:
 
     def _report(self, telemetry: Telemetry | None, lr: float, window: list[torch.Tensor]) -> None:
         step = self.step
-        loss = self._mean_over_ranks(torch.stack(window).mean()) if window else None
+        loss = self._mean_over_ranks(torch.stack(window).mean()) if window else math.nan
         not_finite = 0.0 if self.ema.is_finite() else 1.0
         if self._mean_over_ranks(torch.tensor(not_finite, device=self.engine.device)) > 0:
             raise ImagenScaleError(
@@ -399,7 +401,7 @@ class UnetTraining:
             norm = self.engine.get_global_grad_norm()
             telemetry.train(
                 step,
-                loss=loss,
+                loss=loss if math.isfinite(loss) else None,
                 lr=lr,
                 grad_norm=None if norm is None else float(norm),
                 images=self.setup.global_batch,
