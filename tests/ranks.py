@@ -181,7 +181,7 @@ def load(folder, *names):
     return found
 
 
-def nan(folder):
+def nan(folder, limit="1000"):
     """[where, stage, precision, skipped, untouched, goes on] of each way to spoil a step."""
     from imagen_scale.training.distributed import world_size
 
@@ -191,7 +191,8 @@ def nan(folder):
         for precision in ("fp32", "bf16")[: 1 if stage == 0 else 2]:
             for clip in (1.0, None):
                 for where in ("data", "loss", "gradient"):
-                    found.append(_spoiled(stage, precision, clip, where, last))
+                    if len(found) < int(limit):
+                        found.append(_spoiled(stage, precision, clip, where, last))
     return found
 
 

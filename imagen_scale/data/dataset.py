@@ -246,12 +246,21 @@ def batches(
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
     )
-    return _plain_errors(iter(loader))
+    # Held back until the workers ignore them: one that is just starting would die of them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        loaded = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _plain_errors(loaded)
+
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def _ignore_signals(worker: int) -> None:
     """Being told to stop is the trainer's affair: it needs its workers to the step's end."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 

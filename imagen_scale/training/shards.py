@@ -121,7 +121,8 @@ def load_shards(engine: Any, ema: Ema, optimizer: str, folder: Path) -> None:
             )
         for i, ours in enumerate(fragments(engine)):
             master, average = ema.masters[i], ema.shards[i]
-            state, same = _optimizer(engine, i).state[master], saved.find(ours)
+            state = _optimizer(engine, i).state[master]
+            same = saved.find(ours, master.numel())
             state.clear()
             if same is not None and saved.optimizer == optimizer:
                 master.view(-1).copy_(same.get("master").view(-1))
@@ -250,10 +251,10 @@ class _Saved:
                 for fragment in group.fragments:
                     self.places.setdefault(fragment.name, []).append((fragment, group))
 
-    def find(self, fragments: list[Fragment]) -> _Group | None:
-        """The group that is made of just these fragments."""
+    def find(self, fragments: list[Fragment], numel: int) -> _Group | None:
+        """The group that is made of just these fragments, with the same padding."""
         for _, group in self.places.get(fragments[0].name, []) if fragments else []:
-            if group.fragments == fragments:
+            if group.fragments == fragments and group.get("master").numel() == numel:
                 return group
         return None
 
