@@ -14,14 +14,23 @@ from click.testing import CliRunner
 from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from imagen_scale_export import manifest
 from tiny_run import write_run
 
 from imagen_scale.checkpoint import commit, inference_path, sha256, staging_folder
 from imagen_scale.cli import main
+from imagen_scale.config import parse_config
+from imagen_scale.data import skipped
+from imagen_scale.data.screening import usable_source
+from imagen_scale.evaluation import measurement
 from imagen_scale.pictures import save_grid, save_sample
+from imagen_scale.planning import setup
+from imagen_scale.report import records
 from imagen_scale.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, thin
 from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids
+from imagen_scale.report.page import OTHERS
 from imagen_scale.report.records import read_metrics
+from imagen_scale.training.telemetry import Telemetry
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"
 VERIFICATION = {
@@ -146,7 +155,7 @@ def test_a_report_shows_every_part_of_a_run(run):
         "48 captions, held-out pictures.", "retrieval (chance 2.0%) 75.0% 100.0% higher",
         "colour drift of the mean, of 255 -5.1 +0.0 0", "PSNR in dB 25.74 higher",
         "KID x 1000 1.25 lower",
-        "export/unet1/onnx-fp32 2.5 MB 6 yes passed 2.0e-06 138.7 dB onnxruntime 1.0",
+        "export/unet1/onnx-fp32 2.5 MB 6 yes passed on onnxruntime 1.0 2.0e-06 138.7 dB",
         '"image_sizes": [',
     ):  # fmt: skip
         assert shown in page.text, shown
@@ -270,7 +279,7 @@ def test_checkpoints_are_verified_unless_told_otherwise(run):
 def test_an_export_of_earlier_weights_or_one_that_failed_is_shown_as_such(run):
     write_export(run, "0" * 64, VERIFICATION | {"passed": False})
     page, _ = report(run)
-    assert "no: trained on since; export again failed 2.0e-06" in page.text
+    assert "no: trained on since; export again failed on onnxruntime 1.0 2.0e-06" in page.text
     write_export(run, "0" * 64, None)
     assert "not compared yet" in report(run)[0].text
     inference_path(run, 1).unlink()
@@ -322,6 +331,36 @@ def test_many_grids_are_thinned_evenly_and_large_ones_are_compressed(tmp_path):
     large = embed(tmp_path / "large.png")
     assert large.startswith("data:image/webp;base64,")
     assert len(large) < (tmp_path / "large.png").stat().st_size
+    assert not problems
+
+
+def test_the_records_are_those_that_the_program_writes(tmp_path):
+    """A key renamed where it is written would empty a part of the page."""
+
+    def fields(kind):
+        return set(getattr(kind, "_fields", None) or kind.model_fields)
+
+    for record, writer in [
+        (records.Setup, setup.Setup),
+        (records.Restoration, measurement.Restoration),
+        (records.StageMeasures, measurement.StageMeasures),
+        (records.ExportManifest, manifest.Manifest),
+        (records.Verification, manifest.Verification),
+        (records.FileRecord, manifest.FileRecord),
+        (records.Skip, skipped.Skipped),
+    ]:
+        assert fields(record) <= fields(writer), record
+    config = parse_config(json.dumps(TINY))
+    _, path = usable_source(config.data, tmp_path)
+    problems = []
+    assert records.read_record(path, records.DataReport, problems).used == 6
+    with Telemetry(tmp_path, config, 1, 0, 6) as telemetry:
+        telemetry.train(1, loss=0.5, lr=1e-3, grad_norm=None, images=8)
+        telemetry.write(1, val_loss=0.25)
+    metrics = read_metrics(telemetry.path, problems)
+    assert set(metrics.values) == {
+        "loss", "val_loss", "lr", *(key for _, key in OTHERS)
+    }  # fmt: skip
     assert not problems
 
 
