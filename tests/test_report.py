@@ -161,6 +161,9 @@ def test_a_report_shows_every_part_of_a_run(run):
         assert shown in page.text, shown
     assert "FID" not in page.text  # not measured
     assert len(page.all("svg")) == 8  # four curves of two stages
+    frame = {(line["x1"], line["x2"]) for line in page.all("line") if line["class"] == "grid"}
+    assert frame == {(str(LEFT), str(WIDTH - RIGHT))}
+    assert {svg["viewbox"] for svg in page.all("svg")} == {f"0 0 {WIDTH} {HEIGHT}"}
     assert [image["data-step"] for image in page.all("img") if "data-step" in image] == [
         *"123456", *"123"
     ]  # fmt: skip

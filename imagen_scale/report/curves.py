@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 230  # as page.html has them
-LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 66, 20, 12, 28
 MOST_POINTS = 400  # of a line; more than this cannot be seen
 LOG_RATIO = 8  # values that spread more are drawn on a logarithmic axis
 
