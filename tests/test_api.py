@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from doc_commands import BLOCK
 from PIL import Image
 from tiny_run import write_run
 
@@ -125,6 +126,19 @@ def test_the_newest_run_is_opened_where_none_is_named(run, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(run.parent)
     assert Cascade.load().image_sizes == [16, 32]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
+def test_the_examples_run_as_they_are_written(run, document, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "emoji_demo").symlink_to(run)
+    blocks = [block[2] for block in BLOCK.finditer((ROOT / document).read_text(encoding="utf-8"))
+              if block[1] == "python"]  # fmt: skip
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".png"}
 
 
 def test_importing_the_package_is_light_and_shows_every_name():
