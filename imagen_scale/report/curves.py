@@ -105,7 +105,8 @@ def thin(points: Points) -> list[tuple[int, float]]:
 def value_text(value: float) -> str:
     """A value with three digits."""
     if value and not 1e-4 <= abs(value) < 1e5:
-        return f"{value:.2e}".replace(".00e", "e").replace("e-0", "e-").replace("e+0", "e")
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -139,8 +140,9 @@ def _marks(low: float, high: float) -> list[float]:
 
 
 def _log_marks(low: float, high: float) -> list[float]:
-    """Powers of ten between the two, with 2 and 5 times them where there are few."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    times = (1,) if math.log10(high / low) > 4 else (1, 2, 5)
+    """Powers of ten between the two: 2 and 5 times them where there are few, else not every one."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    times = (1,) if last - first > 4 else (1, 2, 5)
+    powers = range(first, last + 1, -(-(last - first) // 8))
     marks = [float(f"{t * 10.0**power:.12g}") for power in powers for t in times]
     return [mark for mark in marks if low <= mark <= high]

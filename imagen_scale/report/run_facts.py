@@ -71,6 +71,11 @@ class Stage(NamedTuple):
         """Of the steps, how many are done, in [0, 1]."""
         return None if not self.steps else min(1.0, self.step / self.steps)
 
+    @property
+    def num_skipped(self) -> int:
+        """Steps that training left out, their gradients not being finite."""
+        return round(sum(value for _, value in self.metrics.values.get("skipped", [])))
+
 
 class Export(NamedTuple):
     """An export of one U-Net."""
