@@ -1,4 +1,4 @@
-"""Writes the outputs that the documents show below `imagen-scale plan` anew.
+"""Writes anew what the documents show below `imagen-scale plan`, and the names in docs/api.md.
 
 python tests/refresh_docs.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import api_reference
 from click.testing import CliRunner
 from conftest import ROOT
 from doc_commands import BLOCK, DOCUMENTS, commands, is_deterministic
@@ -45,6 +46,8 @@ def refresh(document: Path) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    api = ROOT / "docs" / "api.md"
+    api.write_text(api_reference.refreshed(api.read_text(encoding="utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["IMAGEN_SCALE_CACHE"] = cache  # no card's measured ratio
         for path in DOCUMENTS:

@@ -95,7 +95,10 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r}); import imagen_scale.cli as c;"
         f"import imagen_scale_export.runtimes as r; assert r.__file__.startswith({str(target)!r});"
-        f"assert c.__file__.startswith({str(target)!r}); c.main(['--version'])"
+        f"assert c.__file__.startswith({str(target)!r}); "
+        "from importlib.resources import files; folder = files('imagen_scale.report');"
+        "assert all((folder / f'page.{kind}').is_file() for kind in ('html', 'css', 'js'));"
+        "c.main(['--version'])"
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

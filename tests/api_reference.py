@@ -1,0 +1,93 @@
+"""The list of public names in docs/api.md, made from the package itself."""
+
+import ast
+import inspect
+import textwrap
+from typing import get_args
+
+import imagen_scale
+from imagen_scale import errors
+from imagen_scale.diffusion.sampler import Sampler
+from imagen_scale.diffusion.spacing import Spacing
+from imagen_scale.runtimes import Precision, RuntimeName
+
+MARKS = ("<!-- names: written by tests/refresh_docs.py -->\n", "<!-- end of names -->\n")
+NAMES = {"RuntimeName": RuntimeName, "Precision": Precision, "Sampler": Sampler, "Spacing": Spacing}
+
+
+def refreshed(page: str) -> str:
+    """The page with the list as it should be."""
+    before, _, rest = page.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return before + MARKS[0] + reference() + MARKS[1] + after
+
+
+def reference() -> str:
+    """Every public name with its signature and the first sentence of its docstring."""
+    parts = ["\n"]
+    for name in imagen_scale.__all__:
+        value = getattr(imagen_scale, name)
+        if name == "ImagenScaleError":
+            parts.append(f"### `{name}`\n\n{_sentence(value)}\n\n{_table_of_errors()}\n")
+        elif inspect.isclass(value):
+            parts.append(f"### `{name}`\n\n{_sentence(value)}\n\n")
+            parts += [_member(name, member, value) for member in _members(value)]
+        else:
+            parts.append(f"### `{name}`\n\nThe version, e.g. `{value!r}`.\n\n")
+    return "".join([*parts, _values()])
+
+
+def _members(cls: type) -> list[str]:
+    fields = list(getattr(cls, "_fields", ()))
+    own = [name for name in vars(cls) if not name.startswith("_") and name not in fields]
+    return [*fields, *own]
+
+
+def _member(owner: str, name: str, cls: type) -> str:
+    raw = inspect.getattr_static(cls, name)
+    if name in getattr(cls, "_fields", ()):
+        end = "\n" if name == cls._fields[-1] else ""
+        (kind,) = [ast.unparse(node.annotation) for node in ast.walk(_syntax(cls))
+                   if isinstance(node, ast.AnnAssign) and node.target.id == name]  # fmt: skip
+        return f"- `{owner}.{name}: {kind}`\n{end}"
+    function = getattr(raw, "fget", None) or getattr(raw, "__func__", raw)
+    syntax = _syntax(function)
+    kind = ast.unparse(syntax.returns).strip("'")
+    if isinstance(raw, property):
+        return f"#### `{owner}.{name}: {kind}`\n\n{_sentence(raw)}\n\n"
+    given = syntax.args
+    lines = [f"    {_plain(one)},\n" for one in given.args[1:]]  # without self
+    for default in given.defaults:  # of the last, and there is one at most
+        lines[-1] = lines[-1].replace(",\n", f" = {ast.unparse(default)},\n")
+    lines.append("    *,\n")
+    for one, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        lines.append(f"    {_plain(one)} = {ast.unparse(default)},\n")
+    code = f"{owner}.{name}(\n{''.join(lines)}) -> {kind}"
+    return f"#### `{owner}.{name}`\n\n{_sentence(raw)}\n\n```text\n{code}\n```\n\n"
+
+
+def _syntax(value: object) -> ast.AST:
+    """Annotations as they are written: typing prints them otherwise from version to version."""
+    return ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
+
+
+def _plain(argument: ast.arg) -> str:
+    return f"{argument.arg}: {ast.unparse(argument.annotation)}"
+
+
+def _values() -> str:
+    rows = [f"| `{name}` | {', '.join(f'`{value!r}`' for value in get_args(names))} |\n"
+            for name, names in NAMES.items()]  # fmt: skip
+    return "### Values\n\n| | one of |\n|---|---|\n" + "".join(rows) + "\n"
+
+
+def _table_of_errors() -> str:
+    found = [value for value in vars(errors).values()
+             if inspect.isclass(value) and issubclass(value, errors.ImagenScaleError)]  # fmt: skip
+    rows = [f"| `{one.__name__}` | {one.exit_code} | {_sentence(one)} |\n" for one in found]
+    return "| in `imagen_scale.errors` | exit code | |\n|---|---|---|\n" + "".join(rows)
+
+
+def _sentence(value: object) -> str:
+    raw = value.__func__ if isinstance(value, classmethod) else value
+    return inspect.getdoc(raw).partition("\n\n")[0].replace("\n", " ")
