@@ -359,9 +359,63 @@ def prompts(trials: int, folder: Path) -> Result:
     return Result(trials, failures, f"{images} pictures in the folder asked for, 0 elsewhere")
 
 
+# ------------------------------------------------------------------------------- several ranks
+
+
+def elastic(trials: int, folder: Path) -> Result:
+    """Checkpoints of 1, 2 and 4 ranks at every ZeRO stage, loaded on 1, 2 and 4 at every stage."""
+    import ranks
+
+    counts = (1, 2, 4)
+    for count in counts:
+        ranks.start("save", folder, count)
+    names = [f"{count}_ranks_zero_{stage}" for stage in ranks.STAGES for count in counts]
+    names = names[: max(1, trials // (len(counts) * len(ranks.STAGES)))]
+    found = [pair for count in counts for pair in ranks.start("load", folder, count, *names)]
+    failures = [f"{a} -> {b}: other weights" for a, b, same, _ in found if not same]
+    failures += [f"{a} -> {b}: losses drift by {d}" for a, b, _, d in found if not d <= 1e-5]
+    drift = max(d for *_, d in found)
+    return Result(
+        len(found), failures,
+        f"weights and average bit for bit; 20 losses after it within {drift:.1e}",
+    )  # fmt: skip
+
+
+def nan(trials: int, folder: Path) -> Result:
+    """NaN in the data, the loss or the gradient of one rank, at every stage and precision."""
+    import ranks
+
+    found = [
+        [count, *spoiled]
+        for count in (1, 2)
+        for spoiled in ranks.start("nan", folder, count, str(max(1, trials // 2)))
+    ]
+    failures = [
+        f"{count} ranks, ZeRO-{stage}, {precision}, {where}: not {wanted}"
+        for count, where, stage, precision, _, *outcome in found
+        for wanted, is_so in zip(("left out", "untouched", "going on"), outcome, strict=True)
+        if not is_so
+    ]
+    return Result(len(found), failures, "every step left out, no bit of weights or average changed")
+
+
 # ---------------------------------------------------------------------------------------- table
 
 ROWS = {
+    "elastic": Row(
+        "7",
+        "a checkpoint of N ranks at one ZeRO stage loads on M ranks at another: masters and "
+        "average bit-equal, losses of 20 steps within 1e-5",
+        144,
+        elastic,
+    ),
+    "nan": Row(
+        "8",
+        "a gradient that is not finite reaches neither weights nor average, with ZeRO 0-3, fp32 "
+        "and bf16, clipped or not, when one rank alone is at fault",
+        84,
+        nan,
+    ),
     "pictures": Row(
         "11",
         "61 malformed pictures and byte-mutants: no crash, no NaN, right shape, at most 2 s and "

@@ -26,7 +26,8 @@ def module():
 
 
 @pytest.mark.parametrize(
-    "row", ["pictures=90", "largest=1", "captions=40", "configs=60", "prompts=30"]
+    "row",
+    ["elastic=12", "nan=4", "pictures=90", "largest=1", "captions=40", "configs=60", "prompts=30"],
 )
 def test_a_small_storm_leaves_no_fault(row):
     done = faults(row)
@@ -75,4 +76,4 @@ def test_the_document_holds_every_row_and_its_command(module):
 
 def test_unknown_rows_are_refused():
     done = faults("picture=3")
-    assert done.returncode == 2 and "rows are pictures, largest, captions" in done.stderr
+    assert done.returncode == 2 and "rows are elastic, nan, pictures" in done.stderr
