@@ -12,6 +12,7 @@ from imagen_scale_export.cli import export
 
 from imagen_scale import __version__
 from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.doctor import doctor
 from imagen_scale.errors import UsageError
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     """
 
 
+main.add_command(doctor)
 main.add_command(export)
 
 set_option = click.option(
