@@ -67,7 +67,7 @@ def main():
         start = time.perf_counter()
         accuracy, distance = 0.0, 0.0
         for seed in range(options.seeds):
-            images = cascade.sample(
+            images = cascade.sample_stages(
                 captions, seed=seed, steps=steps, sampler=sampler, spacing=spacing,
                 cond_scale=options.cond_scale,
             )[-1]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from imagen_scale.checkpoint import InferenceFile, inference_path, read_inference
@@ -419,8 +420,39 @@ class Cascade:
         seed: int = 0,
         num: int = 1,
         **options: Any,
+    ) -> list[Image.Image]:
+        """Makes pictures from prompts: the last stage's, ready to be shown or saved.
+
+            (picture,) = Cascade.load("runs/emoji_demo").sample(["red heart"], seed=0)
+            picture.save("heart.png")
+
+        Args:
+            prompts: P captions.
+            seed: The j-th picture of each prompt uses seed + j.
+            num: Pictures per prompt.
+            options: As for `stream`: `steps`, `cond_scale`, `sampler`, `tile`, ...
+
+        Returns:
+            P * num RGB pictures, those of one prompt together: the pixels that
+            `imagen-scale sample` writes.
+
+        Raises:
+            ImagenScaleError: As `stream`.
+        """
+        if isinstance(prompts, str):
+            raise UsageError(f"prompts: {prompts!r} is one text; give a list, [{prompts!r}].")
+        pictures = self.stream(prompts, seed=seed, num=num, **options)
+        return [Image.fromarray(to_uint8(picture.stages[-1][None])[0]) for picture in pictures]
+
+    def sample_stages(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        num: int = 1,
+        **options: Any,
     ) -> list[Tensor]:
-        """Makes pictures from prompts and holds them all; see `stream` for many.
+        """`sample` with every stage's pictures, as tensors; see `stream` for many.
 
         Args:
             prompts: P captions.

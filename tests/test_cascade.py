@@ -58,7 +58,7 @@ def run(tmp_path_factory):
 
 
 def sample(run, *prompts, **options):
-    return Cascade.load(run).sample(prompts, **{"steps": 3} | options)
+    return Cascade.load(run).sample_stages(prompts, **{"steps": 3} | options)
 
 
 def test_shapes_and_range(run):
@@ -117,7 +117,7 @@ def test_missing_and_half_trained_stages_are_named(tmp_path):
 def test_another_text_encoder_is_refused(tmp_path):
     write_stage(tmp_path, 1, fingerprint="0" * 16)
     with pytest.raises(CheckpointError, match="another version of the text encoder 'minilm'"):
-        Cascade.load(tmp_path, unet_limit=1).sample(["sun"], steps=1)
+        Cascade.load(tmp_path, unet_limit=1).sample_stages(["sun"], steps=1)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -212,7 +212,7 @@ def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
             image.load()
         assert path.with_suffix(".json").is_file()
     # What was made is what an uninterrupted run makes.
-    whole = to_uint8(Cascade.load(run).sample(["sun"], num=2, steps=[5, 50])[-1])
+    whole = to_uint8(Cascade.load(run).sample_stages(["sun"], num=2, steps=[5, 50])[-1])
     with Image.open(pictures[1]) as image:
         assert np.abs(np.asarray(image).astype(int) - whole[1]).max() <= 1
 
@@ -233,7 +233,7 @@ def test_settings_per_stage(run):
     assert [one.cond_scale for one in cascade.settings(cond_scale=[2, 5])] == [2, 5]
     assert [one.threshold for one in cascade.settings()] == [0.9, 0.9]
     # Each stage really takes its own: changing the second leaves the first picture alone.
-    one, other = (cascade.sample(["sun"], steps=[3, steps]) for steps in (2, 5))
+    one, other = (cascade.sample_stages(["sun"], steps=[3, steps]) for steps in (2, 5))
     assert torch.equal(one[0], other[0])
     assert not torch.equal(one[1], other[1])
 

@@ -12,14 +12,14 @@ from imagen_scale.cli import main
 from imagen_scale.errors import ExportError
 
 
+def sample(run, runtime, sampler):
+    cascade = Cascade.load(run, runtime=runtime)
+    return cascade.sample_stages(["sun", "key"], steps=5, sampler=sampler)[1]
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
 def test_same_seed_same_pixels(exported, sampler):
-    ours, theirs = (
-        to_uint8(
-            Cascade.load(exported, runtime=name).sample(["sun", "key"], steps=5, sampler=sampler)[1]
-        )
-        for name in ("onnx", "torch")
-    )
+    ours, theirs = (to_uint8(sample(exported, name, sampler)) for name in ("onnx", "torch"))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 

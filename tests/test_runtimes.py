@@ -111,10 +111,10 @@ def test_short_memory_makes_two_passes_of_one_and_says_so(file):
 def test_auto_says_what_it_took_and_why_not_the_other(run):
     said = []
     cascade = Cascade.load(run, runtime="auto", say=said.append)
-    auto = cascade.sample(["sun"], steps=2)
+    auto = cascade.sample_stages(["sun"], steps=2)
     assert [line.startswith(f"U-Net {n}: runtime torch fp32 on cpu; not onnx:")
             for n, line in enumerate(said, start=1)] == [True, True], said  # fmt: skip
-    torch.testing.assert_close(auto[1], Cascade.load(run).sample(["sun"], steps=2)[1])
+    torch.testing.assert_close(auto[1], Cascade.load(run).sample_stages(["sun"], steps=2)[1])
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino", "tensorrt"])
