@@ -10,7 +10,7 @@ import click
 from imagen_scale.command_errors import user_errors
 
 
-@click.command()
+@click.command(short_help="Is this machine ready? What is missing?")
 @click.option("--config", "config_path", help="JSON file of a run: its text encoder is looked for.")
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's operators now (1-3 min each).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -11,7 +11,7 @@ from imagen_scale.command_errors import user_errors
 from imagen_scale.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="List the runs and how far they are.")
 @click.option("--root", default="runs", show_default=True, help="Folder that holds the runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @user_errors

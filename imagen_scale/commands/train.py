@@ -15,7 +15,7 @@ from imagen_scale.commands.train_process import run_folder, training_options
 from imagen_scale.errors import MissingExtraError, UsageError
 
 
-@click.command()
+@click.command(short_help="Train a cascade, or continue.")
 @training_options
 @click.option(
     "--gpus",
@@ -43,7 +43,7 @@ def train(
     \b
         imagen-scale train --config configs/cascade_64_256.json
         imagen-scale train --config configs/cascade_64_256.json --unet 2 --gpus 4
-        imagen-scale train --config configs/emoji_demo.json --set training.steps=300 --run runs/short
+        imagen-scale train --config configs/emoji_demo.json --run runs/b --set training.seed=1
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other; give one.")
