@@ -15,6 +15,7 @@ from imagen_scale.command_errors import user_errors
 from imagen_scale.commands.config import config, set_option
 from imagen_scale.commands.doctor import doctor
 from imagen_scale.commands.group import CommandGroup
+from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.train import train
 from imagen_scale.errors import UsageError
@@ -26,16 +27,16 @@ def main() -> None:
     """Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
 
     \b
-        imagen-scale doctor                                   is this machine ready?
-        imagen-scale train --config configs/emoji_demo.json   train every stage
-        imagen-scale sample "red heart"                       make a picture
+        imagen-scale doctor                                    # is this machine ready?
+        imagen-scale train --config configs/emoji_demo.json    # train every stage
+        imagen-scale sample "red heart"                        # make a picture
 
     Exit codes: 0 done, 1 a failure, 2 wrong use, 3 an export differs from the network, 130
     interrupted. NO_COLOR turns colours off; output that is piped is plain.
     """
 
 
-for command in (config, doctor, export, runs, train):
+for command in (config, doctor, export, report, runs, train):
     main.add_command(command)
 
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")

@@ -87,7 +87,7 @@ class Checker:
 
     def _check_imagen_scale(self, words: list[str], command: Command) -> None:
         called, name = main, "imagen-scale"
-        words = list(words)
+        words = words[: words.index(">")] if ">" in words else list(words)
         while isinstance(called, click.Group) and words and not words[0].startswith("-"):
             name = words.pop(0)
             if name not in called.commands:
