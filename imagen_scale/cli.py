@@ -15,6 +15,7 @@ from imagen_scale.command_errors import user_errors
 from imagen_scale.commands.config import config, set_option
 from imagen_scale.commands.doctor import doctor
 from imagen_scale.commands.group import CommandGroup
+from imagen_scale.commands.importing import import_config, import_run
 from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.train import train
@@ -36,7 +37,7 @@ def main() -> None:
     """
 
 
-for command in (config, doctor, export, report, runs, train):
+for command in (config, doctor, export, import_config, import_run, report, runs, train):
     main.add_command(command)
 
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
