@@ -269,6 +269,72 @@ def hears_interruptions():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What DeepSpeed starts, one below the other: a runner, a launcher, and the training process with a
+# loader. The training process saves when it is told to end, which fails without its loader.
+TREE = """
+import pathlib, signal, subprocess, sys, time
+
+def save(number, frame):
+    (folder / "asked").touch()
+    time.sleep(seconds)
+    (folder / ("saved" if loader.poll() is None else "no loader")).touch()
+    loader.kill()
+    sys.exit(143)
+
+depth, folder, seconds = int(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+if depth:
+    below = [sys.executable, "-c", sys.argv[4], str(depth - 1), *sys.argv[2:]]
+    sys.exit(subprocess.Popen(below).wait())
+loader = subprocess.Popen(["sleep", "60"])
+signal.signal(signal.SIGTERM, save)
+(folder / "started").touch()
+while True:
+    time.sleep(0.05)
+"""
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start_tree(folder, seconds):
+    """`launcher.run` in a process of its own, with the tree below it."""
+    command = [sys.executable, "-c", TREE, "2", str(folder), str(seconds), TREE]
+    code = (
+        "import sys; from imagen_scale.commands.launcher import run\n"
+        f"try: run({command!r})\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=hears_interruptions)
+    wait_for(folder / "started")
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_an_interruption_waits_until_training_has_saved(tmp_path, number):
+    process, below = start_tree(tmp_path, 1.5)
+    assert len(below) == 4
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert (tmp_path / "saved").exists()
+    gone, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+
+
+def test_a_second_interruption_ends_training_at_once(tmp_path):
+    process, below = start_tree(tmp_path, 600)
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "asked")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    gone, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.distributed
 def test_training_is_interrupted_and_continued(tmp_path, private_folders):
     config = json.loads(json.dumps(TINY))
