@@ -103,7 +103,9 @@ class Checker:
         except click.exceptions.Exit:  # --help, --version
             return
         given = context.params
-        path = given.get("config_path") or (given.get("file") if name == "check" else None)
+        path = given.get("config_path") or (
+            given.get("file") if name in ("check", "train") else None
+        )
         if path and path != "FILE":
             load_config(ROOT / self.copies.get(path, path), given.get("overrides", ()))
 

@@ -223,6 +223,18 @@ def test_the_launcher_gets_what_training_takes(tiny_config, tmp_path, monkeypatc
     ]  # fmt: skip
 
 
+def test_the_configuration_is_given_once_by_place_or_by_option(tiny_config):
+    by_place, by_option = (
+        cli("train", *given, "--dry-run").output.split("--module")[1]
+        for given in ((tiny_config,), ("--config", tiny_config))
+    )
+    assert by_place == by_option
+    assert f"--config {tiny_config} " in by_place
+    for given in ((), (tiny_config, "--config", tiny_config)):
+        done = cli("train", *given, "--dry-run")
+        assert (done.exit_code, "imagen-scale train CONFIG" in done.stderr) == (2, True)
+
+
 def test_cards_that_the_environment_names_are_respected(tiny_config, monkeypatch):
     line = ("train", "--config", tiny_config, "--dry-run")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
@@ -320,8 +332,7 @@ def test_an_interruption_waits_until_training_has_saved(tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) == 130
     assert (tmp_path / "saved").exists()
-    gone, alive = psutil.wait_procs(below, timeout=10)
-    assert not alive
+    assert not psutil.wait_procs(below, timeout=10)[1]
 
 
 def test_a_second_interruption_ends_training_at_once(tmp_path):
@@ -330,8 +341,7 @@ def test_a_second_interruption_ends_training_at_once(tmp_path):
     wait_for(tmp_path / "asked")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    gone, alive = psutil.wait_procs(below, timeout=10)
-    assert not alive
+    assert not psutil.wait_procs(below, timeout=10)[1]
     assert not (tmp_path / "saved").exists()
 
 

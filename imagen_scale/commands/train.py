@@ -16,6 +16,8 @@ from imagen_scale.errors import MissingExtraError, UsageError
 
 
 @click.command(short_help="Train a cascade, or continue.")
+@click.argument("file", metavar="CONFIG", required=False)
+@click.option("--config", "config_path", help="The same as CONFIG, as `deepspeed` is given it.")
 @training_options
 @click.option(
     "--gpus",
@@ -25,7 +27,8 @@ from imagen_scale.errors import MissingExtraError, UsageError
 @click.option("--dry-run", is_flag=True, help="Print the launcher's command line and stop.")
 @user_errors
 def train(
-    config_path: str,
+    file: str | None,
+    config_path: str | None,
     overrides: tuple[str, ...],
     unet: int | None,
     run_dir: str | None,
@@ -35,21 +38,24 @@ def train(
     gpus: int | None,
     dry_run: bool,
 ) -> None:
-    """Train every U-Net of a cascade in turn; run again, it continues where it stopped.
+    """Train every U-Net of the cascade in CONFIG, a JSON file; run again, it continues.
 
-    Ctrl-C ends all processes; nothing saved is lost. `deepspeed launch/train.py` takes the same
-    options, for several machines or a launcher of your own.
+    Ctrl-C ends all processes and waits while they save; a second one does not wait. `deepspeed
+    launch/train.py` takes the same options, for several machines or a launcher of your own.
 
     \b
-        imagen-scale train --config configs/cascade_64_256.json
-        imagen-scale train --config configs/cascade_64_256.json --unet 2 --gpus 4
-        imagen-scale train --config configs/emoji_demo.json --run runs/b --set training.seed=1
+        imagen-scale train configs/cascade_64_256.json
+        imagen-scale train configs/cascade_64_256.json --unet 2 --gpus 4
+        imagen-scale train configs/emoji_demo.json --run runs/b --set training.seed=1
     """
+    if (file is None) == (config_path is None):
+        raise UsageError("give the JSON file of the run, once: imagen-scale train CONFIG.")
+    path = str(file or config_path)
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other; give one.")
     from imagen_scale.config import load_config
 
-    config = load_config(config_path, overrides)
+    config = load_config(path, overrides)
     if unet is not None and unet > len(config.unets):
         raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(config.unets)}.")
     if importlib.util.find_spec("deepspeed") is None:
@@ -59,14 +65,14 @@ def train(
         )
     from imagen_scale.commands.launcher import launcher_command, run, visible_cards
 
-    folder = run_folder(config, config_path, run_dir)
+    folder = run_folder(config, path, run_dir)
     cards = visible_cards()
     processes = gpus or (None if fresh else saved_processes(folder)) or _count(cards)
     if cards is not None and processes > len(cards):
         raise UsageError(
             f"{processes} processes, but CUDA_VISIBLE_DEVICES names {len(cards)} card(s)."
         )
-    arguments: list[Any] = ["--config", config_path, "--run", folder]
+    arguments: list[Any] = ["--config", path, "--run", folder]
     arguments += [part for override in overrides for part in ("--set", override)]
     arguments += ["--unet", unet] if unet else []
     arguments += ["--resume"] if resume else []

@@ -11,7 +11,6 @@ import click
 from imagen_scale.errors import ImagenScaleError
 
 OPTIONS = (
-    click.option("--config", "config_path", required=True, help="JSON file of the run."),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key."),
     click.option(
         "--unet", type=click.IntRange(min=1), help="Train this U-Net only (1 is the base)."
@@ -28,7 +27,7 @@ OPTIONS = (
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of training, the same whoever starts it."""
+    """The options of training beside --config, the same whoever starts it."""
     for option in reversed(OPTIONS):
         command = option(command)
     return command
@@ -40,6 +39,7 @@ def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
 
 
 @click.command()
+@click.option("--config", "config_path", required=True, help="JSON file of the run.")
 @training_options
 @click.option("--local_rank", type=int, hidden=True)  # appended by the deepspeed launcher
 def main(
