@@ -90,6 +90,28 @@ def test_an_examination_that_fails_is_a_finding():
     assert finding.seen == "cannot be examined: OSError: driver"
 
 
+def test_an_optional_package_that_is_broken_is_a_warning(monkeypatch):
+    def broken(name):
+        raise ImportError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(software, "_version", lambda name: None if "-gpu" in name else "1.0")
+    monkeypatch.setattr(software.importlib, "import_module", broken)
+    found = {finding.name: finding for finding in examine()}
+    for name in ("TensorRT-RTX", "OpenVINO", "bitsandbytes"):
+        assert found[name].state == "warning"
+        assert "cannot open shared object file" in found[name].seen
+
+
+@pytest.mark.parametrize(("version", "state"), [("0.19.8", "problem"), (None, "warning")])
+def test_what_only_training_needs_is_no_problem_without_deepspeed(monkeypatch, version, state):
+    monkeypatch.setattr(software, "_version", lambda name: version)
+    monkeypatch.setattr(software.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(software.sysconfig, "get_path", lambda name: "/nowhere")
+    findings = list(software.compiler())
+    assert [finding.name for finding in findings] == ["compiler", "Python headers", "ninja"]
+    assert {finding.state for finding in findings} == {state}
+
+
 @pytest.mark.parametrize(
     ("free", "capability", "state", "said"),
     [
@@ -174,6 +196,15 @@ def test_the_text_encoder_of_the_configuration_is_looked_for(tiny_config):
     found = encoder("--config", str(tiny_config))
     assert (found["state"], found["seen"]) == ("problem", "no-such/encoder: not on this machine")
     assert "imagen-scale prepare" in found["remedy"]
+
+
+def test_the_disk_of_the_configurations_run_is_looked_at(tiny_config, tmp_path):
+    config = json.loads(tiny_config.read_text())
+    config["logging"] = {"run_dir": str(tmp_path / "far" / "away")}
+    tiny_config.write_text(json.dumps(config))
+    done = CliRunner().invoke(main, ["doctor", "--json", "--config", str(tiny_config)])
+    findings = json.loads(done.stdout)["findings"]
+    assert f"for runs in {tmp_path}" in one(f for f in findings if f["name"] == "disk")["seen"]
 
 
 def test_a_wrong_configuration_ends_with_exit_code_2(tiny_config):

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.train_process import run_folder
 
 
 @click.command(short_help="Is this machine ready? What is missing?")
@@ -26,12 +27,12 @@ def doctor(config_path: str | None, build: bool, as_json: bool) -> None:
         imagen-scale doctor --build
         imagen-scale doctor --config configs/cascade_64_256.json --json
     """
-    encoder, folders = None, {"runs": Path("runs").resolve()}
+    encoder, runs = None, Path("runs")
     if config_path is not None:
         from imagen_scale.config import load_config
 
         config = load_config(config_path)
-        encoder = config.text_encoder
+        encoder, runs = config.text_encoder, run_folder(config, config_path, None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: only look
     from rich.console import Console
 
@@ -46,7 +47,7 @@ def doctor(config_path: str | None, build: bool, as_json: bool) -> None:
     with _Status() as status, quiet_libraries():
         findings = list(
             examine(
-                encoder, folders=folders, build=status.say if build else None,
+                encoder, folders={"runs": runs.resolve()}, build=status.say if build else None,
                 on_check=lambda name: status.show(f"examining: {name}"),
             )
         )  # fmt: skip

@@ -63,7 +63,7 @@ def _print(found: list[Any], console: Any) -> None:
         first = (
             run.folder.name,
             _ago(run.changed),
-            "" if run.picture is None else run.picture.name,
+            "" if run.picture is None else str(run.picture),
         )
         if run.problem is not None:
             reason = run.problem.partition("\n")[0]

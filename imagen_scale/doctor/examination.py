@@ -15,6 +15,8 @@ from rich.table import Table
 from imagen_scale.doctor import machine, software
 from imagen_scale.doctor.finding import Check, Finding, examined
 
+# Not everyone needs them, so that one which is broken is a warning.
+_OPTIONAL = ("ONNX Runtime", "TensorRT-RTX", "OpenVINO", "bitsandbytes")
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
 
 
@@ -63,7 +65,7 @@ def examine(
     }
     for name, check in checks.items():
         on_check(name)
-        yield from examined(name, check)
+        yield from examined(name, check, "warning" if name in _OPTIONAL else "problem")
 
 
 def as_dict(findings: list[Finding]) -> dict[str, Any]:

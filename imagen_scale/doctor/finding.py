@@ -26,15 +26,15 @@ class Finding(NamedTuple):
 Check = Callable[[], Iterator[Finding]]
 
 
-def examined(name: str, check: Check) -> list[Finding]:
-    """The findings of one check; an examination that fails is a finding itself."""
+def examined(name: str, check: Check, state: State = "problem") -> list[Finding]:
+    """The findings of one check; an examination that fails is a finding itself, of `state`."""
     try:
         return list(check())
     except Exception as error:  # drivers and libraries each raise their own
         reason = str(error).strip().partition("\n")[0]
         return [
             Finding(
-                name, "problem", f"cannot be examined: {type(error).__name__}: {reason}",
+                name, state, f"cannot be examined: {type(error).__name__}: {reason}",
                 "Install the package again, in the versions of constraints.txt.",
             )
         ]  # fmt: skip

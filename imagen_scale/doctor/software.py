@@ -17,12 +17,13 @@ INSTALL_TRAINING = "pip install -c constraints.txt '.[train]'"
 
 
 def compiler() -> Iterator[Finding]:
-    """The C++ compiler that torch calls, Python's headers, and ninja."""
+    """The C++ compiler that torch calls, Python's headers, and ninja: what training needs."""
+    missing: State = "problem" if _version("deepspeed") else "warning"
     name = os.environ.get("CXX", "c++")
     path = shutil.which(name)
     if path is None:
         yield Finding(
-            "compiler", "problem", f"no C++ compiler ({name})",
+            "compiler", missing, f"no C++ compiler ({name})",
             "apt install g++ (Debian, Ubuntu), or dnf install gcc-c++ (Fedora).",
         )  # fmt: skip
     else:
@@ -33,14 +34,14 @@ def compiler() -> Iterator[Finding]:
         yield Finding("Python headers", "ok", str(header.parent))
     else:
         yield Finding(
-            "Python headers", "problem", f"{header} does not exist",
+            "Python headers", missing, f"{header} does not exist",
             "apt install python3-dev (Debian, Ubuntu), or dnf install python3-devel (Fedora).",
         )  # fmt: skip
     # An environment that is called without being activated: ninja lies beside its python.
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     ninja = shutil.which("ninja", path=places)
     if ninja is None:
-        yield Finding("ninja", "problem", "not found", INSTALL_TRAINING)
+        yield Finding("ninja", missing, "not found", INSTALL_TRAINING)
     else:
         yield Finding("ninja", "ok", ninja)
 
