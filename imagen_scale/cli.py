@@ -28,9 +28,9 @@ def main() -> None:
     """Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
 
     \b
-        imagen-scale doctor                                    # is this machine ready?
-        imagen-scale train --config configs/emoji_demo.json    # train every stage
-        imagen-scale sample "red heart"                        # make a picture
+        imagen-scale doctor                           # is this machine ready?
+        imagen-scale train configs/emoji_demo.json    # train every stage
+        imagen-scale sample "red heart"               # make a picture
 
     Exit codes: 0 done, 1 a failure, 2 wrong use, 3 an export differs from the network, 130
     interrupted. NO_COLOR turns colours off; output that is piped is plain.

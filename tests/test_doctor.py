@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -95,7 +96,7 @@ def test_an_optional_package_that_is_broken_is_a_warning(monkeypatch):
         raise ImportError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(software, "_version", lambda name: None if "-gpu" in name else "1.0")
-    monkeypatch.setattr(software.importlib, "import_module", broken)
+    monkeypatch.setattr(software, "importlib", SimpleNamespace(import_module=broken))
     found = {finding.name: finding for finding in examine()}
     for name in ("TensorRT-RTX", "OpenVINO", "bitsandbytes"):
         assert found[name].state == "warning"

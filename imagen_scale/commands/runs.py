@@ -25,7 +25,7 @@ def runs(root: str, as_json: bool) -> None:
     folder = Path(root)
     if not folder.is_dir():
         raise UsageError(
-            f"{folder.resolve()}: no such folder. Train a run with `imagen-scale train --config "
+            f"{folder.resolve()}: no such folder. Train a run with `imagen-scale train "
             f"configs/emoji_demo.json`, or name the folder with --root."
         )
     from imagen_scale.runs import find_runs
