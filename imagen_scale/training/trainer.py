@@ -188,7 +188,8 @@ class UnetTraining:
         finally:
             if hasattr(self, "engine"):
                 distributed.release_engine(self.engine)
-                del self.engine, self.ema, self.objective, self.stepper
+                for part in ("engine", "ema", "objective", "stepper"):  # as far as it was built
+                    vars(self).pop(part, None)
             release_memory()
 
     def _take_less(self, message: str) -> None:
