@@ -85,15 +85,26 @@ def test_a_run_is_found_by_folder_and_by_name_and_a_misspelt_one_answered(tmp_pa
     assert "runs/emoji_demo" in done.stderr
 
 
-def test_shell_completion():
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("do", ["doctor"]),
+        ("config re", ["reference"]),
+        ("sample --ste", ["--steps"]),
+        ("sample --runtime on", ["onnx"]),
+        ("sample --sampler he", ["heun"]),
+        ("sample --sampler ddim,dpmpp", ["ddim,dpmpp_2m", "ddim,dpmpp_2m_sde"]),
+    ],
+)
+def test_shell_completion(line, completed):
     environment = os.environ | {
-        "_IMAGEN_SCALE_COMPLETE": "bash_complete", "COMP_WORDS": "imagen-scale do",
-        "COMP_CWORD": "1",
+        "_IMAGEN_SCALE_COMPLETE": "bash_complete", "COMP_WORDS": f"imagen-scale {line}",
+        "COMP_CWORD": str(len(line.split())),
     }  # fmt: skip
     code = "from imagen_scale.cli import main; main(prog_name='imagen-scale')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
                           text=True)  # fmt: skip
-    assert done.stdout.strip() == "plain,doctor"
+    assert done.stdout.split() == [f"plain,{word}" for word in completed]
 
 
 # Configurations.
