@@ -284,9 +284,19 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(tiny_config, o
 
 
 def test_the_exit_code_is_the_launchers(monkeypatch, tiny_config):
-    for code, expected in ((0, 0), (2, 2), (-9, 137)):
+    for code, expected in ((0, 0), (1, 1), (2, 2), (143, 143)):
         monkeypatch.setattr(launcher, "run", lambda command, code=code: code)
         assert cli("train", "--config", tiny_config).exit_code == expected
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "sys.exit(-9)"])
+def test_a_process_that_is_killed_is_a_failure_and_told(monkeypatch, tiny_config, how):
+    """The launcher itself; a process below it, which the launcher tells by its exit code."""
+    command = [sys.executable, "-c", f"import os, sys; {how}"]
+    monkeypatch.setattr("imagen_scale.commands.launcher.launcher_command", lambda *given: command)
+    done = cli("train", tiny_config)
+    assert done.exit_code == 1
+    assert "SIGKILL ended a training process: the computer's memory" in done.stderr
 
 
 def hears_interruptions():
@@ -383,6 +393,7 @@ def test_training_is_interrupted_and_continued(tmp_path, private_folders):
     assert process.returncode == 130, output + errors
     assert "the same command continues" in errors
     assert "Traceback" not in output + errors
+    assert "ERROR" not in output + errors
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running()]
 
