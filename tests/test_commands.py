@@ -211,6 +211,17 @@ def test_no_color_is_respected(root):
     assert not coloured.search(plain)
 
 
+def test_the_list_of_runs_fits_a_terminal_whole(root):
+    text = re.sub(r"\x1b\[[\d;?]*\w", "", on_a_terminal("runs", "--root", root, COLUMNS="80"))
+    assert "…" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["half", "1:", "16", "px", "5/6", "0.2000", "0.7000", "half-trained"] in lines
+    assert ["broken", "broken"] in lines
+    assert "imagen: this key is required" in text
+    picture = root / "half" / "samples" / "unet1_step_00000003.png"
+    assert f"newest picture {picture}\n" in text.replace("\r", "")
+
+
 def test_no_runs(tmp_path):
     assert cli("runs", "--root", tmp_path).exit_code == 0
     done = cli("runs", "--root", tmp_path / "none")
