@@ -70,6 +70,14 @@ class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
         values = [self.item.convert(part.strip(), param, ctx) for part in value.split(",")]
         return values if len(values) > 1 else values[0]
 
+    def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
+        """What the value after the last comma may be."""
+        before, comma, last = incomplete.rpartition(",")
+        found = self.item.shell_complete(ctx, param, last)
+        for item in found:
+            item.value = f"{before}{comma}{item.value}"
+        return found
+
 
 # The names stand in imagen_scale.diffusion and imagen_scale.runtimes, whose import loads torch.
 SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")

@@ -85,15 +85,26 @@ def test_a_run_is_found_by_folder_and_by_name_and_a_misspelt_one_answered(tmp_pa
     assert "runs/emoji_demo" in done.stderr
 
 
-def test_shell_completion():
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("do", ["doctor"]),
+        ("config re", ["reference"]),
+        ("sample --ste", ["--steps"]),
+        ("sample --runtime on", ["onnx"]),
+        ("sample --sampler he", ["heun"]),
+        ("sample --sampler ddim,dpmpp", ["ddim,dpmpp_2m", "ddim,dpmpp_2m_sde"]),
+    ],
+)
+def test_shell_completion(line, completed):
     environment = os.environ | {
-        "_IMAGEN_SCALE_COMPLETE": "bash_complete", "COMP_WORDS": "imagen-scale do",
-        "COMP_CWORD": "1",
+        "_IMAGEN_SCALE_COMPLETE": "bash_complete", "COMP_WORDS": f"imagen-scale {line}",
+        "COMP_CWORD": str(len(line.split())),
     }  # fmt: skip
     code = "from imagen_scale.cli import main; main(prog_name='imagen-scale')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
                           text=True)  # fmt: skip
-    assert done.stdout.strip() == "plain,doctor"
+    assert done.stdout.split() == [f"plain,{word}" for word in completed]
 
 
 # Configurations.
@@ -200,6 +211,17 @@ def test_no_color_is_respected(root):
     assert not coloured.search(plain)
 
 
+def test_the_list_of_runs_fits_a_terminal_whole(root):
+    text = re.sub(r"\x1b\[[\d;?]*\w", "", on_a_terminal("runs", "--root", root, COLUMNS="80"))
+    assert "…" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["half", "1:", "16", "px", "5/6", "0.2000", "0.7000", "half-trained"] in lines
+    assert ["broken", "broken"] in lines
+    assert "imagen: this key is required" in text
+    picture = root / "half" / "samples" / "unet1_step_00000003.png"
+    assert f"newest picture {picture}\n" in text.replace("\r", "")
+
+
 def test_no_runs(tmp_path):
     assert cli("runs", "--root", tmp_path).exit_code == 0
     done = cli("runs", "--root", tmp_path / "none")
@@ -273,9 +295,19 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(tiny_config, o
 
 
 def test_the_exit_code_is_the_launchers(monkeypatch, tiny_config):
-    for code, expected in ((0, 0), (2, 2), (-9, 137)):
+    for code, expected in ((0, 0), (1, 1), (2, 2), (143, 143)):
         monkeypatch.setattr(launcher, "run", lambda command, code=code: code)
         assert cli("train", "--config", tiny_config).exit_code == expected
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "sys.exit(-9)"])
+def test_a_process_that_is_killed_is_a_failure_and_told(monkeypatch, tiny_config, how):
+    """The launcher itself; a process below it, which the launcher tells by its exit code."""
+    command = [sys.executable, "-c", f"import os, sys; {how}"]
+    monkeypatch.setattr("imagen_scale.commands.launcher.launcher_command", lambda *given: command)
+    done = cli("train", tiny_config)
+    assert done.exit_code == 1
+    assert "SIGKILL ended a training process: the computer's memory" in done.stderr
 
 
 def hears_interruptions():
@@ -372,6 +404,7 @@ def test_training_is_interrupted_and_continued(tmp_path, private_folders):
     assert process.returncode == 130, output + errors
     assert "the same command continues" in errors
     assert "Traceback" not in output + errors
+    assert "ERROR" not in output + errors
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running()]
 

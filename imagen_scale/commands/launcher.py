@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import EnvironmentProblem, UsageError
 
 MODULE = "imagen_scale.commands.train_process"
 GRACE_S = 600.0  # what the training processes get to end by themselves: they may save first
@@ -50,7 +50,7 @@ def launcher_command(processes: int, cards: list[str] | None, arguments: list[st
     )
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", *where,
-        "--master_port", str(_free_port()), "--log_level", "error",
+        "--master_port", str(_free_port()), "--log_level", "critical",
         "--module", MODULE, *arguments,
     ]  # fmt: skip
 
@@ -62,6 +62,7 @@ def run(command: list[str]) -> int:
     of them in order; a second one ends them at once.
 
     Raises:
+        EnvironmentProblem: If a signal ended a training process, or the launcher.
         KeyboardInterrupt: After every process has ended, if this one was interrupted.
     """
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
@@ -70,10 +71,37 @@ def run(command: list[str]) -> int:
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     with _told_by_signals():
         try:
-            return process.wait()
+            code = process.wait()
         except KeyboardInterrupt:
             _end(process)
             raise
+    check_signal(code)
+    return code
+
+
+def check_signal(code: int) -> None:
+    """Refuses the exit code of a launcher that a signal ended, itself or a process below it.
+
+    DeepSpeed's launcher exits with Python's -N for the signal N that ended a training process,
+    of which the system keeps the last byte.
+
+    Raises:
+        EnvironmentProblem: With the signal's name and what it means.
+    """
+    number = -code if code < 0 else 256 - code
+    if number not in list(signal.Signals):
+        return
+    name = signal.Signals(number).name
+    reason = (
+        ": the computer's memory was full, or somebody did it; see what the run needs with "
+        "`imagen-scale plan`"
+        if number == signal.SIGKILL
+        else ""
+    )
+    raise EnvironmentProblem(
+        f"{name} ended a training process{reason}. The same command continues from the newest "
+        f"checkpoint."
+    )
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

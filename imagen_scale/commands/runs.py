@@ -53,7 +53,7 @@ def _as_dict(run: Any) -> dict[str, Any]:
 
 
 def _print(found: list[Any], console: Any) -> None:
-    """A row for each stage; where it is piped, columns are separated by tabs."""
+    """A row for each stage, then a line for each run; piped, all in columns with tabs between."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -79,16 +79,23 @@ def _print(found: list[Any], console: Any) -> None:
         for row in (header, *rows):
             click.echo("\t".join(row))
         return
-    table = Table(*header, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(*header[:-2], box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     colours = {"finished": "green", "half-trained": "yellow", "not started": "dim"}
     previous = None
-    for name, *cells, when, picture in rows:
-        shown = ("", "") if name == previous else (when, escape(picture))
+    for name, *cells, _changed, _picture in rows:
         colour = colours.get(cells[-1], "red")
-        cells[-1] = f"[{colour}]{escape(cells[-1])}[/]"
-        table.add_row("" if name == previous else escape(name), *cells, *shown)
+        cells[-1] = f"[{colour}]{cells[-1].partition(':')[0]}[/]"
+        table.add_row("" if name == previous else escape(name), *cells)
         previous = name
     console.print(table)
+    console.print()
+    for run in found:
+        said = [f"changed {_ago(run.changed)}"]
+        said += [f"newest picture {run.picture}"] if run.picture is not None else []
+        said += [run.problem.partition("\n")[0]] if run.problem is not None else []
+        console.print(
+            f"[bold]{escape(run.folder.name)}[/]: {escape(', '.join(said))}", soft_wrap=True
+        )
 
 
 def state(stage: Any) -> str:

@@ -91,8 +91,7 @@ def train(
             err=True,
         )
         sys.exit(INTERRUPTED)
-    # A process that was killed counts as shells do, never as done.
-    sys.exit(code if code >= 0 else 128 - code)
+    sys.exit(code)
 
 
 def saved_processes(folder: Path) -> int | None:
