@@ -5,6 +5,7 @@ final place, hashed, synced and renamed; `manifest.json` is the proof. Checkpoin
 looking, never through a pointer file.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -305,17 +306,23 @@ def load_weights(path: Path) -> dict[str, "Tensor"]:
 
 
 def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
-    """The run folder asked for, or the newest one under `root`.
+    """The run asked for, by folder or by name under `root`; or the newest one there.
 
     Raises:
-        UsageError: If there is none; the message names where it looked.
+        UsageError: If there is none; the message names where it looked, and the nearest name.
     """
-    if run is not None:
-        folder = Path(run)
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder}: not a run folder (it has no config.json).")
-        return folder
     runs = [path.parent for path in root.glob("*/config.json")]
+    if run is not None:
+        for folder in (Path(run), root / run):
+            if (folder / "config.json").is_file():
+                return folder
+        names = [folder.name for folder in runs]
+        close = difflib.get_close_matches(Path(run).name, names, n=1)
+        raise UsageError(
+            f"{run}: not a run folder (it has no config.json)."
+            + (f" Did you mean {root / close[0]}?" if close else "")
+            + (f" Runs under {root}: {', '.join(sorted(names))}." if names else "")
+        )
     if not runs:
         raise UsageError(
             f"no run found under {root.resolve()}. Train one with `deepspeed launch/train.py "

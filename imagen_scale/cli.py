@@ -12,30 +12,33 @@ from imagen_scale_export.cli import export
 
 from imagen_scale import __version__
 from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.config import config, set_option
+from imagen_scale.commands.doctor import doctor
+from imagen_scale.commands.group import CommandGroup
+from imagen_scale.commands.importing import import_config, import_run
+from imagen_scale.commands.runs import runs
+from imagen_scale.commands.train import train
 from imagen_scale.errors import UsageError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Train, on the hardware you have, a cascade that turns text into pictures; then sample it.
 
-    Training itself starts with DeepSpeed's launcher:
-
     \b
-        deepspeed launch/train.py --config configs/cascade_64_256.json
+        imagen-scale doctor                           # is this machine ready?
+        imagen-scale train configs/emoji_demo.json    # train every stage
+        imagen-scale sample "red heart"               # make a picture
+
+    Exit codes: 0 done, 1 a failure, 2 wrong use, 3 an export differs from the network, 130
+    interrupted. NO_COLOR turns colours off; output that is piped is plain.
     """
 
 
-main.add_command(export)
+for command in (config, doctor, export, import_config, import_run, runs, train):
+    main.add_command(command)
 
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key, e.g. data.flip=true.",
-)
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
 seed_option = click.option(
     "--seed",
@@ -66,6 +69,14 @@ class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
             return value
         values = [self.item.convert(part.strip(), param, ctx) for part in value.split(",")]
         return values if len(values) > 1 else values[0]
+
+    def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
+        """What the value after the last comma may be."""
+        before, comma, last = incomplete.rpartition(",")
+        found = self.item.shell_complete(ctx, param, last)
+        for item in found:
+            item.value = f"{before}{comma}{item.value}"
+        return found
 
 
 # The names stand in imagen_scale.diffusion and imagen_scale.runtimes, whose import loads torch.
@@ -133,34 +144,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@main.group()
-def config() -> None:
-    """Check a configuration file, or print what one may hold."""
-
-
-@config.command("check")
-@click.argument("file")
-@set_option
-@user_errors
-def config_check(file: str, overrides: tuple[str, ...]) -> None:
-    """Say whether FILE is a valid configuration; every problem is listed at once."""
-    from imagen_scale.config import load_config
-
-    checked = load_config(file, overrides)
-    sizes = " -> ".join(map(str, checked.imagen.image_sizes))
-    click.echo(f"{file}: valid; {len(checked.unets)} U-Net(s), {sizes} px.")
-
-
-@config.command("schema")
-@user_errors
-def config_schema() -> None:
-    """Print the JSON schema of a configuration, for editors."""
-    from imagen_scale.config import Config
-
-    click.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@main.command()
+@main.command(short_help="Check and resize pictures, encode captions.")
 @click.option("--config", "config_path", required=True, help="JSON file of the run.")
 @set_option
 @click.option("--estimate", is_flag=True, help="Say what it would take in time and disk, and stop.")
@@ -203,7 +187,7 @@ def prepare(
         preparation.print_preparation(done, console)
 
 
-@main.command()
+@main.command(short_help="How much memory training will take.")
 @click.option("--config", "config_path", required=True, help="JSON file of the run.")
 @set_option
 @click.option("--memory", help="Memory of each card, e.g. 12GB; default what this one has free.")
@@ -291,7 +275,7 @@ def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
         click.echo(f"written: {path}", err=True)
 
 
-@main.command()
+@main.command(short_help="Make pictures from prompts.")
 @click.argument("prompts", nargs=-1)
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
@@ -376,7 +360,7 @@ def sample(
     click.echo(f"{written} pictures in {folder}, {which} in {grid}")
 
 
-@main.command()
+@main.command(short_help="Enlarge any picture.")
 @click.argument("file", type=click.Path())
 @run_option
 @click.option("--prompt", help="What the picture shows; without it the text is left out.")
@@ -438,7 +422,7 @@ def upscale(
     click.echo(f"{image.shape[2]} x {image.shape[1]} px: {path}")
 
 
-@main.command()
+@main.command(short_help="Measure a trained run.")
 @run_option
 @click.option(
     "--num",
@@ -507,7 +491,7 @@ def evaluate(
     click.echo(f"written to {report.file}")
 
 
-@main.command()
+@main.command(short_help="Write one page about a run.")
 @click.argument("run", required=False)
 @click.option("--out", type=click.Path(), help="HTML file; default report.html in the run.")
 @click.option("--no-verify", is_flag=True, help="Leave checkpoints unread, which may be large.")

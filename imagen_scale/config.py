@@ -75,14 +75,20 @@ class ImagenConfig(Section):
     cond_drop_prob: Probability = Field(
         0.1, description="Share of captions dropped in training, for classifier-free guidance."
     )
-    loss_type: Literal["l1", "l2", "huber"] = "l2"
+    loss_type: Literal["l1", "l2", "huber"] = Field(
+        "l2", description="Distance between what the network predicts and what it should."
+    )
     lowres_sample_noise_level: Probability = Field(
         0.2, description="Noise put on the low-resolution picture when sampling, as t / T."
     )
     auto_normalize_img: Literal[True] = Field(
         True, description="Pictures are scaled from [0, 1] to [-1, 1]; always so here."
     )
-    dynamic_thresholding_percentile: Annotated[float, Field(gt=0, le=1)] = 0.9
+    dynamic_thresholding_percentile: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9,
+        description="Sampling: the predicted picture is scaled down where this percentile "
+        "of its absolute values is above 1 (Imagen paper, section 2.3).",
+    )
     only_train_unet_number: PositiveInt | None = Field(
         None, description="Train this U-Net only (1-based), as `--unet` does."
     )
@@ -92,24 +98,38 @@ class UnetConfig(Section):
     """One U-Net: MinImagen's `Unet` keyword arguments, `max_text_len` and `pred_type`."""
 
     dim: PositiveInt = Field(128, description="Channels at the highest resolution.")
-    dim_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
-    channels: PositiveInt = 3
-    channels_out: PositiveInt | None = Field(None, description="null: `channels`.")
+    dim_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        (1, 2, 4), description="Channels of each level as multiples of `dim`; one level per entry."
+    )
+    channels: PositiveInt = Field(3, description="Channels of the pictures that come in.")
+    channels_out: PositiveInt | None = Field(
+        None, description="Channels of what is predicted; null: `channels`."
+    )
     cond_dim: PositiveInt | None = Field(None, description="Token width; null means `dim`.")
     text_embed_dim: PositiveInt | None = Field(
         None, description="Width of the text features; null takes the encoder's own."
     )
-    num_resnet_blocks: PerLevel[NaturalInt] = 1
-    layer_attns: PerLevel[bool] = True
-    layer_cross_attns: PerLevel[bool] = True
-    attn_heads: PositiveInt = 8
+    num_resnet_blocks: PerLevel[NaturalInt] = Field(
+        1, description="Residual blocks of each level, or one per level."
+    )
+    layer_attns: PerLevel[bool] = Field(
+        True, description="Whether a level's pixels attend to each other, or one per level."
+    )
+    layer_cross_attns: PerLevel[bool] = Field(
+        True, description="Whether a level's pixels attend to the text, or one per level."
+    )
+    attn_heads: PositiveInt = Field(
+        8, description="Heads of a level's self-attention, 64 wide each."
+    )
     lowres_cond: bool | None = Field(
         None, description="Whether a low-resolution picture comes in; null: from U-Net 2 on."
     )
     memory_efficient: bool = Field(
         False, description="Halve the picture before each level's blocks instead of after."
     )
-    attend_at_middle: bool = False
+    attend_at_middle: bool = Field(
+        False, description="Whether pixels attend to each other at the lowest resolution too."
+    )
     max_text_len: PositiveInt = Field(
         256, description="Text tokens the U-Net attends to; longer captions are cut."
     )
@@ -149,7 +169,7 @@ class DataConfig(Section):
         "folder of them (webdataset).",
     )
     split: str = Field("train", description="Split of the Hugging Face data set.")
-    image_column: str = "image"
+    image_column: str = Field("image", description="Picture column of the data set.")
     caption_column: str = Field(
         "text",
         description="Caption column of the data set or of metadata.jsonl / metadata.csv, or the "
@@ -190,7 +210,9 @@ class TextConfig(Section):
         description="A MinImagen name, 'minilm', a Hugging Face name or a local folder; "
         "null takes imagen.text_encoder_name.",
     )
-    store_dtype: Literal["float32", "float16"] = "float16"
+    store_dtype: Literal["float32", "float16"] = Field(
+        "float16", description="What encoded captions are kept in on disk."
+    )
     batch_size: PositiveInt = Field(64, description="Captions encoded at once.")
 
 
@@ -215,21 +237,33 @@ class TrainingConfig(Section):
         "memory.budget needs.",
     )
     lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    lr_schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: NaturalInt = 1000
-    grad_clip: PositiveFloat | None = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    ema_decay: Probability = 0.9999
+    betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's betas.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's weight decay.")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="What follows the warm-up: the peak rate, or a cosine down to zero."
+    )
+    warmup_steps: NaturalInt = Field(
+        1000, description="Steps in which the rate rises from zero to its peak."
+    )
+    grad_clip: PositiveFloat | None = Field(
+        1.0, description="Largest norm of the gradient; null: it is not clipped."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="What the network computes in; with bf16 the optimizer keeps fp32."
+    )
+    ema_decay: Probability = Field(
+        0.9999, description="Decay of the averaged weights that pictures are sampled from."
+    )
     lowres_aug_max: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Super-resolution: the low-resolution picture is noised to a level drawn "
         "from [0, this), as t / T. 1 is MinImagen's range.",
     )
-    seed: NaturalInt = 0
-    checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = Field(2, description="The newest that are kept.")
+    seed: NaturalInt = Field(0, description="Same seed, same run.")
+    checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="Newest checkpoints kept; older ones are deleted."
+    )
     keep_every: PositiveInt | None = Field(
         None, description="Checkpoints at multiples of this step are kept for good."
     )
@@ -238,12 +272,18 @@ class TrainingConfig(Section):
         description="Steps left out in a row, because a gradient was not finite, before training "
         "goes back to the newest checkpoint, once, and then stops.",
     )
-    val_every: PositiveInt = 1000
+    val_every: PositiveInt = Field(
+        1000, description="Steps between validations, where pictures are held out."
+    )
     val_batches: PositiveInt = Field(8, description="Micro-batches per validation and rank.")
-    sample_every: PositiveInt | None = Field(5000, description="null: no pictures in training.")
-    sample_prompts: tuple[str, ...] = ()
-    sample_steps: PositiveInt = 50
-    sample_cond_scale: PositiveFloat = 3.0
+    sample_every: PositiveInt | None = Field(
+        5000, description="Steps between grids of pictures; null: none are drawn in training."
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="What the base stage draws in these grids; none: captions of the data."
+    )
+    sample_steps: PositiveInt = Field(50, description="Sampling steps of these grids.")
+    sample_cond_scale: PositiveFloat = Field(3.0, description="Their guidance.")
 
 
 class MemoryConfig(Section):
@@ -290,29 +330,35 @@ class MemoryConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases; leave `logging.wandb` null to do without."""
 
-    project: str
-    entity: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    project: str = Field(description="Project there.")
+    entity: str | None = Field(None, description="User or team; null: the account's own.")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline keeps everything here, for `wandb sync`."
+    )
 
 
 class LoggingConfig(Section):
     """Where a run's files go and how often it reports."""
 
-    run_dir: str | None = Field(None, description="null: runs/<name of the config file>.")
-    log_every: PositiveInt = 50
-    wandb: WandbConfig | None = None
+    run_dir: str | None = Field(
+        None, description="Folder of the run; null: runs/<name of the config file>."
+    )
+    log_every: PositiveInt = Field(50, description="Steps between reports.")
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases; null: not used.")
 
 
 class Config(Section):
     """One run."""
 
-    imagen: ImagenConfig
-    unets: Annotated[tuple[UnetConfig, ...], Field(min_length=1)]
-    data: DataConfig = DataConfig()
-    text: TextConfig = TextConfig()
-    training: TrainingConfig = TrainingConfig()
-    memory: MemoryConfig = MemoryConfig()
-    logging: LoggingConfig = LoggingConfig()
+    imagen: ImagenConfig = Field(description="The cascade.")
+    unets: Annotated[tuple[UnetConfig, ...], Field(min_length=1)] = Field(
+        description="One U-Net for each of `imagen.image_sizes`, the base first."
+    )
+    data: DataConfig = Field(DataConfig(), description="Where pictures and captions come from.")
+    text: TextConfig = Field(TextConfig(), description="How captions become vectors.")
+    training: TrainingConfig = Field(TrainingConfig(), description="How each U-Net is trained.")
+    memory: MemoryConfig = Field(MemoryConfig(), description="What is traded for memory.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Files and reports of a run.")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed to DeepSpeed, e.g. zero_optimization."
     )

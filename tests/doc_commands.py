@@ -87,7 +87,7 @@ class Checker:
 
     def _check_imagen_scale(self, words: list[str], command: Command) -> None:
         called, name = main, "imagen-scale"
-        words = list(words)
+        words = words[: words.index(">")] if ">" in words else list(words)
         while isinstance(called, click.Group) and words and not words[0].startswith("-"):
             name = words.pop(0)
             if name not in called.commands:
@@ -103,7 +103,9 @@ class Checker:
         except click.exceptions.Exit:  # --help, --version
             return
         given = context.params
-        path = given.get("config_path") or (given.get("file") if name == "check" else None)
+        path = given.get("config_path") or (
+            given.get("file") if name in ("check", "train") else None
+        )
         if path and path != "FILE":
             load_config(ROOT / self.copies.get(path, path), given.get("overrides", ()))
 

@@ -1,3 +1,8 @@
+import gc
+import multiprocessing
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -17,6 +22,7 @@ from imagen_scale.data.dataset import (
 )
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
+ROOT = Path(__file__).parents[1]
 COUNT, SIZE = 10, 4
 
 
@@ -233,6 +239,40 @@ def test_error_in_a_worker_stays_one_sentence(kind, num_workers):
     with pytest.raises(kind) as caught:
         next(loaded(dataset, num_workers=num_workers))
     assert str(caught.value) == "a.png: the picture cannot be read: it is gone; repair it."
+
+
+def test_a_process_ends_with_its_workers_still_at_work():
+    """At exit Python asks its daemons to stop by a signal that they ignore, and waits."""
+    script = (
+        "from tests.test_data_dataset import loaded\n"
+        "import sys, multiprocessing\n"
+        "sys.kept = loaded(num_workers=1)\n"
+        "next(sys.kept)\n"
+        "print(len(multiprocessing.active_children()), flush=True)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
+
+
+def test_a_stuck_worker_goes_with_the_batches():
+    reading = multiprocessing.Event()
+
+    class Stuck:
+        def __getitem__(self, i):
+            reading.set()
+            time.sleep(3600)
+
+    dataset = sequence()
+    dataset._images = Stuck()
+    others = set(multiprocessing.active_children())
+    iterator = loaded(dataset, num_workers=1)
+    assert len(set(multiprocessing.active_children()) - others) == 1
+    assert reading.wait(60)
+    del iterator
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= others
 
 
 # ---------------------------------------------------------------------------- prepare

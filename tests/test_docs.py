@@ -78,7 +78,7 @@ def test_every_help_opens_and_its_examples_can_be_called(path):
     assert done.exit_code == 0 and done.output.startswith("Usage:")
     for line in (called.help or "").splitlines():
         if line.strip().startswith("imagen-scale "):
-            Checker().check(Command(shlex.split(line), "help of " + " ".join(path)))
+            Checker().check(Command(shlex.split(line, comments=True), "help of " + " ".join(path)))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 def export(context: click.Context, **options: Any) -> None:
     """Turn trained U-Nets into ONNX files or TensorRT engines, checked against the originals.
 
-    For example: imagen-scale export --unet 1 --format onnx
+    \b
+        imagen-scale export --unet all --format onnx
+        imagen-scale export --unet 1 --format tensorrt --target SM86,SM89
     """
     if context.invoked_subcommand is None:
         _export(**options)
@@ -106,7 +108,11 @@ def _export(
 @click.argument("folder", type=click.Path(path_type=Path))
 @user_errors
 def export_inspect(folder: Path) -> None:
-    """Say what the export in FOLDER is, and check its files."""
+    """Say what the export in FOLDER is, and check its files.
+
+    \b
+        imagen-scale export inspect runs/NAME/export/unet1/onnx-fp32
+    """
     from imagen_scale_export.manifest import check_files, read_manifest
 
     manifest = read_manifest(folder)
@@ -119,7 +125,11 @@ def export_inspect(folder: Path) -> None:
 @click.option("--run", help="Folder of the run; default the one FOLDER lies in.")
 @user_errors
 def export_verify(folder: Path, run: str | None) -> None:
-    """Compare the export in FOLDER with the torch network again; exit code 3 if it differs."""
+    """Compare the export in FOLDER with the torch network again; exit code 3 if it differs.
+
+    \b
+        imagen-scale export verify runs/NAME/export/unet1/onnx-fp32
+    """
     from imagen_scale_export.exporter import verify_export
     from imagen_scale_export.manifest import read_manifest
 

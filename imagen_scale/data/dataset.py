@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,10 +252,15 @@ def batches(
     )
     # Held back until the workers ignore them: one that is just starting would die of them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    others = set(multiprocessing.active_children())
     try:
         loaded = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Python ends its daemons with the very signal they ignore, then waits for them for ever.
+    # With a priority, this runs before that at exit; else when the iterator goes.
+    workers = set(multiprocessing.active_children()) - others
+    Finalize(loaded, _kill, args=(workers,), exitpriority=0)
     return _plain_errors(loaded)
 
 
@@ -262,6 +271,14 @@ def _ignore_signals(worker: int) -> None:
     """Being told to stop is the trainer's affair: it needs its workers to the step's end."""
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        with suppress(RuntimeError):  # what torch's handler of SIGCHLD makes of a killed worker
+            worker.kill()
+        with suppress(RuntimeError):
+            worker.join()
 
 
 def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:

@@ -1,0 +1,116 @@
+"""`imagen-scale train`: starts DeepSpeed's launcher with what most people would give it."""
+
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.group import INTERRUPTED
+from imagen_scale.commands.train_process import run_folder, training_options
+from imagen_scale.errors import MissingExtraError, UsageError
+
+
+@click.command(short_help="Train a cascade, or continue.")
+@click.argument("file", metavar="CONFIG", required=False)
+@click.option("--config", "config_path", help="The same as CONFIG, as `deepspeed` is given it.")
+@training_options
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Processes, one for each card; default those the run was started with, else all cards.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the launcher's command line and stop.")
+@user_errors
+def train(
+    file: str | None,
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    unet: int | None,
+    run_dir: str | None,
+    resume: bool,
+    fresh: bool,
+    plan_check: int | None,
+    gpus: int | None,
+    dry_run: bool,
+) -> None:
+    """Train every U-Net of the cascade in CONFIG, a JSON file; run again, it continues.
+
+    Ctrl-C ends all processes and waits while they save; a second one does not wait. `deepspeed
+    launch/train.py` takes the same options, for several machines or a launcher of your own.
+
+    \b
+        imagen-scale train configs/cascade_64_256.json
+        imagen-scale train configs/cascade_64_256.json --unet 2 --gpus 4
+        imagen-scale train configs/emoji_demo.json --run runs/b --set training.seed=1
+    """
+    if (file is None) == (config_path is None):
+        raise UsageError("give the JSON file of the run, once: imagen-scale train CONFIG.")
+    path = str(file or config_path)
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other; give one.")
+    from imagen_scale.config import load_config
+
+    config = load_config(path, overrides)
+    if unet is not None and unet > len(config.unets):
+        raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(config.unets)}.")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError(
+            "training needs DeepSpeed, which is not installed: "
+            "pip install -c constraints.txt '.[train]'."
+        )
+    from imagen_scale.commands.launcher import launcher_command, run, visible_cards
+
+    folder = run_folder(config, path, run_dir)
+    cards = visible_cards()
+    processes = gpus or (None if fresh else saved_processes(folder)) or _count(cards)
+    if cards is not None and processes > len(cards):
+        raise UsageError(
+            f"{processes} processes, but CUDA_VISIBLE_DEVICES names {len(cards)} card(s)."
+        )
+    arguments: list[Any] = ["--config", path, "--run", folder]
+    arguments += [part for override in overrides for part in ("--set", override)]
+    arguments += ["--unet", unet] if unet else []
+    arguments += ["--resume"] if resume else []
+    arguments += ["--fresh"] if fresh else []
+    arguments += ["--plan-check", plan_check] if plan_check else []
+    command = launcher_command(processes, cards, [str(argument) for argument in arguments])
+    if dry_run:
+        click.echo(shlex.join(command))
+        return
+    try:
+        code = run(command)
+    except KeyboardInterrupt:
+        click.echo(
+            f"interrupted: {folder} keeps its newest checkpoint, and the same command continues "
+            f"from there",
+            err=True,
+        )
+        sys.exit(INTERRUPTED)
+    sys.exit(code)
+
+
+def saved_processes(folder: Path) -> int | None:
+    """How many processes wrote the newest checkpoint of a run, which continues with as many."""
+    from imagen_scale.checkpoint import MANIFEST, list_checkpoints
+
+    found = [path for stage in sorted(folder.glob("unet*")) for path in list_checkpoints(stage)[:1]]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return int(json.loads((path / MANIFEST).read_text())["processes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _count(cards: list[str] | None) -> int:
+    """Cards that may be used; one process where there is none."""
+    if cards is not None:
+        return len(cards)
+    import torch
+
+    return max(1, torch.cuda.device_count())

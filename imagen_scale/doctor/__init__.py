@@ -1,0 +1,1 @@
+"""What `imagen-scale doctor` examines: the machine, and the software on it."""
