@@ -399,9 +399,48 @@ def nan(trials: int, folder: Path) -> Result:
     return Result(len(found), failures, "every step left out, no bit of weights or average changed")
 
 
+def interruption(name: str) -> Callable[[int, Path], Result]:
+    """A storm of interruptions.py."""
+
+    def storm(trials: int, folder: Path) -> Result:
+        import interruptions
+
+        return Result(trials, *getattr(interruptions, name)(trials, folder))
+
+    return storm
+
+
 # ---------------------------------------------------------------------------------------- table
 
 ROWS = {
+    "kills": Row(
+        "1-3",
+        "killed with SIGKILL while it trains or saves, on 1 and 2 ranks: every checkpoint loads, "
+        "none is lost, and the training continued is the uninterrupted one bit for bit",
+        200,
+        interruption("kills"),
+    ),
+    "damages": Row(
+        "4",
+        "a damaged checkpoint is named and the one before it used by all ranks; training never "
+        "starts anew unasked",
+        100,
+        interruption("damages"),
+    ),
+    "full_disk": Row(
+        "5",
+        "a disk without room: what was saved stays, nothing half written is left, and with room "
+        "again training ends as if nothing had been",
+        30,
+        interruption("full_disk"),
+    ),
+    "stops": Row(
+        "6",
+        "SIGTERM, SIGUSR1 or SIGINT to any rank: all save at the step's end and leave with "
+        "128 + the signal's number; no step is lost",
+        100,
+        interruption("stops"),
+    ),
     "elastic": Row(
         "7",
         "a checkpoint of N ranks at one ZeRO stage loads on M ranks at another: masters and "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagen_scale.config import Config, dump_config, parse_config
 from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.strict_json import parse_json
 from imagen_scale.tensor_file import write_tensors
 
 if TYPE_CHECKING:
@@ -103,15 +104,18 @@ def verify(folder: Path) -> dict[str, Any]:
         CheckpointError: Naming the file that is missing or damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest: dict[str, Any] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        step, files = manifest["step"], manifest["files"]
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / MANIFEST}: missing or damaged.") from None
-    for name, expected in files.items():
+    if step != _step_of(folder) or not expected:
+        raise CheckpointError(f"{folder / MANIFEST}: not that of this checkpoint.")
+    for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{path}: missing or cut short.")
-        if sha256(path) != expected["sha256"]:
+        if sha256(path) != digest:
             raise CheckpointError(f"{path}: its content changed since it was saved.")
     return manifest
 
@@ -143,21 +147,25 @@ def newest_good(
     return None, None
 
 
-def remove_old(parent: Path, step: int, keep: int, every: int | None = None) -> None:
+def remove_old(
+    parent: Path, step: int, keep: int, every: int | None = None, *, good: int | None = None
+) -> None:
     """Deletes old checkpoints, right after the commit of `step`.
-
-    Those beyond `step` were damaged and passed over by the resume that led here: they go first.
 
     Args:
         parent: Folder of one U-Net.
         step: Of the checkpoint just committed.
         keep: How many of the newest stay.
         every: Those of multiples of this step stay too.
+        good: Step of the newest good checkpoint before this commit: those between it and `step`,
+            and those beyond `step`, were damaged and passed over, and go first.
     """
     checkpoints = list_checkpoints(parent)
-    beyond = [folder for folder in checkpoints if _step_of(folder) > step]
-    old = checkpoints[len(beyond) + keep :]
-    for folder in [*beyond, *(f for f in old if every is None or _step_of(f) % every)]:
+    since = step if good is None else good
+    passed_over = [f for f in checkpoints if _step_of(f) > since and _step_of(f) != step]
+    whole = [folder for folder in checkpoints if folder not in passed_over]
+    old = [f for f in whole[keep:] if every is None or _step_of(f) % every]
+    for folder in [*passed_over, *old]:
         _discard(folder)
 
 

@@ -66,6 +66,24 @@ def test_any_damage_is_found_and_the_one_before_is_used(tmp_path, damage, name):
     assert str(file) in told[0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", '{"step": 2}', '{"step": 2, "files": {}}', '{"step": 2, "files": {"a": 1}}',
+     '{"step": 2, "files": [1]}', "[" * 100_000, '{"step": 3, "files": {"a": {}}}'],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_damage(tmp_path, text):
+    (save(tmp_path, 2) / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: (missing or damaged|not that of)"):
+        verify(tmp_path / "step_00000002")
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path):
+    folder = save(tmp_path, 2)
+    renamed = folder.rename(tmp_path / "step_00000009")
+    with pytest.raises(CheckpointError, match="not that of this checkpoint"):
+        verify(renamed)
+
+
 def test_all_damaged_is_an_error_and_none_at_all_is_a_start(tmp_path):
     assert newest_good(tmp_path / "none", print) == (None, None)
     folder = save(tmp_path, 1)
@@ -89,6 +107,14 @@ def test_pruning_removes_a_passed_over_future_before_a_good_past(tmp_path):
     remove_old(tmp_path, 600, keep=1)
     assert names(tmp_path) == ["step_00000600"]
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000600"]
+
+
+def test_pruning_does_not_count_what_was_passed_over(tmp_path):
+    """Fallen back from 9 to 6 and saved at 12: 9 is no checkpoint to keep in place of 6."""
+    for step in (6, 9, 12):
+        save(tmp_path, step)
+    remove_old(tmp_path, 12, keep=2, good=6)
+    assert names(tmp_path) == ["step_00000012", "step_00000006"]
 
 
 def test_the_same_step_may_be_saved_again(tmp_path):

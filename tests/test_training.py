@@ -281,7 +281,8 @@ def test_a_save_that_fails_costs_nothing_but_that_save(config, launch, reference
     script.write_text(FULL_DISK.replace("LAST", "6"))
     run = tmp_path / "run"
     done = launch(config, run, "--unet", "1", plain=True, script=script)
-    assert "nothing saved at step 3" in done.stdout
+    assert "no checkpoint saved at step 3" in done.stdout
+    assert "no file for sampling saved at step 3" in done.stdout
     assert "File too large" in done.stdout
     assert [path.name for path in list_checkpoints(run / "unet1")] == ["step_00000006"]
     assert losses(run) == losses(reference[0])
@@ -290,11 +291,21 @@ def test_a_save_that_fails_costs_nothing_but_that_save(config, launch, reference
     run = tmp_path / "never"
     failed = launch(config, run, "--unet", "1", plain=True, script=script, check=False)
     assert failed.returncode == 1
-    assert "File too large" in failed.stderr
+    assert "no checkpoint saved at step 6" in failed.stderr
+    assert "File too large" in failed.stderr and "run the same command again" in failed.stderr
     assert "Traceback" not in failed.stderr
     left = {path.name for path in (run / "unet1").iterdir()}
     assert left == {"metrics.jsonl", "setup.json"}
     assert losses(run) == losses(reference[0])
+
+    # The weights to sample from are a third of a checkpoint: where they fit, they are there.
+    fits = (reference[0] / "unet1" / "inference.safetensors").stat().st_size
+    script.write_text(FULL_DISK.replace("LAST", "100").replace("50_000", str(fits)))
+    run = tmp_path / "half"
+    failed = launch(config, run, "--unet", "1", plain=True, script=script, check=False)
+    assert failed.returncode == 1
+    assert "inference.safetensors holds the weights of the last step" in failed.stderr
+    assert all(torch.equal(v, weights(reference[0])[name]) for name, v in weights(run).items())
 
 
 NOT_A_NUMBER = """

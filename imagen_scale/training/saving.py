@@ -30,7 +30,7 @@ class Saver:
     """Saves and resumes one U-Net.
 
     A save that fails leaves the checkpoint before it, and no debris: training goes on and the
-    next save is tried. Only the last one of a training has to succeed.
+    next save is tried. Only those of the last step have to succeed, as `finish` demands.
 
     Args:
         config: The run.
@@ -46,6 +46,8 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.config, self.unet_number, self.steps, self.say = config, unet_number, steps, say
+        self._good = 0  # step of the newest checkpoint that is whole
+        self._unsaved: list[str] = []  # what of the last step could not be
         self.folder = ckpt.unet_dir(run_dir, unet_number)
         self.inference = ckpt.inference_path(run_dir, unet_number)
         self.pictures = prepared.source.fingerprint
@@ -93,6 +95,7 @@ class Saver:
         together(lambda: load_shards(engine, ema, setup.optimizer, folder))
         publish(engine)
         step: int = manifest["step"]
+        self._good = step
         self.say(f"U-Net {self.unet_number}: continues at step {step} of {self.steps}")
         now = self._facts(setup)
         if changed := [f"{key} {manifest[key]} -> {now[key]}" for key in now
@@ -101,35 +104,46 @@ class Saver:
         return step
 
     def save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> bool:
-        """Writes a checkpoint; tells whether it could.
-
-        Raises:
-            EnvironmentProblem: If it could not and this is the last step.
-        """
-        return self._try(step, lambda: self._save(engine, ema, setup, step))
+        """Writes a checkpoint; tells whether it could."""
+        return self._try(step, "checkpoint", lambda: self._save(engine, ema, setup, step))
 
     def save_inference(self, ema: Ema, step: int) -> bool:
-        """Writes the EMA weights for sampling; tells whether it could.
+        """Writes the EMA weights for sampling; tells whether it could."""
+        return self._try(step, "file for sampling", lambda: self._save_inference(ema, step))
+
+    def finish(self) -> None:
+        """Ends a training all of whose steps are done.
 
         Raises:
-            EnvironmentProblem: If it could not and this is the last step.
+            EnvironmentProblem: If something of the last step could not be saved.
         """
-        return self._try(step, lambda: self._save_inference(ema, step))
+        if not self._unsaved:
+            return
+        if from_rank_0(self.is_finished):
+            remedy = (
+                f"{self.inference} holds the weights of the last step to sample from; a training "
+                f"with more steps would continue from the newest checkpoint."
+            )
+        else:
+            remedy = (
+                "Free the disk, or lower training.keep_checkpoints, and run the same command "
+                "again: it continues from the newest checkpoint."
+            )
+        raise EnvironmentProblem("\n".join([*self._unsaved, remedy]))
 
-    def _try(self, step: int, save: Callable[[], None]) -> bool:
+    def _try(self, step: int, what: str, save: Callable[[], None]) -> bool:
         try:
             save()
         except EnvironmentProblem as error:
             from_rank_0(lambda: ckpt.clear_staging(self.folder))
             where = (
-                f"U-Net {self.unet_number}: nothing saved at step {step} in {self.folder}: {error}"
+                f"U-Net {self.unet_number}: no {what} saved at step {step} in {self.folder}: "
+                f"{error}"
             )
             if step >= self.steps:
-                raise EnvironmentProblem(
-                    f"{where}\nFree the disk, or lower training.keep_checkpoints, and run the same "
-                    f"command again: it continues from the newest checkpoint."
-                ) from None
-            self.say(f"WARNING: {where}\nTraining goes on; the next save is tried at its time.")
+                self._unsaved.append(where)
+            else:
+                self.say(f"WARNING: {where}\nTraining goes on; it is tried again at its time.")
             return False
         return True
 
@@ -156,9 +170,10 @@ class Saver:
         training = self.config.training
         from_rank_0(
             lambda: ckpt.remove_old(
-                self.folder, step, training.keep_checkpoints, training.keep_every
+                self.folder, step, training.keep_checkpoints, training.keep_every, good=self._good
             )
         )
+        self._good = step
 
     def _save_inference(self, ema: Ema, step: int) -> None:
         """All ranks gather, rank 0 writes."""

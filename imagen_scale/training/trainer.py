@@ -174,6 +174,7 @@ class UnetTraining:
                 self._loop()
             else:  # the file for sampling was lost or damaged
                 self.saver.save_inference(self.ema, self.step)
+            self.saver.finish()
             return True
         except _GoBack as reason:
             self.say(f"{reason}; going back to the newest checkpoint, once")
@@ -308,10 +309,10 @@ class UnetTraining:
                     window = []
                 if self.val_indices and self._is_due(step, self.training.val_every):
                     self._validate(telemetry, step)
-                if is_checkpoint or is_sample:
-                    self.saver.save_inference(self.ema, step)
                 if is_checkpoint or signum:
                     self._save()
+                if is_checkpoint or is_sample:  # last, for it is what says that all is done
+                    self.saver.save_inference(self.ema, step)
                 if is_sample and not signum:
                     from_rank_0(functools.partial(self._draw, telemetry, step))
                 if signum:
