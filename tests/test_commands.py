@@ -117,7 +117,9 @@ def test_the_reference_document_is_up_to_date():
 
 def test_the_reference_explains_every_key():
     text = reference()
-    for section in (Config, *Section.__subclasses__()):
+    sections = [s for s in Section.__subclasses__() if s.__module__ == Config.__module__]
+    assert len(sections) > 5
+    for section in (Config, *sections):
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
             assert f"| `{name}` |" in text
