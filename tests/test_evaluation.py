@@ -17,7 +17,7 @@ from imagen_scale.errors import DataError, MissingExtraError, ShapeError
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import evaluate
-from imagen_scale.evaluation.measures import (
+from imagen_scale.measures import (
     ColourTally,
     drift,
     lowres_consistency_db,

@@ -68,6 +68,11 @@ def test_a_run_leaves_everything(reference):
         assert losses(run, unet)[6] < losses(run, unet)[1]
     lines = (run / "unet1" / "metrics.jsonl").read_text().splitlines()
     assert {row["step"] for row in map(json.loads, lines) if "val_loss" in row} == {3, 6}
+    drawn = [row for row in map(json.loads, lines) if "colour_drift_mean" in row]
+    assert [row["step"] for row in drawn] == [6] and "psnr_db" not in drawn[0]
+    lines = (run / "unet2" / "metrics.jsonl").read_text().splitlines()
+    (drawn,) = [row for row in map(json.loads, lines) if "colour_drift_mean" in row]
+    assert 0 < drawn["psnr_db"] < 60 and 0 < drawn["lowres_consistency_db"] < 60
     leftovers = [path for path in run.rglob("*") if path.name.startswith(".")]
     assert leftovers == []
 

@@ -11,7 +11,7 @@ from imagen_scale.data.dataset import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, Extractor
-from imagen_scale.evaluation.measures import (
+from imagen_scale.measures import (
     Colour,
     ColourTally,
     drift,

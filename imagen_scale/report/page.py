@@ -12,6 +12,17 @@ from imagen_scale.report.curves import Chart, draw, value_text
 from imagen_scale.report.measures import rows
 from imagen_scale.report.run_facts import Progress, RunFacts, Stage, read_run
 
+# Charts beside the losses: title, and key by name of each curve.
+SAMPLES = (
+    (
+        "Colour drift of the samples, levels of 255",
+        {"mean": "colour_drift_mean", "spread": "colour_drift_std"},
+    ),
+    (
+        "Super-resolution of real pictures, dB",
+        {"keeps to its input": "lowres_consistency_db", "restores the original": "psnr_db"},
+    ),
+)
 OTHERS = (
     ("Pictures per second", "images_per_s"),
     ("Peak memory, GiB", "peak_memory_gib"),
@@ -67,8 +78,10 @@ def charts(stage: Stage) -> list[Chart]:
               for name, key in (("loss", "loss"), ("validation loss", "val_loss"))}  # fmt: skip
     drawn = [
         draw("Loss", losses),
+        *(draw(title, {name: values.get(key, []) for name, key in curves.items()})
+          for title, curves in SAMPLES),
         *(draw(title, {title: values.get(key, [])}, from_zero=True) for title, key in OTHERS),
-    ]
+    ]  # fmt: skip
     return [chart for chart in drawn if chart is not None]
 
 

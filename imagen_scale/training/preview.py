@@ -1,18 +1,31 @@
 """Pictures drawn while training, from fixed prompts with the EMA weights."""
 
+import math
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from imagen_scale.cascade import Stage, Text, default_device, to_uint8
 from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.data.dataset import Prepared, real_pictures, split_indices
 from imagen_scale.data.text import MAX_TOKENS, pad_embeddings
 from imagen_scale.diffusion.lowres import resize
+from imagen_scale.measures import ColourTally, drift, lowres_consistency_db, psnr_db
 from imagen_scale.pictures import save_grid
 
 GRID_COLUMNS = 8
+COLOURS_OF = 64  # real pictures whose colours the base stage's are compared with
 
 
-def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) -> Path:
+class Drawn(NamedTuple):
+    """A grid of samples and what was measured on them."""
+
+    path: Path
+    measures: dict[str, float]
+
+
+def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) -> Drawn:
     """Samples one stage from its inference file, through the code that users run.
 
     The base stage draws `training.sample_prompts`. A super-resolution stage enlarges real pictures
@@ -26,7 +39,8 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         prepared: The data set; its embeddings hold the prompts too.
 
     Returns:
-        The PNG file.
+        The PNG file, with the colours' drift from real pictures (levels of 0 to 255) and, of a
+        super-resolution stage, how well samples keep to their input and restore the original, dB.
     """
     file = read_inference(inference_path(run_dir, unet_number))
     config, training = file.config, file.config.training
@@ -53,4 +67,26 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
     path = run_dir / "samples" / f"unet{unet_number}_step_{step:08d}.png"
     save_grid(path, rows, captions)
-    return path
+    if lowres is None:
+        return Drawn(path, _drift(images, prepared, stage.image_size))
+    decibels = {
+        "lowres_consistency_db": lowres_consistency_db(images, lowres).mean().item(),
+        "psnr_db": psnr_db(images, real).mean().item(),
+    }
+    measured = {name: value for name, value in decibels.items() if math.isfinite(value)}
+    return Drawn(path, _drift(images, prepared, stage.image_size, indices) | measured)
+
+
+def _drift(
+    images: Tensor, prepared: Prepared, size: int, indices: list[int] | None = None
+) -> dict[str, float]:
+    """How far the colours are from those of some real pictures, of the first ones by default."""
+    generated, wanted = ColourTally(), ColourTally()
+    generated.add(images)
+    for i in indices or range(min(COLOURS_OF, len(prepared.source.keys))):
+        wanted.add(real_pictures(prepared, [i], size))
+    ours, theirs = generated.colour(), wanted.colour()
+    return {
+        "colour_drift_mean": 255 * drift(ours.mean, theirs.mean),
+        "colour_drift_std": 255 * drift(ours.std, theirs.std),
+    }

@@ -361,14 +361,15 @@ class UnetTraining:
 
     def _draw(self, telemetry: Telemetry | None, step: int) -> None:
         try:
-            path = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
+            drawn = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
         # Pictures are a pleasure, not a reason to stop. Without the file for sampling, which a
         # full disk refused, there are none either.
         except (torch.OutOfMemoryError, OSError, CheckpointError) as error:
             self.say(f"U-Net {self.unet_number}: no pictures at step {step}: {error}")
             return
         if telemetry is not None:
-            telemetry.picture(step, path)
+            telemetry.write(step, **drawn.measures)
+            telemetry.picture(step, drawn.path)
 
     def _telemetry(self, step: int) -> AbstractContextManager[Telemetry | None]:
         """Telemetry on rank 0, nothing on the others."""

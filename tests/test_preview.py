@@ -1,0 +1,40 @@
+"""What is measured on the pictures drawn while training."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from imagen_scale.training.preview import _drift
+
+SIZE = 4
+LEVELS = np.array([40, 100, 130, 200], np.uint8)
+
+
+@pytest.fixture
+def prepared():
+    """Four grey pictures, one level each."""
+    pictures = [np.full((3, SIZE, SIZE), level, np.uint8) for level in LEVELS]
+    return SimpleNamespace(images={SIZE: pictures}, source=SimpleNamespace(keys=list("abcd")))
+
+
+def samples(levels):
+    """Grey pictures in [-1, 1]."""
+    values = torch.tensor(np.asarray(levels), dtype=torch.float32)
+    return (values / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE)
+
+
+def test_drift_is_the_difference_of_mean_and_spread_in_levels(prepared):
+    same = _drift(samples(LEVELS), prepared, SIZE)
+    assert same == pytest.approx({"colour_drift_mean": 0, "colour_drift_std": 0}, abs=1e-4)
+    brighter = _drift(samples(LEVELS + 20), prepared, SIZE)
+    assert brighter == pytest.approx({"colour_drift_mean": 20, "colour_drift_std": 0}, abs=1e-4)
+    flat = _drift(samples([80, 80]), prepared, SIZE)
+    assert flat["colour_drift_mean"] == pytest.approx(80 - LEVELS.mean(), abs=1e-4)
+    assert flat["colour_drift_std"] == pytest.approx(-LEVELS.std(), abs=1e-4)
+
+
+def test_drift_from_the_pictures_shown(prepared):
+    found = _drift(samples([130, 40]), prepared, SIZE, [2, 0])
+    assert found == pytest.approx({"colour_drift_mean": 0, "colour_drift_std": 0}, abs=1e-4)
