@@ -1,5 +1,6 @@
 """Trainings in forked processes: what takes seconds to import is imported once."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ HANG = 180  # seconds after which a process that should have ended is called hun
 
 def warm_up() -> None:
     """Imports everything and loads DeepSpeed's operator; starts no threads, joins nothing."""
+    import cpuinfo
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     import imagen_scale.commands.train_process
@@ -23,6 +25,9 @@ def warm_up() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     CPUAdamBuilder().load(verbose=False)
+    # DeepSpeed's Adam asks it for the processor's vendor, through a process that takes a second.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
 
 
 class Training:

@@ -52,9 +52,16 @@ def staging_folder(parent: Path, step: int) -> Path:
 
 
 def clear_staging(parent: Path) -> None:
-    """Removes what an unfinished save left."""
+    """Removes what saves that were killed left in a folder that only this training writes to."""
     for leftover in parent.glob(f"{_STAGING_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    clear_temporary(parent)
+
+
+def clear_temporary(parent: Path, name: str = "*") -> None:
+    """Removes what kills left of `write_atomically`, of files whose names match."""
+    for leftover in parent.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:

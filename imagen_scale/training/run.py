@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.checkpoint import unet_dir, write_atomically
+from imagen_scale.checkpoint import clear_temporary, unet_dir, write_atomically
 from imagen_scale.config import Config, dump_config, parse_config
 from imagen_scale.data.dataset import split_indices
 from imagen_scale.errors import ConfigError, DataError, UsageError
@@ -135,6 +135,9 @@ def open_run(
         report: data_report.json of the prepared data, copied into the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "data_report.json"):
+        clear_temporary(run_dir, name)
+    clear_temporary(run_dir / "samples", "unet*_step_*")
     for number in fresh:
         shutil.rmtree(unet_dir(run_dir, number), ignore_errors=True)
         for picture in (run_dir / "samples").glob(f"unet{number}_step_*.png"):

@@ -73,6 +73,7 @@ class Saver:
         Raises:
             CheckpointError: If it is of another run, or all are damaged.
         """
+        from_rank_0(lambda: ckpt.clear_staging(self.folder))
         found = from_rank_0(lambda: ckpt.newest_good(self.folder, self.say))
         folder, manifest = found
         if folder is None:
