@@ -68,8 +68,9 @@ class WandbSink:
             if not self._ends_by(deadline) and not self._is_dead:
                 self._is_dead = True  # what it fails with from now on is our doing
                 self.say(
-                    f"WARNING: wandb did not finish in {CLOSE_S:.0f} s and is left; metrics.jsonl "
-                    f"has every row. Is its server reachable? logging.wandb.mode offline needs none."
+                    f"WARNING: wandb did not finish in {CLOSE_S:.0f} s and is left; "
+                    f"metrics.jsonl has every row. Is its server reachable? "
+                    f"logging.wandb.mode offline needs none."
                 )
         if self._is_dead:
             _end_service()
