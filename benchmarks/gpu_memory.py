@@ -114,7 +114,7 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
     setup = setup._replace(accumulation=found["accumulation"][0])
     cost = step_cost(setup, activations, on_card=on_card)
     found |= {"predicted": cost.card, "host_predicted": cost.host - process_bytes(on_card=on_card)}
-    distributed.join(say)
+    distributed.join()
     try:
         return found | train(config, index, setup, width, task["steps"], planned)
     except Exception as error:

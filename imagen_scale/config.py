@@ -272,6 +272,11 @@ class TrainingConfig(Section):
         description="Steps left out in a row, because a gradient was not finite, before training "
         "goes back to the newest checkpoint, once, and then stops.",
     )
+    hang_timeout: PositiveFloat | None = Field(
+        120.0,
+        description="Seconds without a sign of life, or behind the other processes, after which a "
+        "process counts as hung and the others stop; null: only a process that is gone counts.",
+    )
     val_every: PositiveInt = Field(
         1000, description="Steps between validations, where pictures are held out."
     )

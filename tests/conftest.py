@@ -79,7 +79,7 @@ def process_group(private_folders):
     with environment_of_no_launcher():
         distributed.fill_environment()
         distributed.check_machine()
-        distributed.join(print)
+        distributed.join()
         yield
         distributed.stop()
 

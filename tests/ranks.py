@@ -233,7 +233,7 @@ def main():
 
     distributed.fill_environment()
     distributed.check_machine()
-    distributed.join(lambda message: None)
+    distributed.join()
     mode, folder, *names = sys.argv[1:]
     result = {"save": save, "load": load, "nan": nan}[mode](Path(folder), *names)
     if distributed.rank() == 0:

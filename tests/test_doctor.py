@@ -219,7 +219,7 @@ def test_operators_are_compiled_on_demand_and_locks_of_killed_builds_removed(
     tmp_path, process_group
 ):
     """The objects of the session's build are there, so that only the library is made anew."""
-    from imagen_scale.training.distributed import extensions_dir
+    from imagen_scale.training.operators import extensions_dir
 
     folder = tmp_path / "extensions"
     for name in ("cpu_adam", "deepspeed_shm_comm"):
@@ -245,7 +245,7 @@ def test_operators_are_compiled_on_demand_and_locks_of_killed_builds_removed(
     assert [found["state"] for found in findings[1:]] == ["warning"] * len(findings[1:])
     assert not (folder / "cpu_adam" / "lock").exists()
     done, findings = doctor("--build")
-    assert "compiling cpu_adam" in done.stderr
+    assert "compiling DeepSpeed's cpu_adam" in done.stderr
     assert all(found["seen"].startswith("compiled just now") for found in findings)
     assert (folder / "cpu_adam" / "cpu_adam.so").is_file()
     assert "compiling" not in doctor("--build")[0].stderr

@@ -11,7 +11,7 @@ from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.setup import written_setup
-from imagen_scale.training import distributed
+from imagen_scale.training import distributed, operators
 from imagen_scale.training.ema import Ema, master_shards
 from imagen_scale.training.trainer import learning_rate
 
@@ -84,7 +84,7 @@ def test_locks_of_killed_builds_are_removed_and_those_in_use_are_kept(tmp_path):
         (tmp_path / operator / "lock").touch()
     told = []
     with (tmp_path / "alive" / "lock").open():
-        distributed.clear_stale_locks(tmp_path, told.append)
+        operators.clear_stale_locks(tmp_path, told.append)
     assert not (tmp_path / "dead" / "lock").exists()
     assert (tmp_path / "alive" / "lock").exists()
     assert len(told) == 1
@@ -96,8 +96,8 @@ def test_locks_in_use_are_kept_through_a_symlink_too(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "link"))
     with (tmp_path / "link" / "alive" / "lock").open("w"):
-        for folder in (tmp_path / "link", distributed.extensions_dir()):
-            distributed.clear_stale_locks(folder, print)
+        for folder in (tmp_path / "link", operators.extensions_dir()):
+            operators.clear_stale_locks(folder, print)
         assert (tmp_path / "real" / "alive" / "lock").exists()
 
 

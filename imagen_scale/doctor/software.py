@@ -61,10 +61,9 @@ def deepspeed(build: Callable[[str], None] | None) -> Iterator[Finding]:
         return
     yield Finding("DeepSpeed", "ok", version)
     from imagen_scale.training import operators
-    from imagen_scale.training.distributed import clear_stale_locks, extensions_dir
 
     removed: list[str] = []
-    clear_stale_locks(extensions_dir(), removed.append)
+    operators.clear_stale_locks(operators.extensions_dir(), removed.append)
     for sentence in removed:
         yield Finding("operators", "ok", sentence)
     for operator in operators.operators():

@@ -1,8 +1,6 @@
-"""Processes, DeepSpeed's compiled operators and its engine."""
+"""Processes, the group they form, and DeepSpeed's engine."""
 
-import contextlib
 import os
-import platform
 import sys
 import sysconfig
 import traceback
@@ -15,8 +13,9 @@ from imagen_scale.config import Config
 from imagen_scale.errors import ConfigError, EnvironmentProblem, ImagenScaleError
 from imagen_scale.planning.machine import can_pin
 from imagen_scale.planning.setup import Setup, complete_zero
+from imagen_scale.training import operators
 from imagen_scale.training.in_backward import InBackwardEngine
-from imagen_scale.training.optimizers import has_compiler, make_optimizer
+from imagen_scale.training.optimizers import has_compiler, make_optimizer, uses_cpu_adam
 
 # SLURM's names for what torch.distributed reads.
 _SLURM = {
@@ -24,6 +23,8 @@ _SLURM = {
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
     "LOCAL_RANK": "SLURM_LOCALID",
 }
+# How long a collective waits for the other ranks.
+_PATIENCE = timedelta(minutes=30)
 _SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -76,41 +77,58 @@ def check_machine() -> None:
         )
 
 
-def join(say: Callable[[str], None]) -> None:
+def join() -> None:
     """Joins the process group, whoever started this process.
 
-    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). DeepSpeed's
-    operators are compiled into a folder of this machine's own, after locks that a killed build
-    left behind are removed: DeepSpeed would wait for them for ever.
+    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). torch alone
+    joins: DeepSpeed would compile an operator first, where the ranks cannot wait for each other.
 
     Raises:
         EnvironmentProblem: If the group cannot be formed.
     """
-    import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    options: dict[str, Any] = {}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what encoding captions left there
-    folder = extensions_dir()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    if os.environ["LOCAL_RANK"] == "0":
-        clear_stale_locks(folder, say)
-    if rank() == 0 and not any(folder.glob("*/*.so")):
-        say(f"first run on this machine: DeepSpeed compiles its operators (1-3 min) into {folder}")
+        if world_size() > 1:  # as DeepSpeed does: NCCL then needs not guess the card
+            options["device_id"] = torch.device("cuda", torch.cuda.current_device())
     try:
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name(),
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=30),
-            verbose=False,
+        torch.distributed.init_process_group(
+            get_accelerator().communication_backend_name(), timeout=_PATIENCE, **options
         )
     except RuntimeError as error:
         raise EnvironmentProblem(
-            f"DeepSpeed could not start with {world_size()} processes: {error}\nIf this is a build "
-            f"error, delete {folder} and try again; if a port is in use, give another with "
-            f"`deepspeed --master_port`."
+            f"{world_size()} processes could not join: {error}\nIf a port is in use, give another "
+            f"with `deepspeed --master_port`."
         ) from error
+
+
+def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
+    """Makes DeepSpeed know the group, after its operators are compiled.
+
+    They are compiled into a folder of each machine's own by its first process; the others wait.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(operators.extensions_dir())
+    names = {operators.COMMUNICATION} | ({operators.CPU_ADAM} if uses_cpu_adam(setup) else set())
+
+    def build() -> None:
+        if os.environ["LOCAL_RANK"] == "0":
+            operators.build_missing(names, say)
+
+    together(build)
+    if deepspeed.comm.is_initialized():
+        return
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=_PATIENCE,
+        verbose=False,
+    )
 
 
 def stop() -> None:
@@ -184,41 +202,6 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def extensions_dir() -> Path:
-    """Where this machine's compiled operators live.
-
-    One folder per host: the operators are built for the processor of the machine that built
-    them, and a home directory may be shared.
-    """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if folder is None:
-        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        folder = str(Path(cache) / "imagen-scale" / "torch_extensions" / platform.node())
-    path = Path(folder).resolve()  # as /proc names the files that processes hold open
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:
-    """Removes build locks that no living process holds.
-
-    torch's builder keeps its lock file open while it works, so a lock that nobody has open
-    belongs to a process that was killed (torch 2.13, `torch/utils/file_baton.py`).
-    """
-    locks = {str(path.resolve()) for path in folder.glob("*/lock")}
-    if not locks:
-        return
-    import psutil
-
-    held = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            held |= {file.path for file in process.open_files()} & locks
-    for lock in sorted(locks - held):
-        Path(lock).unlink(missing_ok=True)
-        say(f"removed the lock of a killed build: {lock}")
-
-
 def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one U-Net.
 
@@ -246,8 +229,10 @@ def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str
     }
 
 
-def make_engine(unet: Any, config: Config, unet_index: int, setup: Setup) -> Any:
-    """An engine around one U-Net."""
+def make_engine(
+    unet: Any, config: Config, unet_index: int, setup: Setup, say: Callable[[str], None] = print
+) -> Any:
+    """An engine around one U-Net; what it needs of DeepSpeed is compiled first, and said."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -256,6 +241,7 @@ def make_engine(unet: Any, config: Config, unet_index: int, setup: Setup) -> Any
         device = torch.device(get_accelerator().current_device_name())
         return InBackwardEngine(unet, config, unet_index, setup, device)
 
+    _start_deepspeed(setup, say)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in unet.parameters())
     try:
         engine, *_ = deepspeed.initialize(

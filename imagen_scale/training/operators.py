@@ -1,13 +1,16 @@
 """DeepSpeed's compiled operators: which are needed here, whether they are built, building them."""
 
+import contextlib
 import os
+import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagen_scale.errors import EnvironmentProblem
-from imagen_scale.training.distributed import extensions_dir
+
+COMMUNICATION, CPU_ADAM = "deepspeed_shm_comm", "cpu_adam"
 
 
 class Operator(NamedTuple):
@@ -51,6 +54,21 @@ def _is_installed(name: str) -> bool:
     return bool(installed_ops.get(name, False))
 
 
+def build_missing(names: Collection[str], say: Callable[[str], None]) -> None:
+    """Compiles what is not compiled of the operators named; silent when nothing has to be done.
+
+    Locks that a killed build left behind are removed first: DeepSpeed would wait for them for
+    ever.
+
+    Raises:
+        EnvironmentProblem: With the compiler's complaint.
+    """
+    clear_stale_locks(extensions_dir(), say)
+    for operator in operators():
+        if operator.name in names and not operator.is_built:
+            build(operator, say)
+
+
 def build(operator: Operator, say: Callable[[str], None]) -> None:
     """Compiles one operator where training will look for it, and loads it.
 
@@ -64,7 +82,7 @@ def build(operator: Operator, say: Callable[[str], None]) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     # An environment that is called without being activated: ninja lies beside its python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    say(f"compiling {operator.name} into {operator.folder} (1-3 min)")
+    say(f"compiling DeepSpeed's {operator.name} into {operator.folder} (once, 1-3 min)")
     try:
         operator.builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
@@ -72,3 +90,38 @@ def build(operator: Operator, say: Callable[[str], None]) -> None:
             f"{operator.name}: it cannot be compiled: {error}\nLook at the compiler and Python's "
             f"headers in the rows of `imagen-scale doctor`, delete {operator.folder} and try again."
         ) from error
+
+
+def extensions_dir() -> Path:
+    """Where this machine's compiled operators live.
+
+    One folder per host: the operators are built for the processor of the machine that built
+    them, and a home directory may be shared.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder is None:
+        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        folder = str(Path(cache) / "imagen-scale" / "torch_extensions" / platform.node())
+    path = Path(folder).resolve()  # as /proc names the files that processes hold open
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:
+    """Removes build locks that no living process holds.
+
+    torch's builder keeps its lock file open while it works, so a lock that nobody has open
+    belongs to a process that was killed (torch 2.13, `torch/utils/file_baton.py`).
+    """
+    locks = {str(path.resolve()) for path in folder.glob("*/lock")}
+    if not locks:
+        return
+    import psutil
+
+    held = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            held |= {file.path for file in process.open_files()} & locks
+    for lock in sorted(locks - held):
+        Path(lock).unlink(missing_ok=True)
+        say(f"removed the lock of a killed build: {lock}")

@@ -43,7 +43,7 @@ def make_optimizer(
     groups = _groups(parameters)
     if setup.optimizer == "adamw_8bit":
         return _adamw_8bit(groups, options)
-    if setup.offloads_optimizer and (has_compiler() or setup.optimizer == "adamw_bf16"):
+    if uses_cpu_adam(setup):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         exact = setup.optimizer == "adamw"
@@ -53,6 +53,12 @@ def make_optimizer(
         optimizer.register_step_pre_hook(_forget_step_count())
         return optimizer
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def uses_cpu_adam(setup: Setup) -> bool:
+    """Whether DeepSpeed's compiled AdamW steps states in host memory."""
+    exact, coarse = setup.optimizer == "adamw", setup.optimizer == "adamw_bf16"
+    return setup.offloads_optimizer and (coarse or (exact and has_compiler()))
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:

@@ -1,18 +1,16 @@
 """What a run reports: metrics.jsonl, a progress line, and Weights & Biases when asked for."""
 
 import json
-import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from imagen_scale.checkpoint import unet_dir, write_atomically
 from imagen_scale.config import Config
-from imagen_scale.errors import MissingExtraError
+from imagen_scale.training.wandb_sink import WandbSink
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,9 +40,11 @@ class Telemetry:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.unet_number = unet_number
+        self._wandb = None
+        if config.logging.wandb is not None:
+            self._wandb = WandbSink(run_dir, config, unet_number, say)
         drop_metrics_after(self.path, start_step)
         self._file = LineFile(self.path)
-        self._wandb = _start_wandb(run_dir, config, unet_number)
         self._progress = Progress(
             TextColumn(f"U-Net {unet_number}"),
             BarColumn(),
@@ -72,7 +72,7 @@ class Telemetry:
         self._progress.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -123,10 +123,8 @@ class Telemetry:
         if self._progress.disable:
             say(f"U-Net {self.unet_number}  step {step}/{self._steps}  pictures: {path}")
         if self._wandb is not None:
-            import wandb
-
             name = f"unet{self.unet_number}/"
-            self._wandb.log({name + "samples": wandb.Image(str(path)), name + "step": step})
+            self._wandb.picture({name + "step": step}, name + "samples", path)
 
 
 class LineFile:
@@ -177,30 +175,3 @@ def peak_memory_gib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-def _start_wandb(run_dir: Path, config: Config, unet_number: int) -> Any:
-    settings = config.logging.wandb
-    if settings is None:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise MissingExtraError(
-            "logging.wandb is set, but wandb is not installed. Install it with "
-            "`pip install 'imagen-scale[wandb]'`, or set logging.wandb to null."
-        ) from None
-    # The same id at each start, so that a resumed run continues its own curves.
-    id_file = unet_dir(run_dir, unet_number) / "wandb_id.txt"
-    if not id_file.is_file():
-        id_file.write_text(os.urandom(4).hex())
-    return wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        mode=settings.mode,
-        id=id_file.read_text(),
-        resume="allow",
-        name=f"{run_dir.name}-unet{unet_number}",
-        dir=str(run_dir),
-        config=config.model_dump(mode="json"),
-    )

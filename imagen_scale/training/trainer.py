@@ -51,6 +51,7 @@ from imagen_scale.training.run import (
 from imagen_scale.training.saving import Saver
 from imagen_scale.training.stepping import Stepped, Stepper
 from imagen_scale.training.telemetry import Telemetry, say
+from imagen_scale.training.watchdog import Watchdog
 
 
 def train(
@@ -93,19 +94,22 @@ def train(
     prepared = prepare(config, progress=_progress(quiet), size=size)
     check_text_width(config, prepared.embeddings.dim)
     check_split(config, prepared.source.keys)
-    distributed.join(quiet)
+    distributed.join()
     try:
-        from_rank_0(
-            lambda: open_run(
-                config, run_dir, fresh=numbers if fresh else [], report=prepared.report
+        with Watchdog(config.training.hang_timeout) as watchdog:
+            from_rank_0(
+                lambda: open_run(
+                    config, run_dir, fresh=numbers if fresh else [], report=prepared.report
+                )
             )
-        )
-        if prepared.source.attribution:
-            quiet(f"pictures: {prepared.source.attribution}")
-        with StopRequest() as request:
-            for number in numbers:
-                UnetTraining(config, run_dir, number, prepared, quiet, request, plan_check).run()
-        quiet(f"run: {run_dir}")
+            if prepared.source.attribution:
+                quiet(f"pictures: {prepared.source.attribution}")
+            with StopRequest() as request:
+                for number in numbers:
+                    UnetTraining(
+                        config, run_dir, number, prepared, quiet, request, watchdog, plan_check
+                    ).run()
+            quiet(f"run: {run_dir}")
     finally:
         distributed.stop()
 
@@ -134,9 +138,10 @@ class UnetTraining:
         prepared: Prepared,
         say: Callable[[str], None],
         request: StopRequest,
+        watchdog: Watchdog,
         plan_check: int | None = None,
     ) -> None:
-        self.plan_check, self.request = plan_check, request
+        self.plan_check, self.request, self.watchdog = plan_check, request, watchdog
         self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
         self.unet_number, self.index = unet_number, unet_number - 1
         self.training = config.training
@@ -168,8 +173,10 @@ class UnetTraining:
         """Trains from the newest checkpoint; False when it is to be tried again from there."""
         self.step, self.saved_step = 0, 0
         try:
-            self._build()
-            self.step = self.saved_step = self.saver.resume(self.engine, self.ema, self.setup)
+            with self.watchdog.phase("building"):
+                self._build()
+            with self.watchdog.phase("loading a checkpoint"):
+                self.step = self.saved_step = self.saver.resume(self.engine, self.ema, self.setup)
             if self.step < self.steps:
                 self._loop()
             else:  # the file for sampling was lost or damaged
@@ -238,7 +245,7 @@ class UnetTraining:
         setup = self.setup
         hold = in_host_memory if setup.offload_activations else nullcontext
         apply_checkpointing(unet, setup.checkpointing, hold=hold).train()
-        self.engine = distributed.make_engine(unet, self.config, self.index, setup)
+        self.engine = distributed.make_engine(unet, self.config, self.index, setup, self.say)
         self.ema = Ema(self.engine, self.training.ema_decay, offload=setup.ema_offload)
         self.objective = Objective(self.config, self.index, self.engine.device)
         self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
@@ -250,8 +257,9 @@ class UnetTraining:
         )
 
     def _save(self) -> None:
-        if self.saver.save(self.engine, self.ema, self.setup, self.step):
-            self.saved_step = self.step
+        with self.watchdog.phase("saving"):
+            if self.saver.save(self.engine, self.ema, self.setup, self.step):
+                self.saved_step = self.step
 
     # Steps.
 
@@ -279,14 +287,18 @@ class UnetTraining:
             world_size=world_size(),
             num_workers=self.config.data.num_workers,
         )
+        loaded, first = self.watchdog.loading(micro_batches), self.step
         window: list[torch.Tensor] = []
         skipped = 0  # in a row
-        with self._telemetry(self.step) as telemetry:
+        with self._telemetry(self.step) as telemetry, self.watchdog.phase("step"):
             while self.step < self.steps:
                 lr = learning_rate(self.config, self.index, self.step)
-                stepped = self.stepper.step(micro_batches, lr)
+                # The first one may be slow on one rank only: it allocates and compiles.
+                with self.watchdog.phase("first step" if self.step == first else "step"):
+                    stepped = self.stepper.step(loaded, lr)
                 self.step += 1
                 step = self.step
+                self.watchdog.stepped(step)
                 if stepped.applied:
                     self.ema.update(step)
                     window.append(stepped.loss)
@@ -308,13 +320,16 @@ class UnetTraining:
                     self._report(telemetry, lr, window)
                     window = []
                 if self.val_indices and self._is_due(step, self.training.val_every):
-                    self._validate(telemetry, step)
+                    with self.watchdog.phase("validating"):
+                        self._validate(telemetry, step)
                 if is_checkpoint or signum:
                     self._save()
                 if is_checkpoint or is_sample:  # last, for it is what says that all is done
-                    self.saver.save_inference(self.ema, step)
+                    with self.watchdog.phase("saving"):
+                        self.saver.save_inference(self.ema, step)
                 if is_sample and not signum:
-                    from_rank_0(functools.partial(self._draw, telemetry, step))
+                    with self.watchdog.phase("drawing pictures"):
+                        from_rank_0(functools.partial(self._draw, telemetry, step))
                 if signum:
                     self._stop(signum)
 

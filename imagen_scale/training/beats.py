@@ -1,0 +1,146 @@
+"""What ranks tell each other about themselves, and which of them are at fault."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+# Parts of training that every rank goes through at the same pace. All others may take as long as
+# they take on one rank: building, saving, drawing pictures, and the first step.
+PACED = ("loading data", "step")
+
+
+State: TypeAlias = Literal["running", "done", "failed", "left"]
+
+
+class Beat(NamedTuple):
+    """A rank's word about itself, renewed about every second."""
+
+    rank: int
+    host: str = "?"
+    machine: str = ""  # whose process numbers `pid` is one of
+    pid: int = 0
+    started: str = ""  # when the process was; numbers are used again
+    state: State = "running"
+    phase: str = "starting"
+    step: int = 0
+    progress: int = 0  # micro-batches and steps; every rank counts the same ones
+    reason: str = ""  # of "failed"; of "left" what another rank did
+    number: int = 0  # of this beat
+
+    def to_json(self) -> str:
+        """For the store."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Beat":
+        """Reads what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        process = f", process {self.pid}" if self.pid else ""
+        return f"rank {self.rank} (host {self.host}{process})"
+
+    @property
+    def where(self) -> str:
+        """What it did last."""
+        return f"phase {self.phase!r} after step {self.step}"
+
+
+class Seen(NamedTuple):
+    """Another rank's newest beat and, by this process's clock, when something in it changed."""
+
+    beat: Beat
+    beaten: float  # a new beat
+    moved: float  # another phase or more progress
+
+    def renewed(self, beat: Beat, now: float) -> "Seen":
+        """With what was read now."""
+        stood = (self.beat.phase, self.beat.progress) == (beat.phase, beat.progress)
+        beaten = self.beaten if beat.number == self.beat.number else now
+        return Seen(beat, beaten, self.moved if stood else now)
+
+
+def faults(
+    own: Beat,
+    others: Iterable[Seen],
+    *,
+    now: float,
+    awake_since: float,
+    answered: float,
+    is_store_lost: bool,
+    timeout: float | None,
+    is_gone: Callable[[Beat], bool],
+) -> dict[int, str]:
+    """The ranks because of which training cannot go on, each with a sentence.
+
+    A rank is at fault if it says that it failed; if its process is gone; if it has given no sign
+    of life for `timeout`, as a stopped process or a machine out of reach; or if it lives but has
+    stood still in a paced phase for that long while another rank is ahead and so waits for it.
+    Ranks that all stand at the same place are not judged: none can be told from the others, and a
+    step may be slow.
+
+    Args:
+        own: This rank's beat.
+        others: What is known of the others.
+        now: This process's clock, in seconds.
+        awake_since: This process was itself stopped until then; earlier silence says nothing.
+        answered: When rank 0, which keeps the beats, last answered. Since then only rank 0 itself
+            can be found silent.
+        is_store_lost: Whether rank 0 has closed the connection.
+        timeout: Seconds of silence allowed; None for any.
+        is_gone: Whether a process of this machine has ended.
+    """
+    others = list(others)
+    furthest = max(seen.beat.progress for seen in [*others, Seen(own, now, now)])
+    found, passed_on = {}, {}
+    for seen in others:
+        beat = seen.beat
+        heard = now if beat.rank == 0 else answered
+        silent = heard - max(seen.beaten, awake_since)
+        stood = heard - max(seen.moved, awake_since)
+        if beat.state == "failed":
+            found[beat.rank] = f"{beat} failed in {beat.where}: {beat.reason.rstrip('.')}."
+        elif beat.state == "left":
+            passed_on[beat.rank] = beat.reason
+        elif beat.state == "done":
+            continue
+        elif is_gone(beat) or (is_store_lost and beat.rank == 0):
+            found[beat.rank] = (
+                f"{beat} is gone: killed or crashed in {beat.where}. Its own output says more; "
+                f"without a word the machine's memory was full (see `imagen-scale plan`)."
+            )
+        elif timeout is not None and silent >= timeout:
+            found[beat.rank] = (
+                f"{beat} has given no sign of life for {silent:.0f} s; it was in {beat.where}. "
+                f"Its process was stopped, or its machine stands still or is out of reach "
+                f"(training.hang_timeout is {timeout:g} s)."
+            )
+        elif (
+            timeout is not None
+            and beat.phase in PACED
+            and beat.progress < furthest
+            and stood >= timeout
+        ):
+            found[beat.rank] = (
+                f"{beat} hangs: it has been in {beat.where} for {stood:.0f} s while others wait "
+                f"for it. Look at its disk and at its card; if it may take that long, raise "
+                f"training.hang_timeout (now {timeout:g} s)."
+            )
+    return found or passed_on
+
+
+def this_machine() -> str:
+    """A name for what process numbers belong to: a running system, and a container in it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def started(pid: int) -> str:
+    """When a process of this machine was started, in its clock's ticks; "" if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()  # the name before may hold anything
+    return "" if fields[0] in "ZX" else fields[19]
