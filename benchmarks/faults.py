@@ -455,6 +455,13 @@ ROWS = {
         84,
         nan,
     ),
+    "lost_ranks": Row(
+        "10",
+        "one of two processes killed or standing still: the other stops within the configured "
+        "time and names it and what it did; training continues from the newest checkpoint",
+        40,
+        interruption("lost_ranks"),
+    ),
     "pictures": Row(
         "11",
         "61 malformed pictures and byte-mutants: no crash, no NaN, right shape, at most 2 s and "

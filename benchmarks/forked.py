@@ -20,7 +20,7 @@ def warm_up() -> None:
 
     import imagen_scale.commands.train_process
     import imagen_scale.training.trainer  # noqa: F401
-    from imagen_scale.training.distributed import extensions_dir
+    from imagen_scale.training.operators import extensions_dir
 
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -20,6 +20,7 @@ from imagen_scale.checkpoint import MANIFEST, inference_path, list_checkpoints, 
 from imagen_scale.errors import CheckpointError
 
 EVERY = 2
+SILENCE = 5  # seconds, of a rank that stands still
 SETTINGS = {
     "training.checkpoint_every": EVERY,
     "training.keep_checkpoints": 3,
@@ -141,10 +142,10 @@ class Chain:
         """Whether a save is under way, or was when all stopped."""
         return any(unet_dir(self.run, 1).glob(".staging_*"))
 
-    def start(self) -> Training:
+    def start(self, **changed: object) -> Training:
         """Continues the run; returns when it trains."""
         self.before = newest(self.run)
-        training = self.arena.start(self.run, self.ranks)
+        training = self.arena.start(self.run, self.ranks, **changed)
         said = f"continues at step {self.before} of" if self.before else "U-Net 1: "
         if not training.until(lambda: said in training.said(), 0.005):
             self.failures.append(f"not continued at step {self.before}: {training.said()[-500:]}")
@@ -224,6 +225,37 @@ def stops(trials: int, folder: Path) -> tuple[list[str], str]:
     return [one for chain in chains.values() for one in chain.failures], (
         f"all saved and left with 128 + the signal's number at most {slowest} steps later; "
         f"no step was lost or done twice, {ended} trainings ended as the undisturbed one"
+    )
+
+
+def lost_ranks(trials: int, folder: Path) -> tuple[list[str], str]:
+    """One of two ranks is killed or stands still (SIGSTOP); the other has to find out."""
+    arena, draw = Arena(folder, 60), random.Random(0)
+    chain = Chain(arena, 2)
+    slowest = {signal.SIGKILL: 0.0, signal.SIGSTOP: 0.0}
+    for trial in range(trials):
+        signum = (signal.SIGKILL, signal.SIGSTOP)[trial % 2]
+        training = chain.start(hang_timeout=SILENCE)
+        chain.at_a_moment(training, draw, in_save=trial // 2 % 4 == 0)
+        victim = draw.randrange(2)
+        training.send(signum, training.pids[victim])
+        began, other = time.monotonic(), training.pids[1 - victim]
+        training.until(lambda t=training, pid=other: pid in t.codes)
+        slowest[signum] = max(slowest[signum], time.monotonic() - began)
+        training.send(signal.SIGKILL, training.pids[victim])
+        training.end()
+        said = [line for line in training.said().splitlines() if line.startswith("error: ")]
+        named = len(said) == 1 and f"rank {victim} (" in said[0] and "phase" in said[0]
+        if training.codes[other] != 1 or not named:
+            chain.failures.append(f"{signum.name}: {training.codes}: {training.said()[-700:]}")
+        if "Traceback" in training.said():
+            chain.failures.append(f"{signum.name}: a traceback: {training.said()[-700:]}")
+        chain.check(training)
+    killed, stopped = slowest.values()
+    return chain.failures, (
+        f"named with its phase and left within {killed:.0f} s of a kill, within {stopped:.0f} s of "
+        f"a standstill (training.hang_timeout {SILENCE} s); {chain.ended} trainings ended as the "
+        f"undisturbed one"
     )
 
 
