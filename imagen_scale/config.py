@@ -274,8 +274,8 @@ class TrainingConfig(Section):
     )
     hang_timeout: PositiveFloat | None = Field(
         120.0,
-        description="Seconds without a sign of life, or behind the other processes, after which a "
-        "process counts as hung and the others stop; null: only a process that is gone counts.",
+        description="With several processes: seconds without a sign of life, or of standing still "
+        "behind the others, after which one counts as hung and all stop; null: any number.",
     )
     val_every: PositiveInt = Field(
         1000, description="Steps between validations, where pictures are held out."

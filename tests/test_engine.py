@@ -159,3 +159,28 @@ def test_slurm_and_plain_python_fill_the_environment():
         os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
         distributed.fill_environment()
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a_machine(
+    process_group, monkeypatch
+):
+    built, told = [], []
+    everything = operators.operators()
+    names = [operator.name for operator in everything]
+    assert names == [operators.CPU_ADAM, operators.COMMUNICATION]
+    monkeypatch.setattr(operators, "build", lambda operator, say: built.append(operator.name))
+
+    def start(zero, local_rank, missing=True):
+        as_if = [operator._replace(is_built=not missing) for operator in everything]
+        monkeypatch.setattr(operators, "operators", lambda: as_if)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        setup = written_setup(make_config(zero), 0, 1, on_card=False)
+        distributed._start_deepspeed(setup, told.append)
+        found, built[:] = list(built), []
+        return found
+
+    assert start({"stage": 2, **OFFLOAD}, "0") == names
+    assert start({"stage": 2}, "0") == [operators.COMMUNICATION]
+    assert start({"stage": 2, **OFFLOAD}, "1") == []
+    assert start({"stage": 2, **OFFLOAD}, "0", missing=False) == []
+    assert told == []

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def accident(what):
+    time.sleep(3)  # until its beat says where it is
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "stop":

@@ -144,12 +144,15 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     import torch
 
     result: list[Any] = [None, None]
+    failure = None
     if rank() == 0:
         try:
             result[0] = make()
         except Exception as error:
+            failure = error
             result[1] = _portable(error)
     torch.distributed.broadcast_object_list(result, src=0)
+    _trace(failure)
     if result[1] is not None:
         raise result[1]
     return result[0]
@@ -163,21 +166,29 @@ def together(work: Callable[[], None]) -> None:
     try:
         work()
     except Exception as error:
-        failure = _portable(error)
+        failure = error
     failures: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    torch.distributed.all_gather_object(failures, failure and _portable(failure))
+    _trace(failure)
+    for portable in failures:
+        if portable is not None:
+            raise portable
 
 
 def _portable(error: Exception) -> Exception:
     """The error as one that can be sent to other ranks."""
     if isinstance(error, ImagenScaleError):
         return error
-    if not isinstance(error, OSError):  # a fault of ours: the place matters
-        traceback.print_exception(error)
     return EnvironmentProblem(f"process {rank()}: {type(error).__name__}: {error}")
+
+
+def _trace(error: Exception | None) -> None:
+    """Tells where a fault of ours happened, once the ranks have agreed on it.
+
+    They cannot when one of them is lost: that made the error, and the watchdog tells it.
+    """
+    if error is not None and not isinstance(error, ImagenScaleError | OSError):
+        traceback.print_exception(error)
 
 
 def fill_environment() -> None:

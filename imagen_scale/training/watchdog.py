@@ -25,7 +25,6 @@ GRACE_S = 5.0
 LEAVING_GRACE_S = 60.0  # for one that is on its way out and may be closing its logs
 LINGER_S = 15.0  # rank 0 keeps the beats, so it is the last to leave
 
-LEAVING = "leaving"
 ADVICE = "Run the same command again: it continues from the newest checkpoint."
 
 T = TypeVar("T")
@@ -48,22 +47,21 @@ class Watchdog:
         self.timeout = timeout
         self._phase, self._step, self._progress, self._number = "starting", 0, 0, 0
         self._state: State = "running"
-        self._reason = ""
+        self._reason, self._is_leaving = "", False
         self._is_watching = world_size() > 1
         self._wake, self._is_over = threading.Event(), threading.Event()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what this rank does inside."""
-        before = "starting" if self._phase == LEAVING else self._phase
-        self._phase = name
+        """Names what this rank does inside; an exception leaves it at the phase it came from."""
+        before, self._phase = self._phase, name
+        self._is_leaving = False
         try:
             yield
         except BaseException:
-            before = LEAVING  # until another phase is entered
+            self._is_leaving = True
             raise
-        finally:
-            self._phase = before
+        self._phase = before
 
     def loading(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; waiting for each is a phase."""
@@ -109,18 +107,17 @@ class Watchdog:
     ) -> None:
         if not self._is_watching:
             return
-        self._phase = LEAVING if error is not None else self._phase
         if error is None or isinstance(error, Preempted):
             self._end("done")
             return
-        if isinstance(error, RuntimeError):  # maybe of an exchange that a lost rank broke
+        own = isinstance(error, ImagenScaleError)
+        if not own:  # maybe of an exchange that a lost rank broke
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline:
                 if found := self._faults():
                     self._leave(found)
                 time.sleep(BEAT_S / 4)
         lines = str(error).splitlines() or [""]
-        own = isinstance(error, ImagenScaleError)
         self._end("failed", lines[0] if own else f"{type(error).__name__}: {lines[0]}")
 
     def _beat(self) -> Beat:
@@ -174,7 +171,7 @@ class Watchdog:
             last = now
             found = self._faults()
             since = (since or now) if found else None
-            grace = LEAVING_GRACE_S if self._phase == LEAVING else GRACE_S
+            grace = LEAVING_GRACE_S if self._is_leaving else GRACE_S
             if since is not None and now - since >= grace:
                 self._leave(found)
 
