@@ -573,7 +573,7 @@ class Cascade:
                 "none; give one above 1."
             )
         if self.runtime in EXPORTED:
-            raise no_negative_prompt(self.runtime)
+            raise no_negative_prompt(f"--runtime {self.runtime}")
 
     def _encode(
         self, prompts: Sequence[str], negative_prompt: str | None

@@ -18,6 +18,7 @@ from imagen_scale.commands.group import CommandGroup
 from imagen_scale.commands.importing import import_config, import_run
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.train import train
+from imagen_scale.commands.ui import ui
 from imagen_scale.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     """
 
 
-for command in (config, doctor, export, import_config, import_run, runs, train):
+for command in (config, doctor, export, import_config, import_run, runs, train, ui):
     main.add_command(command)
 
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")

@@ -110,15 +110,15 @@ def open_runtime(
         return _best_runtime(file, device, options, side, negative, say)
     if name in EXPORTED:
         if negative:
-            raise no_negative_prompt(name)
+            raise no_negative_prompt(f"--runtime {name}")
         return _open_export(name, file, device, options, side)
     return TorchRuntime(file, device, options, compiled=name == "compile", say=say)
 
 
-def no_negative_prompt(name: str) -> UsageError:
+def no_negative_prompt(runtime: str) -> UsageError:
     """Why an export takes no negative prompt, and what does."""
     return UsageError(
-        f"--runtime {name}: takes no --negative-prompt, since the branch without text is built "
+        f"{runtime}: takes no --negative-prompt, since the branch without text is built "
         f"into its graphs; take --runtime torch."
     )
 

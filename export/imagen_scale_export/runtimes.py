@@ -97,7 +97,7 @@ class ExportedRuntime:
             UsageError: If there is a negative prompt.
         """
         if negative is not None:
-            raise no_negative_prompt(self.name.split()[0])
+            raise no_negative_prompt(self.name)
         if (self._file.unet_number > 1) != (lowres_img is not None and lowres_t is not None):
             raise ShapeError(
                 "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
