@@ -49,20 +49,22 @@ class Page:
     def build(self) -> Any:
         """The page, as gradio's `Blocks`."""
         name = self.run.folder.resolve().name
-        with gr.Blocks(title=f"{name} - imagen-scale", analytics_enabled=False) as page:
+        with gr.Blocks(
+            title=f"{name} - imagen-scale", analytics_enabled=False, fill_width=True
+        ) as page:
             gr.HTML(views.header(name, self.sizes))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self.form = Form(self.sizes, self.run.runtime)
                     with gr.Row(elem_classes="is-buttons"):
                         self.start = gr.Button(
-                            "Make picture", variant="primary", scale=3, min_width=120,
+                            "Make picture", variant="primary", scale=2, min_width=120,
                             elem_id="start",
                         )  # fmt: skip
                         self.stop = gr.Button(
                             "Stop", interactive=False, min_width=70, elem_id="stop"
                         )
-                        self.dice = gr.Button("Other seed", min_width=100, elem_id="dice")
+                        self.dice = gr.Button("New seed", min_width=90, elem_id="dice")
                 with gr.Column(scale=3, min_width=320):
                     with gr.Row(elem_classes="is-stages"):
                         self.stages = [
