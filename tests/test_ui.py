@@ -25,7 +25,16 @@ from tiny_run import write_run
 
 from imagen_scale.cli import main
 from imagen_scale.ui.command import sample_command
-from imagen_scale.ui.generation import Failed, Generator, Made, Request, Said, Step, Stopped
+from imagen_scale.ui.generation import (
+    Failed,
+    Generator,
+    Made,
+    Request,
+    Said,
+    Step,
+    Stopped,
+    Stopping,
+)
 from imagen_scale.ui.history import MOST_SHOWN, Facts, read_history
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -130,6 +139,18 @@ def test_stopping_acts_after_the_step_and_keeps_nothing(run):
     assert isinstance(told[-1], Stopped)
     assert all(event.unet == 1 for event in told if isinstance(event, Step))
     assert not list(run.glob("samples/*.png"))
+
+
+def test_a_long_step_does_not_hide_that_the_stop_was_heard(run, monkeypatch):
+    """No clock is compared: the step ends only after it has been said."""
+    heard, stop = threading.Event(), threading.Event()
+    monkeypatch.setattr("imagen_scale.cascade.Cascade.load", lambda *args, **how: heard.wait(60))
+    stop.set()
+    told = []
+    for event in Generator(run).generate(request(), stop):
+        told.append(event)
+        heard.set()
+    assert isinstance(told[0], Stopping)
 
 
 def test_never_two_at_once_and_a_listener_that_leaves_ends_it(run):
@@ -350,6 +371,18 @@ def test_stop_over_http(page, client):
     client.predict(api_name="/stop")
     assert "Stopped; nothing was kept" in str(job.result(timeout=120))
     assert len(page.pictures) == before
+
+
+def test_two_pages_take_turns(page, client):
+    from gradio_client import Client
+
+    before = len(page.pictures)
+    other = Client(page.address, verbose=False, download_files=False, analytics_enabled=False)
+    jobs = [one.submit(*values(steps=(20, 20)), api_name="/generate") for one in (client, other)]
+    for job in jobs:
+        assert "kept as" in str(job.result(timeout=120))
+    assert len(page.pictures) == before + 2
+    other.close()
 
 
 def test_it_answers_this_machine_alone(page):

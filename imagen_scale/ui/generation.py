@@ -11,6 +11,8 @@ from imagen_scale.cascade import Cascade, to_uint8
 from imagen_scale.errors import ImagenScaleError, UsageError
 from imagen_scale.sample_folder import SampleFolder
 
+PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
+
 
 class Request(NamedTuple):
     """What the page asks for."""
@@ -43,6 +45,10 @@ class Made(NamedTuple):
     path: Path
 
 
+class Stopping(NamedTuple):
+    """It was asked to end, and the step that is being computed takes its time."""
+
+
 class Stopped(NamedTuple):
     """It was ended between two steps; nothing was written."""
 
@@ -53,7 +59,7 @@ class Failed(NamedTuple):
     message: str
 
 
-Event = Step | Said | Made | Stopped | Failed
+Event = Step | Said | Made | Stopping | Stopped | Failed
 
 
 class _StopError(Exception):
@@ -75,6 +81,11 @@ class Generator:
         self.run, self.unet_limit, self.allow_unfinished = run, unet_limit, allow_unfinished
         self._is_free = threading.Lock()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a picture is being made."""
+        return self._is_free.locked()
+
     def generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
         """Makes one picture.
 
@@ -93,7 +104,7 @@ class Generator:
         thread = threading.Thread(target=self._work, args=(request, stop, told), daemon=True)
         thread.start()
         try:
-            yield from _newest(told)
+            yield from _newest(told, stop)
         finally:  # also when the page is closed in the middle of it
             stop.set()
             thread.join()
@@ -160,12 +171,18 @@ def check(request: Request) -> None:
             raise UsageError(f"{label}: a number is needed for every stage.")
 
 
-def _newest(told: "queue.SimpleQueue[Event | None]") -> Iterator[Event]:
+def _newest(told: "queue.SimpleQueue[Event | None]", stop: threading.Event) -> Iterator[Event]:
     """What is told, without the steps that a later one of their stage has overtaken."""
     waiting: list[Event | None] = []
+    is_stopping = False
     while True:
-        if not waiting:
-            waiting.append(told.get())
+        while not waiting:
+            try:
+                waiting.append(told.get(timeout=PATIENCE_S))
+            except queue.Empty:
+                if stop.is_set() and not is_stopping:
+                    is_stopping = True
+                    yield Stopping()
         while not told.empty():
             waiting.append(told.get())
         event = waiting.pop(0)

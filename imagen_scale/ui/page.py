@@ -14,7 +14,7 @@ from imagen_scale.runtimes import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.command import sample_command
 from imagen_scale.ui.form import Form
-from imagen_scale.ui.generation import Failed, Generator, Made, Said, Step, Stopped
+from imagen_scale.ui.generation import Failed, Generator, Made, Said, Step, Stopped, Stopping
 from imagen_scale.ui.history import Entry, read_history
 
 
@@ -77,8 +77,8 @@ class Page:
                 with gr.Column(scale=3, min_width=320):
                     self.line = gr.HTML()
                     self.gallery = gr.Gallery(
-                        show_label=False, columns=5, height="auto", object_fit="contain", fit_columns=False,
-                        allow_preview=False, interactive=False, buttons=[], elem_id="history",
+                        show_label=False, columns=5, height="auto", object_fit="contain",
+                        fit_columns=False, allow_preview=False, interactive=False, buttons=[], elem_id="history",
                         elem_classes="is-history",
                     )  # fmt: skip
                 with gr.Column(scale=2, min_width=320):
@@ -105,7 +105,7 @@ class Page:
             self.generate, self.form.fields, [self.status, *self.stages, *history, *selection],
             concurrency_limit=1, show_progress="hidden", api_name="generate",
         ).then(self.end, None, buttons, **at_once)  # fmt: skip
-        self.stop.click(self.halt, None, [self.stop, self.status], queue=False,
+        self.stop.click(self.halt, None, None, queue=False,
                         show_progress="hidden", api_name="stop")  # fmt: skip
         self.dice.click(lambda: random.randrange(2**31), None, self.form.seed, **at_once)
         self.gallery.select(self.select, self.shown, selection, **at_once)
@@ -120,11 +120,13 @@ class Page:
             raise gr.Error("A picture is being made; wait for it, or stop it.", title="Not now",
                            print_exception=False)  # fmt: skip
         self.stops[str(request.session_hash)] = threading.Event()
+        waits = "Waiting for another page's picture ..."
+        news = waits if self.generator.is_busy else "Opening the run ..."
         empty = {field: views.stage(unet, size) for unet, field, size in self._stages()}
         return {
             self.start: gr.Button(interactive=False),
             self.stop: gr.Button(interactive=True),
-            self.status: views.status(["Opening the run ..."]),
+            self.status: views.status([news]),
             **empty,
         }
 
@@ -140,11 +142,10 @@ class Page:
                 match event:
                     case Said(sentence):
                         said.append(sentence)
-                        yield {self.status: views.status(["Denoising ...", *said])}
                     case Step(unet, done, steps, image):
                         field, size = fields[unet]
                         now = views.stage(unet, size, image, done=done, steps=steps)
-                        yield {field: now}
+                        yield {field: now, self.status: views.status(["Denoising ...", *said])}
                     case Made(path):
                         text = f"{time.perf_counter() - began:.1f} s, kept as {views.place(path)}"
                         yield {
@@ -152,6 +153,8 @@ class Page:
                             **self.history(),
                             **self.details_of(path),
                         }
+                    case Stopping():
+                        yield {self.status: views.status(["Stopping after this step ..."])}
                     case Stopped():
                         yield {self.status: views.status(["Stopped; nothing was kept."])}
                     case Failed(message):
@@ -163,16 +166,10 @@ class Page:
         """After a picture, whatever became of it."""
         return {self.start: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
 
-    def halt(self, request: gr.Request) -> dict[Any, Any]:
-        """Asks for the end of what this page makes."""
-        stop = self.stops.get(str(request.session_hash))
-        if stop is None:
-            return {}
-        stop.set()
-        return {
-            self.stop: gr.Button(interactive=False),
-            self.status: views.status(["Stopping after this step ..."]),
-        }
+    def halt(self, request: gr.Request) -> None:
+        """Asks for the end of what this page makes; `generate` tells of it, in its order."""
+        if stop := self.stops.get(str(request.session_hash)):
+            stop.set()
 
     def halt_all(self) -> None:
         """Asks for the end of everything, before the program ends."""
