@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imagen_scale import cascade
 from imagen_scale.checkpoint import find_run
@@ -111,6 +112,8 @@ class Cascade:
         tile: int | None = None,
         at_once: int | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
+        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
+        negative_prompt: str | None = None,
     ) -> list[Image.Image]:
         """Makes pictures from prompts and holds them all.
 
@@ -132,6 +135,10 @@ class Cascade:
             tile: Side in pixels of the tiles in which larger stages are computed; None for none.
             at_once: Pictures computed together; None goes by their size.
             on_step: Told of each step: U-Net number from 1, steps done, steps in all.
+            on_estimate: Told the same, and the clean pictures that the step expects: RGB, of
+                those that are computed together. What is made does not depend on it.
+            negative_prompt: What guidance leads away from, in place of no text at all; for the
+                runtimes "torch" and "compile", and "auto" takes torch.
 
         Returns:
             P * num RGB pictures of the last stage, `image_sizes[-1]` pixels square; those of one
@@ -145,7 +152,7 @@ class Cascade:
         made = self.stream(
             prompts, seed=seed, num=num, steps=steps, cond_scale=cond_scale, sampler=sampler,
             spacing=spacing, eta=eta, threshold=threshold, tile=tile, at_once=at_once,
-            on_step=on_step,
+            on_step=on_step, on_estimate=on_estimate, negative_prompt=negative_prompt,
         )  # fmt: skip
         return [one.image for one in made]
 
@@ -164,6 +171,8 @@ class Cascade:
         tile: int | None = None,
         at_once: int | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
+        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
+        negative_prompt: str | None = None,
     ) -> Iterator[Sample]:
         """Makes pictures from prompts and gives each as soon as it is finished, all stages of it.
 
@@ -180,6 +189,8 @@ class Cascade:
             tile: See `sample`.
             at_once: See `sample`.
             on_step: See `sample`.
+            on_estimate: See `sample`.
+            negative_prompt: See `sample`.
 
         Returns:
             One `Sample` after the other.
@@ -193,6 +204,8 @@ class Cascade:
         for i, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise UsageError(f"prompts[{i}]: {caption!r} is not a string.")
+        if not isinstance(negative_prompt, str | None):
+            raise UsageError(f"negative_prompt: {negative_prompt!r} is not a string.")
         _at_least("seed", seed, 0)
         for name, value in (("num", num), ("tile", tile), ("at_once", at_once)):
             if value is not None:
@@ -205,17 +218,27 @@ class Cascade:
             "steps": steps, "cond_scale": cond_scale, "sampler": sampler, "spacing": spacing,
             "eta": eta, "threshold": threshold,
         }  # fmt: skip
-        self._stages.settings(**settings)
         pictures = self._stages.stream(
-            captions, seed=seed, num=num, tile=tile, at_once=at_once, on_step=on_step, **settings
-        )
+            captions, seed=seed, num=num, tile=tile, at_once=at_once, on_step=on_step,
+            on_estimate=None if on_estimate is None else _with_images(on_estimate),
+            negative_prompt=negative_prompt, **settings,
+        )  # fmt: skip
         return map(_sample, pictures)
 
 
 def _sample(picture: cascade.Picture) -> Sample:
-    arrays = [cascade.to_uint8(stage[None])[0] for stage in picture.stages]
-    images = [Image.fromarray(array) for array in arrays]
+    images = [image for stage in picture.stages for image in _images(stage[None])]
     return Sample(picture.prompt, picture.seed, images, picture.runtimes)
+
+
+def _images(pictures: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(array) for array in cascade.to_uint8(pictures)]
+
+
+def _with_images(
+    on_estimate: Callable[[int, int, int, list[Image.Image]], None],
+) -> cascade.OnEstimate:
+    return lambda unet, step, steps, x_0: on_estimate(unet, step, steps, _images(x_0))
 
 
 def _one_of(argument: str, value: Any, names: Any) -> None:

@@ -27,10 +27,20 @@ from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.spacing import Spacing, visited_times
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError
-from imagen_scale.runtimes import Options, RuntimeName, Say, open_runtime
+from imagen_scale.runtimes import (
+    EXPORTED,
+    Options,
+    RuntimeName,
+    Say,
+    no_negative_prompt,
+    open_runtime,
+)
 from imagen_scale.runtimes import Text as Text
 
 OnStep = Callable[[int, int, int], None]  # U-Net number, steps done, steps in all
+# The same, and the clean pictures that the step predicts: (B, 3, H, W) in [-1, 1] on the CPU, the
+# listener's own. The last step's are the result.
+OnEstimate = Callable[[int, int, int, Tensor], None]
 
 # Pixels computed at once unless the caller says otherwise: 64 pictures of 64 px, one of 1024.
 PIXELS_AT_ONCE = 2**18
@@ -53,6 +63,11 @@ class Settings(NamedTuple):
 DEFAULTS = Settings()
 
 
+def is_guided(how: Settings) -> bool:
+    """Whether a stage computes more than the branch with the text."""
+    return how.cond_scale != 1
+
+
 class Stage:
     """One trained U-Net, loaded from its inference file.
 
@@ -62,6 +77,7 @@ class Stage:
         runtime: What computes the U-Net.
         options: How.
         tile: Side of the tiles of a super-resolution stage in pixels; None computes whole images.
+        negative: Whether it must take a negative prompt.
         say: Told what "auto" chose and what was changed for want of memory.
 
     Raises:
@@ -77,6 +93,7 @@ class Stage:
         runtime: RuntimeName = "torch",
         options: Options = Options(),  # noqa: B008  # immutable
         tile: int | None = None,
+        negative: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
         config, index = file.config, file.unet_number - 1
@@ -92,8 +109,9 @@ class Stage:
         self.schedule = NoiseSchedule.linear(config.per_unet("imagen", "timesteps", index))
         self.schedule = self.schedule.to(device)
         self.runtime = open_runtime(
-            runtime, file, device=device, options=options, side=self.tile, say=say
-        )
+            runtime, file, device=device, options=options, side=self.tile, negative=negative,
+            say=say,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Frees the network, before the next one is loaded."""
@@ -108,6 +126,8 @@ class Stage:
         lowres_noise_level: float | None = None,
         at_once: int | None = None,
         on_step: OnStep | None = None,
+        on_estimate: OnEstimate | None = None,
+        negative: Text | None = None,
         **settings: Any,
     ) -> Tensor:
         """Samples this stage.
@@ -122,6 +142,8 @@ class Stage:
             lowres_noise_level: Noise put on `lowres`, in [0, 1); None takes the configuration's.
             at_once: Images computed together; None takes `PIXELS_AT_ONCE`.
             on_step: Told of each step.
+            on_estimate: Told of each step and of the pictures as they are expected there.
+            negative: One encoded prompt that guidance leads away from, or None.
             settings: Fields of `Settings`.
 
         Returns:
@@ -130,6 +152,7 @@ class Stage:
         parts = self.parts(
             text, seeds, Settings(**settings), lowres=lowres,
             lowres_noise_level=lowres_noise_level, at_once=at_once, on_step=on_step,
+            on_estimate=on_estimate, negative=negative,
         )  # fmt: skip
         return torch.cat(list(parts))
 
@@ -144,6 +167,8 @@ class Stage:
         lowres_noise_level: float | None = None,
         at_once: int | None = None,
         on_step: OnStep | None = None,
+        on_estimate: OnEstimate | None = None,
+        negative: Text | None = None,
     ) -> Iterator[Tensor]:
         """`sample`, a few images at a time, in order."""
         at_once = at_once or max(1, PIXELS_AT_ONCE // self.image_size**2)
@@ -157,7 +182,7 @@ class Stage:
                 enlarged = resize(lowres[part].to(self.device), self.image_size)
             yield self._draw(
                 Text(text.embeds[part], text.mask[part]), seeds[part], settings, side,
-                enlarged, lowres_noise_level, on_step,
+                enlarged, lowres_noise_level, on_step, on_estimate, negative,
             )  # fmt: skip
 
     @torch.no_grad()
@@ -218,6 +243,8 @@ class Stage:
         enlarged: Tensor | None,
         lowres_noise_level: float | None,
         on_step: OnStep | None,
+        on_estimate: OnEstimate | None = None,
+        negative: Text | None = None,
     ) -> Tensor:
         """Samples images (B, 3, *side), given the low-resolution pictures at that size."""
         imagen, number = self.file.config.imagen, self.file.unet_number
@@ -242,8 +269,15 @@ class Stage:
 
         percentile = settings.threshold or imagen.dynamic_thresholding_percentile
         times = visited_times(self.schedule, settings.steps, settings.spacing)
+
+        def tell(step: int, x_0: Tensor) -> None:
+            if on_step is not None:
+                on_step(number, step, len(times))
+            if on_estimate is not None:  # a copy: the sampler still needs its own
+                on_estimate(number, step, len(times), x_0.clamp(-1, 1).cpu())
+
         images = sample(
-            self._denoiser(text, settings.cond_scale, lowres_img, lowres_t, side),
+            self._denoiser(text, settings.cond_scale, lowres_img, lowres_t, side, negative),
             draw_noise(),
             self.schedule,
             times=times,
@@ -251,7 +285,7 @@ class Stage:
             eta=settings.eta,
             threshold=lambda x_0: dynamic_threshold(x_0, percentile),
             draw_noise=draw_noise,
-            on_step=on_step and (lambda step, _: on_step(number, step, len(times))),
+            on_step=tell,
         )
         return images.cpu()
 
@@ -262,11 +296,13 @@ class Stage:
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
         side: tuple[int, int],
+        negative: Text | None,
     ) -> Denoiser:
         if self.tile is None or lowres_img is None or max(side) <= self.tile:
             return self.runtime.bind(
-                text, cond_scale=cond_scale, lowres_img=lowres_img, lowres_t=lowres_t
-            )
+                text, cond_scale=cond_scale, lowres_img=lowres_img, lowres_t=lowres_t,
+                negative=negative,
+            )  # fmt: skip
 
         def bind(tile: Tile) -> Denoiser:
             return self.runtime.bind(
@@ -274,6 +310,7 @@ class Stage:
                 cond_scale=cond_scale,
                 lowres_img=tile.of(lowres_img).contiguous(),
                 lowres_t=lowres_t,
+                negative=negative,
             )
 
         return TiledDenoiser(bind, tile=self.tile, divisor=self.divisor)
@@ -352,7 +389,7 @@ class Cascade:
                 )
         return cls(files, device, **how)
 
-    def stage(self, unet_number: int, *, tile: int | None = None) -> Stage:
+    def stage(self, unet_number: int, *, tile: int | None = None, negative: bool = False) -> Stage:
         """Loads one stage; close it before the next."""
         return Stage(
             self.files[unet_number - 1],
@@ -360,6 +397,7 @@ class Cascade:
             runtime=self.runtime,
             options=self.options,
             tile=tile,
+            negative=negative,
             say=self.say,
         )
 
@@ -445,6 +483,8 @@ class Cascade:
         tile: int | None = None,
         at_once: int | None = None,
         on_step: OnStep | None = None,
+        on_estimate: OnEstimate | None = None,
+        negative_prompt: str | None = None,
         **settings: Any,
     ) -> Iterator[Picture]:
         """Makes pictures from prompts and gives each as soon as it is finished.
@@ -458,31 +498,55 @@ class Cascade:
             tile: Side of the tiles in pixels for stages larger than that; None for none.
             at_once: Images computed together; None takes `PIXELS_AT_ONCE`.
             on_step: Told of each step.
+            on_estimate: Told of each step and of the pictures as they are expected there; what
+                is made does not depend on it.
+            negative_prompt: What guidance leads away from, in place of no text at all.
             settings: As for `settings`.
 
         Raises:
             EnvironmentProblem: If the device's memory is too small.
-            UsageError: If an option is wrong.
+            UsageError: If an option is wrong; before any work.
         """
         per_stage = self.settings(**settings)
+        self._check_negative_prompt(negative_prompt, per_stage)
         wanted = [(prompt, seed + j) for prompt in prompts for j in range(num)]
+        return self._stream(
+            wanted, per_stage, tile=tile, at_once=at_once, on_step=on_step,
+            on_estimate=on_estimate, negative_prompt=negative_prompt,
+        )  # fmt: skip
+
+    def _stream(
+        self,
+        wanted: Sequence[tuple[str, int]],
+        per_stage: Sequence[Settings],
+        *,
+        tile: int | None,
+        at_once: int | None,
+        on_step: OnStep | None,
+        on_estimate: OnEstimate | None,
+        negative_prompt: str | None,
+    ) -> Iterator[Picture]:
         stage: Stage | None = None
         try:
             for start in range(0, len(wanted), GROUP):
                 group = wanted[start : start + GROUP]
                 seeds = [seed for _, seed in group]
-                text = self.encode([prompt for prompt, _ in group])
+                text, negative = self._encode([prompt for prompt, _ in group], negative_prompt)
                 made: list[Tensor] = []
                 runtimes: list[str] = []
                 for number, how in enumerate(per_stage, start=1):
+                    led_away = negative if is_guided(how) else None
                     if stage is None or len(per_stage) > 1:
                         if stage is not None:
                             stage.close()
-                        stage = self.stage(number, tile=self._tile(number, tile))
+                        stage = self.stage(
+                            number, tile=self._tile(number, tile), negative=led_away is not None
+                        )
                     runtimes.append(stage.runtime.name)
                     parts = stage.parts(
                         text, seeds, how, lowres=made[-1] if made else None,
-                        at_once=at_once, on_step=on_step,
+                        at_once=at_once, on_step=on_step, on_estimate=on_estimate,
+                        negative=led_away,
                     )  # fmt: skip
                     if number < len(per_stage):
                         made.append(torch.cat(list(parts)))
@@ -500,13 +564,41 @@ class Cascade:
         size = self.files[unet_number - 1].config.imagen.image_sizes[unet_number - 1]
         return tile if tile is not None and tile < size else None
 
+    def _check_negative_prompt(self, negative_prompt: str | None, how: Sequence[Settings]) -> None:
+        if not negative_prompt:
+            return
+        if not any(is_guided(one) for one in how):
+            raise UsageError(
+                "--negative-prompt: acts through guidance, and every --cond-scale is 1, which is "
+                "none; give one above 1."
+            )
+        if self.runtime in EXPORTED:
+            raise no_negative_prompt(f"--runtime {self.runtime}")
+
+    def _encode(
+        self, prompts: Sequence[str], negative_prompt: str | None
+    ) -> tuple[Text, Text | None]:
+        """The prompts, and the one that guidance leads away from."""
+        if not negative_prompt:
+            return self.encode(prompts), None
+        text, negative = encode_groups(self.files[0], [prompts, [negative_prompt]])
+        return text, negative
+
     def encode(self, prompts: Sequence[str]) -> Text:
         """See `encode`."""
         return encode(self.files[0], prompts)
 
 
 def encode(file: InferenceFile, prompts: Sequence[str]) -> Text:
+    """See `encode_groups`, of one group."""
+    return encode_groups(file, [prompts])[0]
+
+
+def encode_groups(file: InferenceFile, groups: Sequence[Sequence[str]]) -> list[Text]:
     """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+
+    What stands beside a prompt in its batch may move the last bits of its features, so the groups
+    are encoded one after the other: the later ones leave those before them as they are.
 
     Raises:
         CheckpointError: If the encoder at hand is not the one of training.
@@ -518,13 +610,17 @@ def encode(file: InferenceFile, prompts: Sequence[str]) -> Text:
             f"{file.path}: trained with another version of the text encoder {name!r} than the "
             f"one in {folder}. Put the original files back, or train again."
         )
-    unique = list(dict.fromkeys(prompts))
     encoder, together = TextEncoder(folder), file.config.text.batch_size
     found: dict[str, Embedding] = {}
-    for start in range(0, len(unique), together):
-        some = unique[start : start + together]
-        found |= dict(zip(some, encoder.encode(some), strict=True))
-    return Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
+    for prompts in groups:
+        unique = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        for start in range(0, len(unique), together):
+            some = unique[start : start + together]
+            found |= dict(zip(some, encoder.encode(some), strict=True))
+    return [
+        Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
+        for prompts in groups
+    ]
 
 
 def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> InferenceFile:

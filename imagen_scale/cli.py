@@ -18,6 +18,7 @@ from imagen_scale.commands.group import CommandGroup
 from imagen_scale.commands.importing import import_config, import_run
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.train import train
+from imagen_scale.commands.ui import ui
 from imagen_scale.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     """
 
 
-for command in (config, doctor, export, import_config, import_run, runs, train):
+for command in (config, doctor, export, import_config, import_run, runs, train, ui):
     main.add_command(command)
 
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
@@ -284,6 +285,7 @@ def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
     "--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt."
 )
 @seed_option
+@click.option("--negative-prompt", help="What guidance leads away from; torch computes it.")
 @click.option("--unet-limit", type=int, help="Stop after this U-Net.")
 @click.option("--tile", type=click.IntRange(min=1), help="Compute stages above this in tiles.")
 @click.option("--at-once", type=click.IntRange(min=1), help="Pictures computed together.")
@@ -297,6 +299,7 @@ def sample(
     out: str | None,
     num: int,
     seed: int,
+    negative_prompt: str | None,
     unet_limit: int | None,
     tile: int | None,
     at_once: int | None,
@@ -309,55 +312,50 @@ def sample(
 
     \b
         imagen-scale sample "red heart" "grinning cat" --cond-scale 3 --steps 25,10
+        imagen-scale sample "red heart" --negative-prompt "black outline"
     """
     all_prompts = [*prompts, *(_read_prompts(from_file) if from_file else [])]
     if not all_prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
-    from imagen_scale.checkpoint import find_run, sha256
+    from imagen_scale.checkpoint import find_run
 
     run_dir = find_run(run)
     from imagen_scale.cascade import Cascade, to_uint8
-    from imagen_scale.pictures import GRID_LIMIT, next_number, save_grid, save_sample
+    from imagen_scale.pictures import GRID_LIMIT, save_grid
     from imagen_scale.runtimes import Options
+    from imagen_scale.sample_folder import SampleFolder
 
     cascade = Cascade.load(
         run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
         runtime=runtime, options=Options(**how), say=_say,
     )  # fmt: skip
     folder = Path(out) if out else run_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
-    per_stage = cascade.settings(**settings)
-    models = [sha256(file.path) for file in cascade.files]
-    first, written, total = next_number(folder), 0, len(all_prompts) * num
+    made = SampleFolder(
+        folder, cascade, cascade.settings(**settings), tile=tile, negative_prompt=negative_prompt
+    )
+    total = len(all_prompts) * num
     shown: list[tuple[str, list[Any]]] = []
     try:
         with _Progress() as progress:
             pictures = cascade.stream(
                 all_prompts, seed=seed, num=num, tile=tile, at_once=at_once,
                 on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
-                **settings,
+                negative_prompt=negative_prompt, **settings,
             )  # fmt: skip
             for picture in pictures:
-                stages = [
-                    {**one._asdict(), "runtime": name, "model_sha256": model}
-                    for one, name, model in zip(per_stage, picture.runtimes, models, strict=True)
-                ]
-                facts = {"prompt": picture.prompt, "seed": picture.seed, "tile": tile,
-                         "stages": stages, "version": __version__}  # fmt: skip
-                images = [to_uint8(image[None])[0] for image in picture.stages]
-                save_sample(folder, first + written, images[-1], facts)
-                written += 1
-                progress("pictures", written, total)
+                made.write(picture)
+                progress("pictures", made.written, total)
                 if len(shown) < GRID_LIMIT:
+                    images = [to_uint8(image[None])[0] for image in picture.stages]
                     shown.append((picture.prompt, images))
     except KeyboardInterrupt:
-        click.echo(f"interrupted: {written} of {total} pictures are in {folder}", err=True)
+        click.echo(f"interrupted: {made.written} of {total} pictures are in {folder}", err=True)
         sys.exit(130)
-    grid = folder / f"grid_{first:05d}.png"
+    grid = folder / f"grid_{made.first:05d}.png"
     rows = list(zip(*(images for _, images in shown), strict=True))
     save_grid(grid, rows, [caption for caption, _ in shown])
-    which = "all of them" if len(shown) == written else f"the first {len(shown)}"
-    click.echo(f"{written} pictures in {folder}, {which} in {grid}")
+    which = "all of them" if len(shown) == made.written else f"the first {len(shown)}"
+    click.echo(f"{made.written} pictures in {folder}, {which} in {grid}")
 
 
 @main.command(short_help="Enlarge any picture.")

@@ -52,6 +52,7 @@ class Runtime(Protocol):
         cond_scale: float,
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
+        negative: Text | None = None,
     ) -> Denoiser:
         """Fixes all that does not change from step to step.
 
@@ -60,6 +61,8 @@ class Runtime(Protocol):
             cond_scale: Guidance scale; 1 computes one branch only.
             lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
             lowres_t: Their noise times, (B,), or None.
+            negative: One encoded prompt that guidance leads away from, in place of the branch
+                without text; only for runtimes that were opened with `negative`.
         """
         ...
 
@@ -83,6 +86,7 @@ def open_runtime(
     device: torch.device,
     options: Options = Options(),  # noqa: B008  # immutable
     side: int | None = None,
+    negative: bool = False,
     say: Say = lambda sentence: None,
 ) -> Runtime:
     """Opens what computes a U-Net.
@@ -96,25 +100,43 @@ def open_runtime(
         device: Where to compute.
         options: How to compute.
         side: Pixels of the images it must take; None for the stage's own.
+        negative: Whether it must take a negative prompt, which exports cannot.
         say: Told what "auto" chose, and why not the others.
 
     Raises:
         ImagenScaleError: If a runtime asked for by name cannot be used: there is no fallback.
     """
     if name == "auto":
-        return _best_runtime(file, device, options, side, say)
+        return _best_runtime(file, device, options, side, negative, say)
     if name in EXPORTED:
+        if negative:
+            raise no_negative_prompt(f"--runtime {name}")
         return _open_export(name, file, device, options, side)
     return TorchRuntime(file, device, options, compiled=name == "compile", say=say)
 
 
+def no_negative_prompt(runtime: str) -> UsageError:
+    """Why an export takes no negative prompt, and what does."""
+    return UsageError(
+        f"{runtime}: takes no --negative-prompt, since the branch without text is built "
+        f"into its graphs; take --runtime torch."
+    )
+
+
 def _best_runtime(
-    file: InferenceFile, device: torch.device, options: Options, side: int | None, say: Say
+    file: InferenceFile,
+    device: torch.device,
+    options: Options,
+    side: int | None,
+    negative: bool,
+    say: Say,
 ) -> Runtime:
     wanted = "tensorrt" if device.type == "cuda" else "onnx"
     skipped = ""
     if options.channels_last or options.sequential:
         skipped = f"{wanted}: it takes neither --channels-last nor --sequential"
+    elif negative:
+        skipped = f"{wanted}: its graphs take no --negative-prompt"
     else:
         try:
             runtime = _open_export(wanted, file, device, options, side)
@@ -206,11 +228,19 @@ class TorchRuntime:
         cond_scale: float,
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
+        negative: Text | None = None,
     ) -> "UNetDenoiser":
         """See `Runtime`."""
         with torch.no_grad():
-            cond = self.unet.condition_text(text.embeds.to(self.device), text.mask.to(self.device))
-        return UNetDenoiser(self, cond, cond_scale, lowres_img, lowres_t)
+            cond = self._condition(text)
+            null = None
+            if negative is not None:
+                null = TextCond(*(part.expand_as(one) for part, one in
+                                  zip(self._condition(negative), cond, strict=True)))  # fmt: skip
+        return UNetDenoiser(self, cond, cond_scale, lowres_img, lowres_t, null=null)
+
+    def _condition(self, text: Text) -> TextCond:
+        return self.unet.condition_text(text.embeds.to(self.device), text.mask.to(self.device))
 
     def close(self) -> None:
         """Frees the network."""
@@ -230,6 +260,7 @@ class UNetDenoiser:
         cond_scale: Guidance scale; 1 (text alone) and 0 (no text) compute one branch only.
         lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
         lowres_t: Their noise times, (B,), or None.
+        null: What guidance leads away from; None takes the branch without text.
     """
 
     def __init__(
@@ -239,14 +270,16 @@ class UNetDenoiser:
         cond_scale: float,
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
+        *,
+        null: TextCond | None = None,
     ) -> None:
         self.runtime, self.cond_scale = runtime, cond_scale
         self.text, self.lowres_img, self.lowres_t = text, lowres_img, lowres_t
         self.guided = cond_scale not in (0, 1)
         if cond_scale == 0:
-            self.text = runtime.unet.null_text(len(text.tokens))
+            self.text = null or runtime.unet.null_text(len(text.tokens))
         if self.guided:
-            self.null = runtime.unet.null_text(len(text.tokens))
+            self.null = null or runtime.unet.null_text(len(text.tokens))
             self.both = TextCond(*(torch.cat(pair) for pair in zip(text, self.null, strict=True)))
             self.lowres_both = _twice(lowres_img), _twice(lowres_t)
 

@@ -17,6 +17,7 @@ from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ExportError, ShapeError, UsageError
 from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale.runtimes import no_negative_prompt
 from imagen_scale_export.executors import (
     Backend,
     Executor,
@@ -80,6 +81,7 @@ class ExportedRuntime:
         cond_scale: float,
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
+        negative: Text | None = None,
     ) -> Denoiser:
         """Fixes all that does not change from step to step.
 
@@ -88,10 +90,14 @@ class ExportedRuntime:
             cond_scale: Guidance scale; 1 takes the graph without guidance, half the work.
             lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
             lowres_t: Their noise times, (B,) int64, or None.
+            negative: None: the branch without text is part of the graph.
 
         Raises:
             ShapeError: If the low-resolution images are missing, or not wanted.
+            UsageError: If there is a negative prompt.
         """
+        if negative is not None:
+            raise no_negative_prompt(self.name)
         if (self._file.unet_number > 1) != (lowres_img is not None and lowres_t is not None):
             raise ShapeError(
                 "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."

@@ -1,0 +1,196 @@
+"""One picture at a time, made in a thread of its own and told of step by step."""
+
+import queue
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imagen_scale.cascade import Cascade, to_uint8
+from imagen_scale.errors import ImagenScaleError, UsageError
+from imagen_scale.sample_folder import SampleFolder
+
+PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
+
+
+class Request(NamedTuple):
+    """What the page asks for."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None  # None: the field was emptied
+    settings: dict[str, Any]  # as for `Cascade.settings`
+    runtime: Any  # a `RuntimeName`
+
+
+class Step(NamedTuple):
+    """A stage went one step further."""
+
+    unet: int
+    done: int
+    steps: int
+    image: Any  # (H, W, 3) uint8: the clean picture that is expected there
+
+
+class Said(NamedTuple):
+    """What was chosen, and why."""
+
+    sentence: str
+
+
+class Made(NamedTuple):
+    """The picture is finished and lies on disk."""
+
+    path: Path
+
+
+class Stopping(NamedTuple):
+    """It was asked to end, and the step that is being computed takes its time."""
+
+
+class Stopped(NamedTuple):
+    """It was ended between two steps; nothing was written."""
+
+
+class Failed(NamedTuple):
+    """It cannot be made."""
+
+    message: str
+
+
+Event = Step | Said | Made | Stopping | Stopped | Failed
+
+
+class _StopError(Exception):
+    """Leaves the sampler between two steps."""
+
+
+class Generator:
+    """Makes the pictures of one run, never two at once.
+
+    Args:
+        run: The run's folder.
+        unet_limit: Use only the first so many U-Nets.
+        allow_unfinished: Accept stages whose training has not ended.
+    """
+
+    def __init__(
+        self, run: Path, *, unet_limit: int | None = None, allow_unfinished: bool = False
+    ) -> None:
+        self.run, self.unet_limit, self.allow_unfinished = run, unet_limit, allow_unfinished
+        self._is_free = threading.Lock()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a picture is being made."""
+        return self._is_free.locked()
+
+    def generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
+        """Makes one picture.
+
+        Args:
+            request: Which one.
+            stop: Set from outside to end it after the step that is being computed.
+
+        Returns:
+            What happens, ending with `Made`, `Stopped` or `Failed`. Of steps that have gathered
+            while nobody asked, only the newest of a stage is told.
+        """
+        if not self._is_free.acquire(blocking=False):
+            yield Failed("another picture is being made; wait for it, or stop it.")
+            return
+        told: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._work, args=(request, stop, told), daemon=True)
+        thread.start()
+        try:
+            yield from _newest(told, stop)
+        finally:  # also when the page is closed in the middle of it
+            stop.set()
+            thread.join()
+            self._is_free.release()
+
+    def _work(
+        self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
+    ) -> None:
+        try:
+            told.put(Made(self._make(request, stop, told)))
+        except _StopError:
+            told.put(Stopped())
+        except ImagenScaleError as error:
+            told.put(Failed(str(error)))
+        except OSError as error:  # a full disk, a folder that may not be written
+            told.put(Failed(f"{error.filename or ''}: {error.strerror or error}"))
+        except Exception as error:  # a fault of ours: the page goes on, the terminal says where
+            traceback.print_exc()
+            told.put(Failed(f"{type(error).__name__}: {error}. The terminal says where."))
+        finally:
+            told.put(None)
+
+    def _make(
+        self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
+    ) -> Path:
+        check(request)
+        cascade = Cascade.load(
+            self.run, unet_limit=self.unet_limit, allow_unfinished=self.allow_unfinished,
+            runtime=request.runtime, say=lambda sentence: told.put(Said(sentence)),
+        )  # fmt: skip
+
+        def hear(unet: int, done: int, steps: int, x_0: Any) -> None:
+            if stop.is_set():
+                raise _StopError
+            told.put(Step(unet, done, steps, to_uint8(x_0)[0]))
+
+        pictures = cascade.stream(
+            [request.prompt], seed=request.seed or 0, on_estimate=hear,
+            negative_prompt=request.negative_prompt, **request.settings,
+        )  # fmt: skip
+        folder = SampleFolder(
+            self.run / "samples", cascade, cascade.settings(**request.settings),
+            negative_prompt=request.negative_prompt,
+        )  # fmt: skip
+        if stop.is_set():
+            raise _StopError
+        (path,) = [folder.write(picture) for picture in pictures]
+        return path
+
+
+def check(request: Request) -> None:
+    """What only a page can get wrong.
+
+    Raises:
+        UsageError: Naming the field.
+    """
+    if not request.prompt:
+        raise UsageError("no prompt: write what the picture shows.")
+    if request.seed is None or request.seed < 0:
+        raise UsageError("seed: a whole number from 0 on is needed; same seed, same picture.")
+    for name in ("steps", "cond_scale"):
+        if any(value is None for value in request.settings[name]):
+            label = "guidance" if name == "cond_scale" else name
+            raise UsageError(f"{label}: a number is needed for every stage.")
+
+
+def _newest(told: "queue.SimpleQueue[Event | None]", stop: threading.Event) -> Iterator[Event]:
+    """What is told, without the steps that a later one of their stage has overtaken."""
+    waiting: list[Event | None] = []
+    is_stopping = False
+    while True:
+        while not waiting:
+            try:
+                waiting.append(told.get(timeout=PATIENCE_S))
+            except queue.Empty:
+                if stop.is_set() and not is_stopping:
+                    is_stopping = True
+                    yield Stopping()
+        while not told.empty():
+            waiting.append(told.get())
+        event = waiting.pop(0)
+        if event is None:
+            return
+        if not (isinstance(event, Step) and any(_is_step_of(event.unet, one) for one in waiting)):
+            yield event
+
+
+def _is_step_of(unet: int, event: Event | None) -> bool:
+    return isinstance(event, Step) and event.unet == unet

@@ -1,0 +1,157 @@
+"""The negative prompt: what guidance makes of it, and where it is refused instead of ignored."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import write_stage
+from PIL import Image
+
+from imagen_scale import Cascade as PythonCascade
+from imagen_scale.cascade import Cascade
+from imagen_scale.checkpoint import inference_path, read_inference
+from imagen_scale.cli import main
+from imagen_scale.diffusion.guidance import guide
+from imagen_scale.errors import UsageError
+from imagen_scale.runtimes import Options, Text, TorchRuntime, open_runtime
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for number in (1, 2):
+        write_stage(folder, number)
+    return folder
+
+
+def sample(run, **options):
+    """Both branches of guidance in passes of their own, so that equal inputs give equal bits."""
+    cascade = Cascade.load(run, options=Options(sequential=True))
+    return cascade.sample(["sun"], **{"steps": 3, "cond_scale": [4.0, 2.0]} | options)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm", "heun"])
+def test_the_prompt_as_its_own_negative_is_no_guidance(run, sampler):
+    """eps_neg + s (eps_pos - eps_neg) with eps_pos = eps_neg."""
+    against_itself = sample(run, negative_prompt="sun", sampler=sampler)
+    plain = sample(run, cond_scale=[1.0, 1.0], sampler=sampler)
+    guided = sample(run, sampler=sampler)
+    for one, other, third in zip(against_itself, plain, guided, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, third)
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_without_one_the_pixels_are_those_of_the_branch_without_text(run, empty):
+    for one, other in zip(sample(run, negative_prompt=empty), sample(run), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_acts_in_every_guided_stage_and_in_no_other(run):
+    plain, both = sample(run), sample(run, negative_prompt="pizza")
+    assert not torch.equal(plain[0], both[0])
+    first = (
+        sample(run, cond_scale=[1.0, 2.0]),
+        sample(run, cond_scale=[1.0, 2.0], negative_prompt="pizza"),
+    )
+    assert torch.equal(first[0][0], first[1][0])
+    assert not torch.equal(first[0][1], first[1][1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cond_scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("options", [Options(), Options(sequential=True)])
+def test_the_prediction_is_two_passes_by_hand(run, options, cond_scale):
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, 3, 16, 16, generator=generator)
+    text, negative = (
+        Text(torch.randn(rows, 5, 384, generator=generator), torch.ones(rows, 5).bool())
+        for rows in (2, 1)
+    )
+    t = torch.tensor([10, 90])
+    runtime = TorchRuntime(read_inference(inference_path(run, 1)), CPU, options)
+    nothing = {"lowres_img": None, "lowres_t": None}
+    found = runtime.bind(text, cond_scale=cond_scale, negative=negative, **nothing)(x_t, t)
+    positive = runtime.unet(x_t, t, *text)
+    away = runtime.unet(x_t, t, negative.embeds.expand(2, -1, -1), negative.mask.expand(2, -1))
+    torch.testing.assert_close(found, guide(positive, away, cond_scale), atol=2e-5, rtol=0)
+
+
+def test_many_pictures_and_tiles_take_it_too(run):
+    cascade = Cascade.load(run)
+    options = {"steps": 2, "cond_scale": [3.0, 2.0], "negative_prompt": "pizza"}
+    whole = cascade.sample(["sun", "key"], num=2, **options)
+    parts = cascade.sample(["sun", "key"], num=2, at_once=1, **options)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    tiled, plain = (
+        cascade.sample(["sun"], tile=16, **options | {"negative_prompt": negative})[1]
+        for negative in ("pizza", None)
+    )
+    assert not torch.equal(tiled, plain)
+
+
+def test_without_any_guidance_it_is_refused_before_any_work(run):
+    with pytest.raises(UsageError, match=r"every --cond-scale is 1, which is none; give one"):
+        Cascade.load(run).stream(["sun"], cond_scale=1.0, negative_prompt="pizza")
+
+
+def test_exports_refuse_it_and_auto_takes_torch_and_says_why(exported):
+    message = "--runtime onnx: takes no --negative-prompt, since .* take --runtime torch"
+    with pytest.raises(UsageError, match=message):
+        Cascade.load(exported, runtime="onnx").stream(["sun"], negative_prompt="pizza")
+    file = read_inference(inference_path(exported, 1))
+    with pytest.raises(UsageError, match=message):
+        open_runtime("onnx", file, device=CPU, negative=True)
+    graph = open_runtime("onnx", file, device=CPU)
+    text = Text(torch.zeros(1, 5, 384), torch.ones(1, 5).bool())
+    with pytest.raises(UsageError, match="takes no --negative-prompt"):
+        graph.bind(text, cond_scale=3.0, lowres_img=None, lowres_t=None, negative=text)
+    said = []
+    cascade = Cascade.load(exported, runtime="auto", say=said.append)
+    options = {"steps": 2, "negative_prompt": "pizza"}
+    (picture,) = cascade.stream(["sun"], **options)
+    assert said[0].startswith("U-Net 1: runtime torch fp32 on cpu; not onnx: its graphs take no")
+    # The second stage samples without guidance: nothing to lead away from, so the graph serves.
+    assert "onnx" in picture.runtimes[1]
+    by_torch = Cascade.load(exported).sample(["sun"], **options)
+    assert torch.equal(by_torch[0][0], picture.stages[0])
+
+
+def test_the_command_the_facts_and_python_agree(run, tmp_path):
+    def files(*flags):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        done = CliRunner().invoke(
+            main, ["sample", "sun", "--run", str(run), "--out", str(out), "--steps", "3", *flags]
+        )
+        assert done.exit_code == 0, done.output
+        (facts,) = out.glob("0*.json")
+        return json.loads(facts.read_text()), np.asarray(Image.open(facts.with_suffix(".png")))
+
+    facts, pixels = files("--negative-prompt", "pizza")
+    assert facts["negative_prompt"] == "pizza"
+    plain_facts, plain = files()
+    empty_facts, empty = files("--negative-prompt", "")
+    assert plain_facts == empty_facts and plain_facts["negative_prompt"] is None
+    np.testing.assert_array_equal(plain, empty)
+    assert (pixels != plain).any()
+    python = PythonCascade.load(run)
+    (picture,) = python.sample("sun", steps=3, negative_prompt="pizza")
+    np.testing.assert_array_equal(np.asarray(picture), pixels)
+    with pytest.raises(UsageError, match=re.escape("negative_prompt: 3 is not a string")):
+        python.sample("sun", negative_prompt=3)
+
+
+def test_the_command_says_which_runtime_can(run, tmp_path):
+    done = CliRunner().invoke(
+        main, ["sample", "sun", "--run", str(run), "--out", str(tmp_path), "--negative-prompt",
+               "pizza", "--runtime", "onnx"],
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "--runtime onnx: takes no --negative-prompt" in done.output
+    assert "Traceback" not in done.output
