@@ -459,7 +459,7 @@ ROWS = {
         "10",
         "one of two processes killed or standing still: the other stops within the configured "
         "time and names it and what it did; training continues from the newest checkpoint",
-        40,
+        30,
         interruption("lost_ranks"),
     ),
     "pictures": Row(
