@@ -177,7 +177,7 @@ def meet(tmp_path):
                 )  # fmt: skip
         codes = [None, None]
         for rank in range(2):
-            if what not in ("stop", "sleep") or rank != who:
+            if what != "stop" or rank != who:
                 codes[rank] = started[rank].wait(timeout=240)
         return codes, [(tmp_path / f"output{rank}").read_text() for rank in range(2)]
 
@@ -214,11 +214,13 @@ def test_the_others_name_rank_and_phase_and_stop(what, who, where, told, meet):
     assert told in line
     assert line.endswith("Run the same command again: it continues from the newest checkpoint.")
     assert "Traceback" not in other and "frame #" not in other
+    if what == "sleep":  # hung, it hears of it and ends too, without blaming anyone
+        assert "error: " not in outputs[who]
 
 
 @real
 def test_nothing_is_said_when_nothing_happens_and_a_slow_rank_is_waited_for(meet):
-    """Rank 0 alone is slow where a rank may be: three seconds in a phase, at a limit of two."""
-    codes, outputs = meet("wait", 0, "drawing pictures", limit=2.0)
+    """Rank 0 alone is slow where a rank may be, for longer than the limit and the grace."""
+    codes, outputs = meet("wait", 0, "drawing pictures", limit=4.0)
     assert codes == [0, 0]
     assert not any("error" in output or "rank " in output for output in outputs)

@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=2 ... python tests/watched.py CONFIG RUN ACCIDENT RANK PHASE
 
-In the named phase, from step 2 on, the named rank kills or stops itself, raises, or sleeps.
+In the named phase, from step 2 on, the named rank kills or stops itself, raises, sleeps or waits.
 """
 
 import os
@@ -23,6 +23,8 @@ def accident(what):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "sleep":
         time.sleep(600)
+    elif what == "wait":
+        time.sleep(10)
     elif what == "raise":
         from imagen_scale.errors import EnvironmentProblem
 

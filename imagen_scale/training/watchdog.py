@@ -23,7 +23,8 @@ ASLEEP_S = 10.0  # between two looks: this process itself was stopped
 # whose exchange a lost rank broke to find out who that was.
 GRACE_S = 5.0
 LEAVING_GRACE_S = 60.0  # for one that is on its way out and may be closing its logs
-LINGER_S = 15.0  # rank 0 keeps the beats, so it is the last to leave
+LINGER_S = 15.0  # rank 0 keeps the beats, so it is the last to leave,
+DEAF_S = 3.0  # except those that have not beaten for so long
 
 ADVICE = "Run the same command again: it continues from the newest checkpoint."
 
@@ -111,7 +112,7 @@ class Watchdog:
             self._end("done")
             return
         own = isinstance(error, ImagenScaleError)
-        if not own:  # maybe of an exchange that a lost rank broke
+        if isinstance(error, Exception) and not own:  # maybe of an exchange that a lost rank broke
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline:
                 if found := self._faults():
@@ -139,7 +140,7 @@ class Watchdog:
                 self._store.set(_key(rank()), self._beat().to_json())
                 present = [n for n in self._seen if self._seen[n].beat.number
                            or self._store.check([_key(n)])]  # fmt: skip
-                beats = self._store.multi_get([_key(n) for n in present])
+                beats = self._store.multi_get([_key(n) for n in present]) if present else []
             except RuntimeError:  # all of torch's errors are
                 self._is_store_lost = True
                 return
@@ -153,9 +154,13 @@ class Watchdog:
                 time.sleep(BEAT_S / 10)
 
     def _is_last(self) -> bool:
-        """Whether every other rank has left, or will not by itself."""
-        lost = self._faults()
-        return all(n in lost or seen.beat.state != "running" for n, seen in self._seen.items())
+        """Whether every other rank has left, or cannot hear why this one leaves."""
+        return all(
+            seen.beat.state != "running"
+            or self._is_gone(seen.beat)
+            or time.monotonic() - seen.beaten > DEAF_S
+            for seen in self._seen.values()
+        )
 
     def _is_gone(self, beat: Beat) -> bool:
         """Whether its process is one of this machine's and has ended."""
