@@ -78,8 +78,8 @@ class Page:
                     self.line = gr.HTML()
                     self.gallery = gr.Gallery(
                         show_label=False, columns=5, height="auto", object_fit="contain",
-                        fit_columns=False, allow_preview=False, interactive=False, buttons=[], elem_id="history",
-                        elem_classes="is-history",
+                        fit_columns=False, allow_preview=False, interactive=False, buttons=[],
+                        elem_id="history", elem_classes="is-history",
                     )  # fmt: skip
                 with gr.Column(scale=2, min_width=320):
                     self.details = gr.HTML(views.details(None), elem_id="details")
