@@ -106,4 +106,4 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     # What is found by name: the processes of `train`, and the page of `report`.
     files = {path.relative_to(target / "imagen_scale").as_posix()
              for path in (target / "imagen_scale").rglob("*")}  # fmt: skip
-    assert {"commands/train_process.py", "report/page.html", "py.typed"} <= files
+    assert {"commands/train_process.py", "report/page.html", "ui/page.css", "py.typed"} <= files
