@@ -1,4 +1,3 @@
-import gc
 import multiprocessing
 import subprocess
 import sys
@@ -236,43 +235,46 @@ def test_ranks_that_cannot_share_the_batch():
 def test_error_in_a_worker_stays_one_sentence(kind, num_workers):
     dataset = sequence()
     dataset._images.trouble = kind
+    others = set(multiprocessing.active_children())
     with pytest.raises(kind) as caught:
         next(loaded(dataset, num_workers=num_workers))
+    assert set(multiprocessing.active_children()) <= others
     assert str(caught.value) == "a.png: the picture cannot be read: it is gone; repair it."
 
 
-def test_a_process_ends_with_its_workers_still_at_work():
+class Stuck:
+    """Pictures that never come."""
+
+    def __init__(self):
+        self.is_asked = multiprocessing.Event()
+
+    def __getitem__(self, i):
+        self.is_asked.set()
+        time.sleep(3600)
+
+
+AT_WORK = "next(sys.kept)"
+STUCK = "assert pictures.is_asked.wait(60)"
+
+
+@pytest.mark.parametrize("pictures, state", [("Pictures", AT_WORK), ("Stuck", STUCK)])
+@pytest.mark.parametrize("end", ["", "del sys.kept"])
+def test_a_process_ends_whatever_its_workers_do(pictures, state, end):
     """At exit Python asks its daemons to stop by a signal that they ignore, and waits."""
-    script = (
-        "from tests.test_data_dataset import loaded\n"
-        "import sys, multiprocessing\n"
-        "sys.kept = loaded(num_workers=1)\n"
-        "next(sys.kept)\n"
-        "print(len(multiprocessing.active_children()), flush=True)\n"
-    )
+    script = f"""
+import multiprocessing, sys
+from tests.test_data_dataset import *
+dataset, pictures = sequence(), {pictures}()
+dataset._images = pictures
+sys.kept = loaded(dataset, num_workers=1)
+{state}
+print(len(multiprocessing.active_children()), flush=True)
+{end}
+"""
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
-
-
-def test_a_stuck_worker_goes_with_the_batches():
-    reading = multiprocessing.Event()
-
-    class Stuck:
-        def __getitem__(self, i):
-            reading.set()
-            time.sleep(3600)
-
-    dataset = sequence()
-    dataset._images = Stuck()
-    others = set(multiprocessing.active_children())
-    iterator = loaded(dataset, num_workers=1)
-    assert len(set(multiprocessing.active_children()) - others) == 1
-    assert reading.wait(60)
-    del iterator
-    gc.collect()
-    assert set(multiprocessing.active_children()) <= others
 
 
 # ---------------------------------------------------------------------------- prepare

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
+from traceback import clear_frames
 from typing import NamedTuple
 
 import numpy as np
@@ -257,10 +257,10 @@ def batches(
         loaded = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # Python ends its daemons with the very signal they ignore, then waits for them for ever.
-    # With a priority, this runs before that at exit; else when the iterator goes.
+    # At exit Python ends its daemons with the very signal they ignore, then waits for them for
+    # ever. With a priority this runs before that.
     workers = set(multiprocessing.active_children()) - others
-    Finalize(loaded, _kill, args=(workers,), exitpriority=0)
+    Finalize(None, _kill, args=(workers,), exitpriority=0)
     return _plain_errors(loaded)
 
 
@@ -274,11 +274,10 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of each
     for worker in workers:
-        with suppress(RuntimeError):  # what torch's handler of SIGCHLD makes of a killed worker
-            worker.kill()
-        with suppress(RuntimeError):
-            worker.join()
+        worker.kill()
+        worker.join()
 
 
 def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:
@@ -287,6 +286,10 @@ def _plain_errors(loaded: Iterator[Batch]) -> Iterator[Batch]:
         yield from loaded
     except (DataError, EnvironmentProblem) as error:
         kind = type(error)
+        # The error and the loader's frames hold each other, and a loader that is collected as part
+        # of a cycle has lost the queue through which it tells its workers to end.
+        clear_frames(error.__traceback__)
+        del loaded
         raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
 
 
