@@ -140,7 +140,9 @@ class Chain:
 
     def is_saving(self) -> bool:
         """Whether a save is under way, or was when all stopped."""
-        return any(unet_dir(self.run, 1).glob(".staging_*"))
+        return any(unet_dir(self.run, 1).glob(".staging_*")) or any(
+            unet_dir(self.run, 1).glob(".inference*.tmp")
+        )
 
     def start(self, **changed: object) -> Training:
         """Continues the run; returns when it trains."""
@@ -162,7 +164,7 @@ class Chain:
             else:
                 size = metrics.stat().st_size if metrics.is_file() else 0
                 training.until(lambda s=size: metrics.is_file() and metrics.stat().st_size > s)
-        time.sleep(draw.uniform(0, 0.01 if in_save else 0.05))
+        time.sleep(draw.uniform(0, 0.005 if in_save else 0.05))
 
     def check(self, training: Training) -> None:
         """What may not be, now that all processes have ended; lets a run that is near it end."""
@@ -179,14 +181,14 @@ class Chain:
 
 
 def kills(trials: int, folder: Path) -> tuple[list[str], str]:
-    """SIGKILL of all ranks, one soon after another; every other time inside a save."""
+    """SIGKILL of all ranks, one soon after another; aimed at a save two times of three."""
     arena, draw = Arena(folder, 60), random.Random(0)
     chains = {ranks: Chain(arena, ranks) for ranks in (1, 2)}
     in_save = 0
     for trial in range(trials):
         chain = chains[1 + trial % 2]
         training = chain.start()
-        chain.at_a_moment(training, draw, in_save=trial // 2 % 2 == 0)
+        chain.at_a_moment(training, draw, in_save=trial // 2 % 3 > 0)
         for pid in draw.sample(training.pids, chain.ranks):
             training.send(signal.SIGKILL, pid)
             time.sleep(draw.uniform(0, 0.01) if chain.ranks > 1 else 0)
