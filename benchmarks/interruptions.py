@@ -30,6 +30,11 @@ SETTINGS = {
 }
 
 
+def length(trials: int) -> int:
+    """Steps of a training that is interrupted so often."""
+    return 60 if trials > 20 else 24
+
+
 class Arena:
     """Where the trainings of one storm live, with the undisturbed one of each number of ranks."""
 
@@ -182,7 +187,7 @@ class Chain:
 
 def kills(trials: int, folder: Path) -> tuple[list[str], str]:
     """SIGKILL of all ranks, one soon after another; aimed at a save two times of three."""
-    arena, draw = Arena(folder, 60), random.Random(0)
+    arena, draw = Arena(folder, length(trials)), random.Random(0)
     chains = {ranks: Chain(arena, ranks) for ranks in (1, 2)}
     in_save = 0
     for trial in range(trials):
@@ -205,7 +210,7 @@ def kills(trials: int, folder: Path) -> tuple[list[str], str]:
 
 def stops(trials: int, folder: Path) -> tuple[list[str], str]:
     """SIGTERM, SIGUSR1 or SIGINT to one rank or to all."""
-    arena, draw = Arena(folder, 60), random.Random(0)
+    arena, draw = Arena(folder, length(trials)), random.Random(0)
     chains = {ranks: Chain(arena, ranks) for ranks in (1, 2)}
     slowest = 0
     for trial in range(trials):
@@ -232,7 +237,7 @@ def stops(trials: int, folder: Path) -> tuple[list[str], str]:
 
 def lost_ranks(trials: int, folder: Path) -> tuple[list[str], str]:
     """One of two ranks is killed or stands still (SIGSTOP); the other has to find out."""
-    arena, draw = Arena(folder, 60), random.Random(0)
+    arena, draw = Arena(folder, length(trials)), random.Random(0)
     chain = Chain(arena, 2)
     slowest = {signal.SIGKILL: 0.0, signal.SIGSTOP: 0.0}
     for trial in range(trials):
