@@ -7,6 +7,7 @@ are compared file by file, by SHA-256, with those of a training that nothing hap
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -240,10 +241,14 @@ def lost_ranks(trials: int, folder: Path) -> tuple[list[str], str]:
     arena, draw = Arena(folder, length(trials)), random.Random(0)
     chain = Chain(arena, 2)
     slowest = {signal.SIGKILL: 0.0, signal.SIGSTOP: 0.0}
+    phases: set[str] = set()
     for trial in range(trials):
         signum = (signal.SIGKILL, signal.SIGSTOP)[trial % 2]
         training = chain.start(hang_timeout=SILENCE)
-        chain.at_a_moment(training, draw, in_save=trial // 2 % 4 == 0)
+        if trial % 5 == 4:
+            time.sleep(draw.uniform(0, 0.5))  # it continues: loading, building, the first step
+        else:
+            chain.at_a_moment(training, draw, in_save=trial // 2 % 4 == 0)
         victim = draw.randrange(2)
         training.send(signum, training.pids[victim])
         began, other = time.monotonic(), training.pids[1 - victim]
@@ -253,6 +258,7 @@ def lost_ranks(trials: int, folder: Path) -> tuple[list[str], str]:
         training.end()
         said = [line for line in training.said().splitlines() if line.startswith("error: ")]
         named = len(said) == 1 and f"rank {victim} (" in said[0] and "phase" in said[0]
+        phases |= set(re.findall(r"phase '([^']+)'", " ".join(said)))
         if training.codes[other] != 1 or not named:
             chain.failures.append(f"{signum.name}: {training.codes}: {training.said()[-700:]}")
         if "Traceback" in training.said():
@@ -260,9 +266,9 @@ def lost_ranks(trials: int, folder: Path) -> tuple[list[str], str]:
         chain.check(training)
     killed, stopped = slowest.values()
     return chain.failures, (
-        f"named with its phase and left within {killed:.0f} s of a kill, within {stopped:.0f} s of "
-        f"a standstill (training.hang_timeout {SILENCE} s); {chain.ended} trainings ended as the "
-        f"undisturbed one"
+        f"named with its phase ({', '.join(sorted(phases))}) and left within {killed:.0f} s of a "
+        f"kill, within {stopped:.0f} s of a standstill (training.hang_timeout {SILENCE} s); "
+        f"{chain.ended} trainings ended as the undisturbed one"
     )
 
 

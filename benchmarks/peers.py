@@ -45,25 +45,27 @@ def install(folder: Path) -> None:
     marker.write_text("\n".join(wanted))
 
 
-def environment(folder: Path, threads: int | None) -> dict[str, str]:
+def environment(folder: Path, threads: int | None, *, bind: bool = True) -> dict[str, str]:
     """The variables of a child process that sees the peers and this checkout.
 
     Args:
         folder: Where the peers are.
         threads: Of OpenMP; None takes one for each core.
-
-    Each OpenMP thread is bound to a core: left to wander, times on a shared machine vary
-    several-fold.
+        bind: Each OpenMP thread to a core: left to wander, times on a shared machine vary
+            several-fold. Not where a library brings threads of its own to the same cores.
     """
-    path = [str(folder.resolve()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    checkout = [str(ROOT), str(ROOT / "export")]
+    path = [str(folder.resolve()), *checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(len(cores)),
+    binding = {
         "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores),
         "OMP_PROC_BIND": "true",
     }
+    return os.environ | (binding if bind else {}) | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(len(cores)),
+    }  # fmt: skip
 
 
 def import_unets() -> tuple[Any, Any]:

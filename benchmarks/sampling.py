@@ -1,7 +1,9 @@
 """How fast sampling is, beside MinImagen's published package at equal network and weights.
 
-    pip install --no-deps minimagen==0.0.9 einops einops-exts torchvision
-    OMP_PLACES=cores OMP_PROC_BIND=true python benchmarks/sampling.py --write
+\b
+    python benchmarks/sampling.py                             every row, prints the table
+    python benchmarks/sampling.py --only "torch, fp32"        some
+    python benchmarks/sampling.py --write docs/sampling.md    into the document, between marks
 
 The network is the block of configs/pokemon_64.json with random weights that MinImagen's own class
 made. One guided evaluation (scale 3, one picture of 64 px, MinImagen's in two passes as it does)
@@ -9,30 +11,36 @@ of each variant in turn, round after round; medians, and the ratio of each round
 the variant. A picture is MinImagen's evaluation x 1000 steps (its thresholding and its posterior
 not counted), and ours measured whole: 25 steps of DPM-Solver++(2M) with dynamic thresholding.
 
-Rows that cannot be measured say why. ONNX Runtime and OpenVINO take every core: do not bind
-OpenMP's threads when their rows count.
-"""
+Rows that cannot be measured say why.
+"""  # noqa: D301 - click reads the backspace
 
-import argparse
+import importlib.util
 import json
-import os
-import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import click
+import peers
 import torch
+from report import machine, split_at_marks, table, write_between_marks
+from torch import Tensor
 
 from imagen_scale.cascade import Settings, Stage
-from imagen_scale.checkpoint import inference_path, read_inference, save_inference
-from imagen_scale.config import load_config
+from imagen_scale.checkpoint import InferenceFile, inference_path, read_inference, save_inference
+from imagen_scale.config import Config, load_config
 from imagen_scale.errors import ImagenScaleError
 from imagen_scale.runtimes import Options, Text, open_runtime
 
-ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- sampling_speed -->", "<!-- /sampling_speed -->"
+CONFIG = peers.ROOT / "configs" / "pokemon_64.json"
+MARK = "sampling_speed"
+COLUMNS = ("", "guided evaluation", "times MinImagen", "largest error / largest value", "picture",
+           "times MinImagen", "first call")  # fmt: skip
 STEPS, MINIMAGEN_STEPS, SCALE = 25, 1000, 3.0
 ROWS = [
     ("torch, fp32", "torch", Options(precision="fp32")),
@@ -47,126 +55,179 @@ ROWS = [
 ]
 
 
-def minimagen_unet(settings):
-    """MinImagen's own U-Net; torchvision's compiled operators are not needed."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        from minimagen.Unet import Unet
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error.name} is not installed; see the head of {__file__}.")
+class Ready(NamedTuple):
+    """One way to sample that works here."""
+
+    runtime: Any
+    evaluate: Callable[[], Tensor]
+    first: float  # seconds of the first call
+    error: float  # largest difference from MinImagen, over the largest value
+
+
+def minimagen_unet(settings: dict[str, Any]) -> Any:
+    """MinImagen's own U-Net."""
+    unet_class, _ = peers.import_unets()
     torch.manual_seed(0)
-    unet = Unet(**settings).eval().requires_grad_(False)
+    unet = unet_class(**settings).eval().requires_grad_(False)
     # Its last layers start at zero, which would compare nothing.
     for parameter in unet.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
     return unet
 
 
-def write_run(run, unet, config):
-    """The inference file of the peer's weights."""
+def write_run(run: Path, unet: Any, config: Config) -> InferenceFile:
+    """The inference file of the peer's weights, and their ONNX export where it can be made."""
     save_inference(
         inference_path(run, 1), unet.state_dict(), config=config, unet_number=1,
         text_embed_dim=512, text_fingerprint="0" * 16, step=1, steps=1,
     )  # fmt: skip
-    return read_inference(inference_path(run, 1))
-
-
-def export(file):
-    """Makes the ONNX export that two runtimes read; says why where it cannot."""
+    file = read_inference(inference_path(run, 1))
     try:
         from imagen_scale_export.exporter import Options as ExportOptions
         from imagen_scale_export.exporter import export_unet
 
         # Not compared with the network here: the table does it.
-        export_unet(file, ExportOptions(format="onnx", precision="fp32", check=False), print)
+        export_unet(file, ExportOptions(format="onnx", precision="fp32", check=False), say)
     except (ImagenScaleError, ModuleNotFoundError) as error:
-        print(f"no export: {error}")
+        say(f"no export: {error}")
+    return file
 
 
-def timed(call):
+def say(message: str) -> None:
+    """One line for the person watching."""
+    click.echo(message, err=True)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def main():
-    """Measures, prints and, if asked, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="of single evaluations")
-    parser.add_argument("--pictures", type=int, default=3, help="rounds of whole pictures")
-    parser.add_argument("--only", nargs="*", help="rows to measure, by name")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/sampling.md")
-    options = parser.parse_args()
-    config = load_config(ROOT / "configs" / "pokemon_64.json")
-    settings = json.loads((ROOT / "configs" / "pokemon_64.json").read_text())["unets"][0]
-    peer = minimagen_unet(settings)
+def measure(only: tuple[str, ...], rounds: int, pictures: int) -> str:
+    """Every row, in turn; the table and what could not be measured."""
+    config = load_config(CONFIG)
+    peer = minimagen_unet(json.loads(CONFIG.read_text())["unets"][0])
     size = config.imagen.image_sizes[0]
     generator = torch.Generator().manual_seed(0)
     text = Text(torch.randn(1, 32, 512, generator=generator), torch.ones(1, 32).bool())
     x_t, t = torch.randn(1, 3, size, size, generator=generator), torch.tensor([500])
 
-    def reference():
+    def reference() -> Tensor:
         return peer.forward_with_cond_scale(
             x_t, t, text_embeds=text.embeds, text_mask=text.mask, cond_scale=SCALE
         )
 
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         file = write_run(Path(folder) / "run", peer, config)
-        rows = [row for row in ROWS if not options.only or row[0] in options.only]
-        if any(kind in ("onnx", "openvino") for _, kind, _ in rows):
-            with torch.inference_mode(False):
-                export(file)
-        expected, missing, ready = reference(), [], {}
-        for name, kind, how in rows:
-            try:
-                runtime = open_runtime(kind, file, device=torch.device("cpu"), options=how)
-                denoiser = runtime.bind(text, cond_scale=SCALE, lowres_img=None, lowres_t=None)
-                first = timed(lambda denoiser=denoiser: denoiser(x_t, t))
-                error = (denoiser(x_t, t) - expected).abs().max() / expected.abs().max()
-                ready[name] = kind, how, denoiser, first, error.item(), runtime
-            except ImagenScaleError as problem:
-                missing.append(f"{name}: {problem}")
-        seconds = {name: [] for name in ("MinImagen", *ready)}
-        for _ in range(options.rounds):
-            seconds["MinImagen"].append(timed(reference))
-            for name, (_, _, denoiser, *_) in ready.items():
-                seconds[name].append(timed(lambda denoiser=denoiser: denoiser(x_t, t)))
-        pictures = {name: [] for name in ready}
-        stage = Stage(file, torch.device("cpu"))
-        own, how = stage.runtime, Settings(steps=STEPS, cond_scale=SCALE)
-        for _ in range(options.pictures):
-            for name, (*_, runtime) in ready.items():
-                stage.runtime = runtime
-                pictures[name].append(timed(lambda: list(stage.parts(text, [0], how))))
-        stage.runtime = own
-    peer_s = seconds["MinImagen"]
-    whole = statistics.median(peer_s) * MINIMAGEN_STEPS
-    lines = [
-        "| | evaluation (s) | times MinImagen | largest error / largest value | picture (s) | "
-        "times MinImagen | first call (s) |",
-        "|---|---|---|---|---|---|---|",
-        f"| MinImagen 0.0.9, fp32, two passes | {statistics.median(peer_s):.3f} | 1 | | "
-        f"{whole:.0f} (x 1000) | 1 | |",
-    ]
-    for name, (_, _, _, first, error, _) in ready.items():
-        ratio = statistics.median(a / b for a, b in zip(peer_s, seconds[name], strict=True))
-        picture = statistics.median(pictures[name])
-        lines.append(
-            f"| {name} | {statistics.median(seconds[name]):.3f} | {ratio:.2f} | {error:.1e} | "
-            f"{picture:.2f} | {whole / picture:.0f} | {first:.1f} |"
-        )
-    lines += ["", *(f"Not measured: {line}" for line in missing)]
-    facts = f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}), torch "
-    facts += f"{torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds"
-    text_out = "\n".join([*lines, f"{facts}."])
-    print(text_out)
-    if options.write:
-        document = ROOT / "docs" / "sampling.md"
-        before, rest = document.read_text().split(BEGIN)
-        document.write_text(f"{before}{BEGIN}\n{text_out}\n{END}{rest.split(END)[1]}")
+        with torch.inference_mode():
+            expected, missing = reference(), []
+            ready: dict[str, Ready] = {}
+            for name, kind, how in ROWS:
+                if only and name not in only:
+                    continue
+                say(name)
+                try:
+                    runtime = open_runtime(kind, file, device=torch.device("cpu"), options=how)
+                    denoiser = runtime.bind(text, cond_scale=SCALE, lowres_img=None, lowres_t=None)
+
+                    def evaluate(denoiser: Any = denoiser) -> Tensor:
+                        return denoiser(x_t, t)
+
+                    first = seconds_of(evaluate)
+                    error = (evaluate() - expected).abs().max() / expected.abs().max()
+                    ready[name] = Ready(runtime, evaluate, first, error.item())
+                except ImagenScaleError as problem:
+                    missing.append(f"Not measured: {name}: {problem}")
+            evaluations: dict[str, list[float]] = {name: [] for name in ("MinImagen", *ready)}
+            for number in range(rounds):
+                evaluations["MinImagen"].append(seconds_of(reference))
+                for name, row in ready.items():
+                    evaluations[name].append(seconds_of(row.evaluate))
+                say(f"evaluations: round {number + 1} of {rounds}")
+            whole = time_pictures(file, text, ready, pictures)
+    return page(ready, evaluations, whole, [*missing, f"{rounds} rounds; {facts()}"])
+
+
+def time_pictures(
+    file: InferenceFile, text: Text, ready: dict[str, Ready], rounds: int
+) -> dict[str, float]:
+    """Median seconds of a whole picture, by the row's name."""
+    stage = Stage(file, torch.device("cpu"))
+    own, how = stage.runtime, Settings(steps=STEPS, cond_scale=SCALE)
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for number in range(rounds):
+        for name, row in ready.items():
+            stage.runtime = row.runtime
+            seconds[name].append(seconds_of(lambda: list(stage.parts(text, [0], how))))
+        say(f"pictures: round {number + 1} of {rounds}")
+    stage.runtime = own
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def page(
+    ready: dict[str, Ready],
+    evaluations: dict[str, list[float]],
+    pictures: dict[str, float],
+    notes: list[str],
+) -> str:
+    """The table, and what is to be said about it."""
+    theirs = evaluations["MinImagen"]
+    whole = statistics.median(theirs) * MINIMAGEN_STEPS
+    name = f"MinImagen {peers.REQUIREMENTS[0].partition('==')[2]}, fp32, two passes"
+    median = f"{statistics.median(theirs):.3f} s"
+    rows = [[name, median, "1", "", f"{whole:.0f} s (x {MINIMAGEN_STEPS})", "1", ""]]
+    for name, row in ready.items():
+        ratio = statistics.median(a / b for a, b in zip(theirs, evaluations[name], strict=True))
+        rows.append([
+            name, f"{statistics.median(evaluations[name]):.3f} s", f"{ratio:.2f}",
+            f"{row.error:.1e}", f"{pictures[name]:.2f} s", f"{whole / pictures[name]:.0f}",
+            f"{row.first:.1f} s",
+        ])  # fmt: skip
+    return "\n\n".join([table(COLUMNS, rows), *notes])
+
+
+def facts() -> str:
+    """The machine and what counts for speed on it."""
+    packages = [name for name in ("onnxruntime", "openvino") if is_installed(name)]
+    return f"{torch.get_num_threads()} threads; {machine('torch', *packages)}"
+
+
+def is_installed(name: str) -> bool:
+    """Whether a distribution is there."""
+    return importlib.util.find_spec(name) is not None
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True,
+              help="Of single evaluations.")  # fmt: skip
+@click.option("--pictures", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Rounds of whole pictures.")  # fmt: skip
+@click.option(
+    "--only", multiple=True, type=click.Choice([name for name, *_ in ROWS]), help="A row."
+)
+@click.option("--peers", "folder", default=".benchmarks/peers", show_default=True,
+              type=click.Path(path_type=Path), help="Where MinImagen is installed.")  # fmt: skip
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@click.option("--inside", "is_inside", is_flag=True, hidden=True)
+def main(
+    rounds: int, pictures: int, only: tuple[str, ...], folder: Path, write: Path | None,
+    is_inside: bool,
+) -> None:  # fmt: skip
+    """Installs the peers, measures in a process that sees them, prints and writes the table."""
+    if write is not None:
+        split_at_marks(write, MARK)
+    if not is_inside:
+        peers.install(folder)
+        command = [sys.executable, __file__, *sys.argv[1:], "--inside"]
+        # ONNX Runtime and OpenVINO have threads of their own, on every core.
+        environment = peers.environment(folder, None, bind=False)
+        sys.exit(subprocess.run(command, env=environment).returncode)
+    text = measure(only, rounds, pictures)
+    click.echo(text)
+    if write is not None:
+        write_between_marks(write, MARK, text)
 
 
 if __name__ == "__main__":

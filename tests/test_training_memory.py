@@ -1,6 +1,8 @@
 """Real runs with what is traded for memory: the curve stays that of plain training."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import TINY, losses
@@ -127,3 +129,26 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(config
     assert setup["micro_batch"] * setup["accumulation"] == 16
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "free")
     assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+HOLES = """
+import sys
+import torch
+from imagen_scale.training.memory_use import host_bytes, return_freed_host_memory
+
+if sys.argv[1] == "returned":
+    return_freed_host_memory()
+torch.zeros(31 * 2**18)  # glibc takes blocks of 31 MB from heaps once it has freed one
+blocks = [torch.ones(2**19) for _ in range(200)]
+before = host_bytes()
+del blocks[:-1:2]
+print(before - host_bytes())
+"""
+
+
+@pytest.mark.parametrize("way", ["kept", "returned"])
+def test_what_is_freed_between_blocks_in_use_goes_back_to_the_system(way):
+    """200 blocks of 2 MB, every other one freed."""
+    done = subprocess.run([sys.executable, "-c", HOLES, way], capture_output=True, text=True)
+    freed = int(done.stdout)
+    assert freed > 190 * 2**20 if way == "returned" else freed < 10 * 2**20

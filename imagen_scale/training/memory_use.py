@@ -1,6 +1,7 @@
 """Memory that training really uses: running out of it, and comparing it with the plan."""
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from imagen_scale.planning.machine import keep_calibration, this_machine
 from imagen_scale.planning.planner import gb
 from imagen_scale.planning.setup import Setup
 
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 # What allocators say when there is no more: torch's on the CPU, and CUDA outside torch's own.
 _FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
 
@@ -30,6 +32,17 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def return_freed_host_memory() -> None:
+    """Makes the C library give freed blocks of 1 MB and more back to the system at once.
+
+    glibc raises this limit to 32 MB as blocks are freed. Below it they come from heaps, whose holes
+    stay resident: ZeRO-3, which gathers and frees weights all the time, took 20 to 30 % more than
+    its tensors. Does nothing where the C library has no such limit.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # musl, macOS; Windows
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def host_bytes() -> int:

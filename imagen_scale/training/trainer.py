@@ -37,6 +37,7 @@ from imagen_scale.training.memory_use import (
     host_bytes,
     is_out_of_memory,
     release_memory,
+    return_freed_host_memory,
 )
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.preemption import Preempted, StopRequest
@@ -166,6 +167,8 @@ class UnetTraining:
                 self.say,
             )
         )  # fmt: skip
+        if self.setup.stage == 3 or self.setup.offloads_optimizer:
+            return_freed_host_memory()
         while not self._run_once():
             pass
 
