@@ -1,6 +1,7 @@
 """The planner: predicted against measured bytes, and the choices it makes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -341,6 +342,17 @@ def test_plan_prints_every_term_and_the_reason(tiny_config):
         "why: ", "not taken: ", "16 px", "32 px",
     ):  # fmt: skip
         assert word in done.output
+
+
+def test_without_a_card_the_tensors_count_as_host_memory(tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = "--config", str(tiny_config), "--unet", "1", "--gpus", "2"
+    (plan,) = json.loads(run(*arguments, "--json").output)
+    rows = dict(re.findall(r"^│ ([a-z ]+?) +│ +([\d.]+) │$", run(*arguments).output, re.M))
+    card, host = plan["bytes"]["card"], plan["bytes"]["host"]
+    assert float(rows["total of a process"]) == round(card / 1e9, 2)
+    assert float(rows["host memory"]) == pytest.approx((2 * card + host) / 1e9, abs=0.006)
+    assert "ZeRO-0" in run(*arguments).output
 
 
 @pytest.mark.parametrize("command", [[], ["plan"], ["sample"], ["upscale"]])

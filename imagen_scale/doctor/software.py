@@ -115,7 +115,7 @@ def tensorrt() -> Iterator[Finding]:
     """TensorRT-RTX."""
     version = _version("tensorrt-rtx") or _version("tensorrt_rtx")
     if version is None:
-        yield _optional("TensorRT-RTX", "engines", "tensorrt")
+        yield _optional("TensorRT-RTX", "--runtime tensorrt", "tensorrt")
         return
     importlib.import_module("tensorrt_rtx")
     seen = version if _has_card() else f"{version}: engines can be built here, not run"

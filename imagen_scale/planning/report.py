@@ -39,7 +39,7 @@ def in_words(setup: Setup) -> str:
     if setup.in_backward:
         where = "the optimizer inside backward"
     elif setup.stage == 0:
-        where = "everything on the card"
+        where = "ZeRO-0"
     else:
         where = f"ZeRO-{setup.stage}"
         if setup.offloads_parameters:
@@ -99,13 +99,13 @@ def print_plan(
     )
     for term in TERMS:
         row(term, [_number(getattr(c.cost, term)) for c in choices])
-    row(
-        "total on the card",
-        [_number(int(c.cost.card * ratio)) for c in choices],
-        style="bold",
-        end_section=True,
-    )
-    row("host memory", [_number(c.cost.host) for c in choices])
+    cards = [int(c.cost.card * ratio) for c in choices]
+    hosts = [c.cost.host for c in choices]
+    if machine.card is None:  # a process's tensors lie in host memory, too
+        hosts = [host + machine.ranks * card for host, card in zip(hosts, cards, strict=True)]
+    where = "of a process" if machine.card is None else "on the card"
+    row(f"total {where}", [_number(card) for card in cards], style="bold", end_section=True)
+    row("host memory", [_number(host) for host in hosts])
     row("of it pinned", [_number(c.cost.pinned) for c in choices])
     row("disk per checkpoint", [_number(c.cost.disk) for c in choices])
     row("relative step cost", [f"{p.choice.seconds / _fastest(p):.2f}" for p in plans])
