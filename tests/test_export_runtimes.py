@@ -70,7 +70,7 @@ def pictures(denoiser, schedule, batch, size):
     return (images + 1) * 127.5
 
 
-@pytest.mark.parametrize("cond_scale", [1.0, SCALE])
+@pytest.mark.parametrize("cond_scale", [1.0, 3])  # whole numbers count as well
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):

@@ -94,6 +94,18 @@ def test_both_stages_are_told_step_by_step_and_the_picture_is_the_commands(run, 
     np.testing.assert_array_equal(pixels(file.with_suffix(".png")), pixels(made.path))
 
 
+def test_an_export_is_sampled_with_guidance_in_whole_numbers_as_a_page_sends_them(
+    exported, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(exported, run)
+    whole = SETTINGS | {"cond_scale": [3, 1]}
+    made = [events(run, request(settings=whole, runtime=name))[-1] for name in ("torch", "onnx")]
+    assert all(isinstance(one, Made) for one in made), made
+    theirs, ours = (pixels(one.path).astype(int) for one in made)
+    assert np.abs(ours - theirs).max() <= 1
+
+
 def test_auto_says_what_it_took(run):
     told = events(run, request(runtime="auto"))
     said = [event.sentence for event in told if isinstance(event, Said)]

@@ -178,7 +178,8 @@ class _BoundDenoiser:
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
-            inputs["cond_scale"] = torch.full((len(text.tokens),), cond_scale)
+            # A whole number, as Python and pages give it, would make integers.
+            inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond_scale))
         if lowres_img is not None and lowres_t is not None:
             inputs |= {"lowres_img": lowres_img.float(), "lowres_t": lowres_t.float()}
         self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
