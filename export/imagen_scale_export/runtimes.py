@@ -269,11 +269,10 @@ def find_export(file: InferenceFile, format: Format, precisions: tuple[Precision
     for folder in folders:
         if (folder / MANIFEST).is_file():
             return folder
+    asked = f" --precision {precisions[0]}" if len(precisions) == 1 else ""
     raise UsageError(
-        f"U-Net {file.unet_number} has no {format} export (looked for "
-        f"{', '.join(folder.name for folder in folders)} in {folders[0].parent}). Make one with "
-        f"`imagen-scale export --unet {file.unet_number} --format {format} --precision "
-        f"{precisions[0]}`."
+        f"U-Net {file.unet_number} has no {format} export in {folders[0].parent}; "
+        f"`imagen-scale export --unet {file.unet_number} --format {format}{asked}` makes one."
     )
 
 
