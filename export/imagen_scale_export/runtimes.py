@@ -269,9 +269,11 @@ def find_export(file: InferenceFile, format: Format, precisions: tuple[Precision
     for folder in folders:
         if (folder / MANIFEST).is_file():
             return folder
-    asked = f" --precision {precisions[0]}" if len(precisions) == 1 else ""
+    is_asked = len(precisions) == 1
+    kind = f"{format} {precisions[0]}" if is_asked else format
+    asked = f" --precision {precisions[0]}" if is_asked else ""
     raise UsageError(
-        f"U-Net {file.unet_number} has no {format} export in {folders[0].parent}; "
+        f"U-Net {file.unet_number} has no {kind} export in {folders[0].parent}; "
         f"`imagen-scale export --unet {file.unet_number} --format {format}{asked}` makes one."
     )
 
