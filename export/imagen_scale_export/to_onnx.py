@@ -185,13 +185,14 @@ def _export(
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
         assert exported is not None  # it is None only when a file name is given
         if weights_of:
-            _share_weights(exported.model, weights_of)
-        exported.save(path, external_data=not weights_of)
+            _save_sharing(exported.model, path, weights_of)
+        else:
+            exported.save(path, external_data=True)
     _finish(path, inputs, outputs)
 
 
-def _share_weights(model: Any, saved: Path) -> None:
-    """Replaces a graph's weights by references to those beside a saved graph."""
+def _save_sharing(model: Any, path: Path, saved: Path) -> None:
+    """Saves a graph whose weights are references to those beside a saved one."""
     import onnx_ir
 
     def content(tensor: Any) -> tuple[Any, ...]:
@@ -208,6 +209,8 @@ def _share_weights(model: Any, saved: Path) -> None:
                 same.location, same.offset, same.length, same.dtype,
                 shape=same.shape, name=value.name or "", base_dir=saved.parent,
             )  # fmt: skip
+    # torch's own `save` would write them once more where they are large.
+    onnx_ir.save(model, path)
 
 
 def _finish(path: Path, inputs: list[Port], outputs: list[Port]) -> None:
