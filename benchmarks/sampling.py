@@ -217,6 +217,8 @@ def main(
 ) -> None:  # fmt: skip
     """Installs the peers, measures in a process that sees them, prints and writes the table."""
     if write is not None:
+        if only:
+            raise click.UsageError("--write takes every row; leave out --only.")
         split_at_marks(write, MARK)
     if not is_inside:
         peers.install(folder)

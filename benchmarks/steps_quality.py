@@ -69,6 +69,8 @@ def main(
 ) -> None:  # fmt: skip
     """Measures, prints and writes."""
     if write is not None:
+        if only:
+            raise click.UsageError("--write takes every row; leave out --only.")
         split_at_marks(write, MARK)
     cascade = Cascade.load(run)
     prepared = prepare(cascade.files[0].config)
@@ -98,7 +100,7 @@ def main(
     trained = " and ".join(str(file.step) for file in cascade.files)
     text = "\n\n".join([
         table(COLUMNS, lines),
-        f"{len(captions)} captions, {seeds} picture each; guidance {cond_scale:g}; stages trained "
+        f"{len(captions)} captions, {seeds} picture{'s' * (seeds > 1)} each; guidance {cond_scale:g}; stages trained "
         f"for {trained} steps; {versions('torch')}.",
     ])  # fmt: skip
     click.echo(text)
