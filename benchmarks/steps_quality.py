@@ -100,8 +100,8 @@ def main(
     trained = " and ".join(str(file.step) for file in cascade.files)
     text = "\n\n".join([
         table(COLUMNS, lines),
-        f"{len(captions)} captions, {seeds} picture{'s' * (seeds > 1)} each; guidance {cond_scale:g}; stages trained "
-        f"for {trained} steps; {versions('torch')}.",
+        f"{len(captions)} captions, {seeds} picture{'s' * (seeds > 1)} each; guidance "
+        f"{cond_scale:g}; stages trained for {trained} steps; {versions('torch')}.",
     ])  # fmt: skip
     click.echo(text)
     if write is not None:
