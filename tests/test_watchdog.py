@@ -96,6 +96,13 @@ def test_a_rank_hangs_if_it_stands_still_where_all_keep_pace(phase, progress, st
     assert judge((peer(0), 0, stood), own=beat, now=1e10) == {}
 
 
+def test_a_rank_that_an_exception_ends_has_a_minute_more_to_say_so():
+    beat = peer(state="leaving", phase="step", progress=19)
+    assert judge((beat, 0, 120)) == judge((beat, 0, 179)) == {}
+    assert set(judge((beat, 0, 180))) == {1}
+    assert set(judge((beat, 0, 0), gone={1})) == {1}
+
+
 def test_a_process_that_was_asleep_judges_from_its_awakening():
     assert judge((peer(), 900, 900), awake_since=990.0) == {}
     assert set(judge((peer(), 900, 900), awake_since=880.0)) == {1}

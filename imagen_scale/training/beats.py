@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 PACED = ("loading data", "step")
 
 
-State: TypeAlias = Literal["running", "done", "failed", "left"]
+State: TypeAlias = Literal["running", "leaving", "done", "failed", "left"]
+LEAVING_S = 60.0  # more patience with one that an exception ends: it may be closing its logs
 
 
 class Beat(NamedTuple):
@@ -77,6 +78,7 @@ def faults(
     A rank is at fault if it says that it failed; if its process is gone; if it has given no sign
     of life for `timeout`, as a stopped process or a machine out of reach; or if it lives but has
     stood still in a paced phase for that long while another rank is ahead and so waits for it.
+    One that an exception is ending will say so itself and gets LEAVING_S more for it.
     Ranks that all stand at the same place are not judged: none can be told from the others, and a
     step may be slow.
 
@@ -120,7 +122,7 @@ def faults(
             timeout is not None
             and beat.phase in PACED
             and beat.progress < furthest
-            and stood >= timeout
+            and stood >= timeout + (LEAVING_S if beat.state == "leaving" else 0)
         ):
             found[beat.rank] = (
                 f"{beat} hangs: it has been in {beat.where} for {stood:.0f} s while others wait "

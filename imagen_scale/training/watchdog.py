@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 import torch
 
 from imagen_scale.errors import ImagenScaleError
-from imagen_scale.training.beats import Beat, Seen, State, faults, started, this_machine
+from imagen_scale.training.beats import (
+    LEAVING_S,
+    Beat,
+    Seen,
+    State,
+    faults,
+    started,
+    this_machine,
+)
 from imagen_scale.training.distributed import rank, world_size
 from imagen_scale.training.preemption import Preempted
 
@@ -22,7 +30,6 @@ ASLEEP_S = 10.0  # between two looks: this process itself was stopped
 # Ranks that fail together need no explanation: each gets this long to leave by itself, and one
 # whose exchange a lost rank broke to find out who that was.
 GRACE_S = 5.0
-LEAVING_GRACE_S = 60.0  # for one that is on its way out and may be closing its logs
 LINGER_S = 15.0  # rank 0 keeps the beats, so it is the last to leave,
 DEAF_S = 3.0  # except those that have not beaten for so long
 
@@ -113,18 +120,28 @@ class Watchdog:
             return
         own = isinstance(error, ImagenScaleError)
         if isinstance(error, Exception) and not own:  # maybe of an exchange that a lost rank broke
-            deadline = time.monotonic() + GRACE_S
-            while time.monotonic() < deadline:
+            since = time.monotonic()
+            while time.monotonic() < since + self._patience():
                 if found := self._faults():
                     self._leave(found)
                 time.sleep(BEAT_S / 4)
         lines = str(error).splitlines() or [""]
         self._end("failed", lines[0] if own else f"{type(error).__name__}: {lines[0]}")
 
+    def _patience(self) -> float:
+        """Seconds in which another rank may explain why this one failed."""
+        # One behind this one failed first, waits itself, and then its beat takes a second.
+        failed_first = any(
+            seen.beat.state == "leaving" and seen.beat.progress < self._progress
+            for seen in self._seen.values()
+        )
+        return 3 * GRACE_S if failed_first else GRACE_S
+
     def _beat(self) -> Beat:
+        is_ended_by_exception = self._is_leaving and self._state == "running"
         return self._process._replace(
-            state=self._state, phase=self._phase, step=self._step,
-            progress=self._progress, reason=self._reason, number=self._number,
+            state="leaving" if is_ended_by_exception else self._state, phase=self._phase,
+            step=self._step, progress=self._progress, reason=self._reason, number=self._number,
         )  # fmt: skip
 
     def _exchange(self) -> None:
@@ -156,7 +173,7 @@ class Watchdog:
     def _is_last(self) -> bool:
         """Whether every other rank has left, or cannot hear why this one leaves."""
         return all(
-            seen.beat.state != "running"
+            seen.beat.state not in ("running", "leaving")
             or self._is_gone(seen.beat)
             or time.monotonic() - seen.beaten > DEAF_S
             for seen in self._seen.values()
@@ -176,7 +193,7 @@ class Watchdog:
             last = now
             found = self._faults()
             since = (since or now) if found else None
-            grace = LEAVING_GRACE_S if self._is_leaving else GRACE_S
+            grace = LEAVING_S if self._is_leaving else GRACE_S
             if since is not None and now - since >= grace:
                 self._leave(found)
 
@@ -198,7 +215,7 @@ class Watchdog:
             reason = " ".join(found[number] for number in sorted(found))
             # The first rank that can. One that left before this one has said it.
             before = {n: seen.beat.state for n, seen in self._seen.items() if n < rank()}
-            if not any(s == "left" or (s == "running" and n not in found)
+            if not any(s == "left" or (s in ("running", "leaving") and n not in found)
                        for n, s in before.items()):  # fmt: skip
                 print(f"error: {reason} {ADVICE}", file=sys.stderr, flush=True)
             self._end("left", reason)
