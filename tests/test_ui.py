@@ -471,11 +471,14 @@ def ask(tab, prompt, *, steps=(3, 2), seed=None):
         tab.fill(f"#steps{unet} input", str(count))
     if seed is not None:
         tab.fill("#seed input", str(seed))
+    tab.evaluate("window.before = document.querySelector('#status').innerText")
     tab.click("#start")
 
 
 def finished(tab):
-    tab.wait_for_selector("#status .is-good")
+    # The words of the picture before name another file.
+    tab.wait_for_function("""() => document.querySelector("#status .is-good")
+        && document.querySelector("#status").innerText !== window.before""")
     tab.wait_for_selector("#start:not([disabled])")
 
 
@@ -559,6 +562,7 @@ def test_the_history_gives_settings_back_and_prompts_are_text(page, tab):
     finished(tab)
     ask(tab, "key", steps=(2, 1), seed=22)
     finished(tab)
+    tab.wait_for_selector("#history .grid-container button >> nth=0 >> text=key")
     assert tab.evaluate("document.querySelectorAll('#details b').length") == 0
     tab.click("#history .grid-container button >> nth=1")
     tab.wait_for_selector("#details dd:has-text('onerror')")
