@@ -492,7 +492,7 @@ ROWS = {
         "17",
         "Weights & Biases out of reach, silent, failing or killed: training ends as without it, "
         "metrics.jsonl is complete, and a step takes no 1 % longer",
-        8,
+        4,
         elsewhere("trackers", "trackers"),
     ),
 }
