@@ -9,10 +9,8 @@ to a Result; ROWS is the one table of them.
 """
 
 import importlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import resource
 import signal
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+from report import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -496,20 +495,8 @@ ROWS = {
         elsewhere("trackers", "trackers"),
     ),
 }
+PACKAGES = ("torch", "deepspeed", "pillow", "pydantic", "transformers")
 HEADER = ["row", "storm", "goal", "trials", "failures", "figure"]
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    names = ("torch", "deepspeed", "pillow", "pydantic", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    cpu = model[1] if model else platform.machine()
-    return (
-        f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB; Python {platform.python_version()}, "
-        f"{versions}."
-    )
 
 
 def write_between_marks(document: Path, header: str, lines: dict[str, str]) -> None:
@@ -566,12 +553,12 @@ def main(rows: tuple[str, ...], write: Path | None, inside: Path | None) -> None
         f"{len(result.failures)} | {result.figure} |"
         for name, result in results.items()
     }
-    click.echo(page(machine(), list(lines.values())))
+    click.echo(page(machine(*PACKAGES), list(lines.values())))
     for name, result in results.items():
         for failure in result.failures[:20]:
             click.echo(f"{name}: {failure}", err=True)
     if write is not None:
-        write_between_marks(write, machine(), lines)
+        write_between_marks(write, machine(*PACKAGES), lines)
     sys.exit(any(result.failures for result in results.values()))
 
 

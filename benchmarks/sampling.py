@@ -14,7 +14,7 @@ not counted), and ours measured whole: 25 steps of DPM-Solver++(2M) with dynamic
 Rows that cannot be measured say why.
 """  # noqa: D301 - click reads the backspace
 
-import importlib.util
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -190,13 +190,10 @@ def page(
 
 def facts() -> str:
     """The machine and what counts for speed on it."""
-    packages = [name for name in ("onnxruntime", "openvino") if is_installed(name)]
-    return f"{torch.get_num_threads()} threads; {machine('torch', *packages)}"
-
-
-def is_installed(name: str) -> bool:
-    """Whether a distribution is there."""
-    return importlib.util.find_spec(name) is not None
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    wanted = ("onnxruntime", "onnxruntime-gpu", "openvino")
+    runtimes = [name for name in wanted if name in installed]
+    return f"{torch.get_num_threads()} threads; {machine('torch', *runtimes)}"
 
 
 @click.command(help=__doc__)

@@ -17,7 +17,7 @@ from forked import Training, warm_up
 from interruptions import losses
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-STEPS, EVERY = 250, 10  # EVERY steps a report, five times as often as by default
+STEPS, BATCH, EVERY = 250, 16, 10  # EVERY steps a report, five times as often as by default
 WARM = 80  # steps that are not timed: about ten seconds, in which wandb is imported and started
 
 
@@ -60,7 +60,7 @@ def configuration(folder: Path, mode: str | None) -> Path:
 
     unets = [{**TINY["unets"][0], "dim": 32}, TINY["unets"][1]]
     calm = {"val_every": 1000, "sample_every": 1000, "checkpoint_every": 1000}
-    training = TINY["training"] | calm | {"steps": STEPS, "global_batch": 16}
+    training = TINY["training"] | calm | {"steps": STEPS, "global_batch": BATCH}
     logging = {"log_every": EVERY, "wandb": mode and {"project": "storm", "mode": mode}}
     path = folder / f"{mode}.json"
     path.write_text(json.dumps(TINY | {"unets": unets, "training": training, "logging": logging}))
@@ -120,7 +120,7 @@ def step_seconds(run: Path) -> float:
     """Seconds of a step: the lower quartile of the reports, since what else disturbs only adds."""
     lines = map(json.loads, (run / "unet1" / "metrics.jsonl").read_text().splitlines())
     speeds = [row["images_per_s"] for row in lines if row["step"] > WARM and "loss" in row]
-    return 16 / statistics.quantiles(speeds, n=4)[-1]
+    return BATCH / statistics.quantiles(speeds, n=4)[-1]
 
 
 def trackers(trials: int, folder: Path) -> tuple[list[str], str]:

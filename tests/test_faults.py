@@ -27,7 +27,7 @@ def module():
 
 @pytest.mark.parametrize(
     "row",
-    ["kills=4", "damages=10", "full_disk=4", "stops=4", "lost_ranks=2", "elastic=4", "nan=4",
+    ["kills=4", "damages=10", "full_disk=4", "stops=4", "lost_ranks=4", "elastic=12", "nan=4",
      "pictures=90", "largest=1", "captions=40", "configs=60", "prompts=30", "trackers=1"],
 )  # fmt: skip
 def test_a_small_storm_leaves_no_fault(row):

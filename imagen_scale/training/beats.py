@@ -11,6 +11,7 @@ PACED = ("loading data", "step")
 
 
 State: TypeAlias = Literal["running", "leaving", "done", "failed", "left"]
+PRESENT: tuple[State, ...] = ("running", "leaving")  # it can still hear and speak
 LEAVING_S = 60.0  # more patience with one that an exception ends: it may be closing its logs
 
 

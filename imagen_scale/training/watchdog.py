@@ -15,6 +15,7 @@ import torch
 from imagen_scale.errors import ImagenScaleError
 from imagen_scale.training.beats import (
     LEAVING_S,
+    PRESENT,
     Beat,
     Seen,
     State,
@@ -173,7 +174,7 @@ class Watchdog:
     def _is_last(self) -> bool:
         """Whether every other rank has left, or cannot hear why this one leaves."""
         return all(
-            seen.beat.state not in ("running", "leaving")
+            seen.beat.state not in PRESENT
             or self._is_gone(seen.beat)
             or time.monotonic() - seen.beaten > DEAF_S
             for seen in self._seen.values()
@@ -215,7 +216,7 @@ class Watchdog:
             reason = " ".join(found[number] for number in sorted(found))
             # The first rank that can. One that left before this one has said it.
             before = {n: seen.beat.state for n, seen in self._seen.items() if n < rank()}
-            if not any(s == "left" or (s in ("running", "leaving") and n not in found)
+            if not any(s == "left" or (s in PRESENT and n not in found)
                        for n, s in before.items()):  # fmt: skip
                 print(f"error: {reason} {ADVICE}", file=sys.stderr, flush=True)
             self._end("left", reason)
