@@ -120,8 +120,8 @@ def pictures(trials: int, folder: Path) -> Result:
     from corpus import mutant, write_corpus
 
     from imagen_scale.config import DataConfig
-    from imagen_scale.data.screening import usable_source
-    from imagen_scale.data.sources import open_source
+    from imagen_scale.data.sources.opening import open_source
+    from imagen_scale.data.sources.screening import usable_source
     from imagen_scale.errors import DataError
 
     expected = write_corpus(folder / "set")
@@ -173,8 +173,8 @@ def largest(trials: int, folder: Path) -> Result:
     from PIL import Image
 
     from imagen_scale.config import DataConfig
-    from imagen_scale.data.images import MAX_PIXELS, MAX_PIXELS_OF
-    from imagen_scale.data.sources import open_source
+    from imagen_scale.data.sources.images import MAX_PIXELS, MAX_PIXELS_OF
+    from imagen_scale.data.sources.opening import open_source
 
     Image.MAX_IMAGE_PIXELS = None
     kinds = [
@@ -233,8 +233,8 @@ def captions(trials: int, folder: Path) -> Result:
     from captions import CASES, write_case
 
     from imagen_scale.config import DataConfig
-    from imagen_scale.data.sources import open_source
-    from imagen_scale.data.text import TextEncoder, encoder_folder
+    from imagen_scale.data.encoder import TextEncoder, encoder_folder
+    from imagen_scale.data.sources.opening import open_source
     from imagen_scale.errors import DataError
 
     failures, used = [], []
@@ -319,7 +319,7 @@ def prompts(trials: int, folder: Path) -> Result:
     from hypothesis import strategies as st
     from tiny_run import write_run
 
-    from imagen_scale.cli import main
+    from imagen_scale.commands.main import main
 
     run = folder / "run"
     write_run(run)

@@ -18,8 +18,6 @@ def warm_up() -> None:
     import cpuinfo
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    import imagen_scale.commands.train_process
-    import imagen_scale.training.trainer  # noqa: F401
     from imagen_scale.training.operators import extensions_dir
 
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())

@@ -25,7 +25,7 @@ import torch
 from report import machine, split_at_marks, table, versions, write_between_marks
 
 from imagen_scale.config import Config, load_config, parse_bytes, parse_config
-from imagen_scale.data.dataset import Batch
+from imagen_scale.data.sequence import Batch
 from imagen_scale.errors import ImagenScaleError
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.models.unet import UNet
@@ -34,7 +34,7 @@ from imagen_scale.planning.machine import this_machine
 from imagen_scale.planning.planner import Planner, text_width
 from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup
-from imagen_scale.training import distributed
+from imagen_scale.training import distributed, ranks
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.memory_use import (
     forget_peaks,
@@ -88,8 +88,8 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
         What `row` shows; bytes.
     """
     config, index = left_to_planner(load_config(task["config"])), task["unet_index"]
-    distributed.fill_environment()
-    distributed.check_machine()
+    ranks.fill_environment()
+    ranks.check_machine()
     on_card, budget = torch.cuda.is_available(), this_machine(ranks=1)
     if task["limit"] is not None:
         # The fraction holds for torch's allocator; the context is outside of it.
@@ -114,7 +114,7 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
     setup = setup._replace(accumulation=found["accumulation"][0])
     cost = step_cost(setup, activations, on_card=on_card)
     found |= {"predicted": cost.card, "host_predicted": cost.host - process_bytes(on_card=on_card)}
-    distributed.join()
+    ranks.join()
     try:
         return found | train(config, index, setup, width, task["steps"], planned)
     except Exception as error:
@@ -122,7 +122,7 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
             raise
         return found | {"fault": f"out of memory: {str(error).splitlines()[0]}"}
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 def train(

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from forked import Training, warm_up
 
-from imagen_scale.checkpoint import MANIFEST, inference_path, list_checkpoints, unet_dir, verify
 from imagen_scale.errors import CheckpointError
+from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
+from imagen_scale.runs.folders import inference_path, unet_dir
 
 EVERY = 2
 SILENCE = 5  # seconds, of a rank that stands still

@@ -31,11 +31,14 @@ import torch
 from report import machine, split_at_marks, table, write_between_marks
 from torch import Tensor
 
-from imagen_scale.cascade import Settings, Stage
-from imagen_scale.checkpoint import InferenceFile, inference_path, read_inference, save_inference
 from imagen_scale.config import Config, load_config
 from imagen_scale.errors import ImagenScaleError
-from imagen_scale.runtimes import Options, Text, open_runtime
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import InferenceFile, read_inference, save_inference
+from imagen_scale.sampling.runtimes.contract import Options, Text
+from imagen_scale.sampling.runtimes.opening import open_runtime
+from imagen_scale.sampling.settings import Settings
+from imagen_scale.sampling.stage import Stage
 
 CONFIG = peers.ROOT / "configs" / "pokemon_64.json"
 MARK = "sampling_speed"

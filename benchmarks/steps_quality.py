@@ -14,11 +14,12 @@ from typing import NamedTuple
 import click
 from report import split_at_marks, table, versions, write_between_marks
 
-from imagen_scale.cascade import Cascade, to_uint8
-from imagen_scale.data.dataset import prepare, real_pictures, split_indices
+from imagen_scale.data.prepared import prepare, real_pictures
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.diffusion.sampler import num_evaluations
 from imagen_scale.evaluation import retrieval_accuracy
-from imagen_scale.pictures import save_grid
+from imagen_scale.files.pictures import save_grid, to_uint8
+from imagen_scale.sampling.stages import TrainedStages
 
 MARK = "steps_quality"
 COLUMNS = ("sampler", "spacing", "steps", "evaluations", "retrieval", "distance")
@@ -72,7 +73,7 @@ def main(
         if only:
             raise click.UsageError("--write takes every row; leave out --only.")
         split_at_marks(write, MARK)
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     prepared = prepare(cascade.files[0].config)
     indices = split_indices(prepared.source.keys, 0.0)[0][:count]
     captions = [prepared.source.captions[i] for i in indices]

@@ -31,7 +31,8 @@ from report import machine, split_at_marks, table, write_between_marks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imagen_scale.config import CheckpointingLevel, Config, UnetConfig, load_config, parse_config
+from imagen_scale.config import Config, UnetConfig, load_config, parse_config
+from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.activations import measure

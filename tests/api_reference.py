@@ -9,7 +9,7 @@ import imagen_scale
 from imagen_scale import errors
 from imagen_scale.diffusion.sampler import Sampler
 from imagen_scale.diffusion.spacing import Spacing
-from imagen_scale.runtimes import Precision, RuntimeName
+from imagen_scale.sampling.runtimes.contract import Precision, RuntimeName
 
 MARKS = ("<!-- names: written by tests/refresh_docs.py -->\n", "<!-- end of names -->\n")
 NAMES = {"RuntimeName": RuntimeName, "Precision": Precision, "Sampler": Sampler, "Spacing": Spacing}

@@ -74,14 +74,14 @@ def environment_of_no_launcher():
 @pytest.fixture(scope="session")
 def process_group(private_folders):
     """DeepSpeed in this process, as the only rank; it cannot be joined a second time."""
-    from imagen_scale.training import distributed
+    from imagen_scale.training import ranks
 
     with environment_of_no_launcher():
-        distributed.fill_environment()
-        distributed.check_machine()
-        distributed.join()
+        ranks.fill_environment()
+        ranks.check_machine()
+        ranks.join()
         yield
-        distributed.stop()
+        ranks.stop()
 
 
 @pytest.fixture(scope="session")
@@ -162,10 +162,11 @@ def write_stage(run, number, *, seed=0, step=6, fingerprint=None, change=None, o
     """Writes the inference file of one stage of TINY with random weights, norms included."""
     import torch
 
-    from imagen_scale.checkpoint import inference_path, save_inference
     from imagen_scale.config import dump_config, parse_config
-    from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+    from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
     from imagen_scale.models.unet import UNet
+    from imagen_scale.runs.folders import inference_path
+    from imagen_scale.runs.inference import save_inference
 
     config = parse_config(json.dumps(TINY), overrides=overrides)
     run.mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,8 @@ def exported(tmp_path_factory):
     """A run with ONNX exports of both stages in fp32 and fp16; copy before changing it."""
     from imagen_scale_export.exporter import Options, export_unet
 
-    from imagen_scale.checkpoint import inference_path, read_inference
+    from imagen_scale.runs.folders import inference_path
+    from imagen_scale.runs.inference import read_inference
 
     run = tmp_path_factory.mktemp("exported") / "tiny"
     with pytest.MonkeyPatch.context() as patch:

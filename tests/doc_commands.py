@@ -9,7 +9,7 @@ from typing import NamedTuple
 import click
 from conftest import ROOT
 
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
 
 DOCUMENTS = [

@@ -54,12 +54,12 @@ class Small:
         from imagen_scale.config import parse_config
         from imagen_scale.models.unet import UNet
         from imagen_scale.planning.setup import written_setup
-        from imagen_scale.training import distributed
+        from imagen_scale.training import distributed, ranks
         from imagen_scale.training.ema import Ema
         from imagen_scale.training.objective import Objective
         from imagen_scale.training.stepping import Stepper
 
-        self.ranks, self.rank = distributed.world_size(), distributed.rank()
+        self.ranks, self.rank = ranks.world_size(), ranks.rank()
         self.micro = max(1, GLOBAL_BATCH // self.ranks // 2)  # two are accumulated
         zero = {"stage": stage} | (OFFLOADED if stage > 1 and offload else {})
         training = {
@@ -81,7 +81,7 @@ class Small:
         self.done = 0
 
     def batch(self, first):
-        from imagen_scale.data.dataset import Batch
+        from imagen_scale.data.sequence import Batch
 
         samples = []
         for position in range(first, first + self.micro):
@@ -183,7 +183,7 @@ def load(folder, *names):
 
 def nan(folder, limit="1000"):
     """[where, stage, precision, skipped, untouched, goes on] of each way to spoil a step."""
-    from imagen_scale.training.distributed import world_size
+    from imagen_scale.training.ranks import world_size
 
     found = []
     last = world_size() - 1  # one rank only is at fault
@@ -229,16 +229,16 @@ def _spoiled(stage, precision, clip, where, rank):
 
 
 def main():
-    from imagen_scale.training import distributed
+    from imagen_scale.training import ranks
 
-    distributed.fill_environment()
-    distributed.check_machine()
-    distributed.join()
+    ranks.fill_environment()
+    ranks.check_machine()
+    ranks.join()
     mode, folder, *names = sys.argv[1:]
     result = {"save": save, "load": load, "nan": nan}[mode](Path(folder), *names)
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(json.dumps(result), flush=True)
-    distributed.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 from doc_commands import BLOCK, DOCUMENTS, commands, is_deterministic
 
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 
 
 def output(words: list[str]) -> str:

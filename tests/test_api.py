@@ -16,7 +16,7 @@ from tiny_run import write_run
 
 import imagen_scale
 from imagen_scale import Cascade, ImagenScaleError, Sample
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.errors import UsageError
 
 

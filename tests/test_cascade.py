@@ -16,22 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagen_scale.cascade import Cascade, to_uint8
-from imagen_scale.checkpoint import (
-    find_run,
-    inference_path,
-    load_weights,
-    read_inference,
-    save_inference,
-    sha256,
-)
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import dump_config, parse_config
-from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.diffusion.sampler import SAMPLERS
 from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.files.atomic import sha256
+from imagen_scale.files.pictures import next_number, save_sample, to_uint8
 from imagen_scale.models.unet import UNet
-from imagen_scale.pictures import next_number, save_sample
+from imagen_scale.runs.folders import find_run, inference_path
+from imagen_scale.runs.inference import load_weights, read_inference, save_inference
+from imagen_scale.sampling.stages import TrainedStages
 
 FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
 
@@ -58,7 +53,7 @@ def run(tmp_path_factory):
 
 
 def sample(run, *prompts, **options):
-    return Cascade.load(run).sample(prompts, **{"steps": 3} | options)
+    return TrainedStages.load(run).sample(prompts, **{"steps": 3} | options)
 
 
 def test_shapes_and_range(run):
@@ -86,7 +81,7 @@ def test_prompts_matter(run):
 
 def test_a_large_batch_is_sampled_in_parts_with_the_same_pictures(run, monkeypatch):
     whole = sample(run, "red heart", num=5)
-    monkeypatch.setattr("imagen_scale.cascade.PIXELS_AT_ONCE", 2 * 32 * 32)
+    monkeypatch.setattr("imagen_scale.sampling.stage.PIXELS_AT_ONCE", 2 * 32 * 32)
     parts = sample(run, "red heart", num=5)
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -104,20 +99,20 @@ def test_inference_files_carry_the_weights_and_the_configuration(tmp_path):
 def test_missing_and_half_trained_stages_are_named(tmp_path):
     write_stage(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"U-Net 2 is not trained yet.*--unet-limit 1"):
-        Cascade.load(tmp_path)
-    assert len(Cascade.load(tmp_path, unet_limit=1).files) == 1
+        TrainedStages.load(tmp_path)
+    assert len(TrainedStages.load(tmp_path, unet_limit=1).files) == 1
     write_stage(tmp_path, 2, step=3)
     with pytest.raises(CheckpointError, match=r"U-Net 2 is half-trained \(3 of 6 steps\)"):
-        Cascade.load(tmp_path)
-    assert len(Cascade.load(tmp_path, allow_unfinished=True).files) == 2
+        TrainedStages.load(tmp_path)
+    assert len(TrainedStages.load(tmp_path, allow_unfinished=True).files) == 2
     with pytest.raises(UsageError, match="U-Nets 1 to 2"):
-        Cascade.load(tmp_path, unet_limit=3)
+        TrainedStages.load(tmp_path, unet_limit=3)
 
 
 def test_another_text_encoder_is_refused(tmp_path):
     write_stage(tmp_path, 1, fingerprint="0" * 16)
     with pytest.raises(CheckpointError, match="another version of the text encoder 'minilm'"):
-        Cascade.load(tmp_path, unet_limit=1).sample(["sun"], steps=1)
+        TrainedStages.load(tmp_path, unet_limit=1).sample(["sun"], steps=1)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -195,8 +190,8 @@ def test_prompts_never_become_file_names(tmp_path_factory, prompt):
 def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
     out = tmp_path / "out"
     command = [
-        sys.executable, "-c", "from imagen_scale.cli import main; main()", "sample", "sun",
-        "--run", run, "--out", out, "--num", 60, "--at-once", 1, "--steps", "5,50",
+        sys.executable, "-c", "from imagen_scale.commands.main import main; main()",
+        "sample", "sun", "--run", run, "--out", out, "--num", 60, "--at-once", 1, "--steps", "5,50",
         "--runtime", "torch",
     ]  # fmt: skip
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
@@ -212,21 +207,21 @@ def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
             image.load()
         assert path.with_suffix(".json").is_file()
     # What was made is what an uninterrupted run makes.
-    whole = to_uint8(Cascade.load(run).sample(["sun"], num=2, steps=[5, 50])[-1])
+    whole = to_uint8(TrainedStages.load(run).sample(["sun"], num=2, steps=[5, 50])[-1])
     with Image.open(pictures[1]) as image:
         assert np.abs(np.asarray(image).astype(int) - whole[1]).max() <= 1
 
 
 def test_many_pictures_go_through_in_groups_with_the_same_result(run, monkeypatch):
     whole = sample(run, "red heart", "sun", num=3)
-    monkeypatch.setattr("imagen_scale.cascade.GROUP", 4)
+    monkeypatch.setattr("imagen_scale.sampling.stages.GROUP", 4)
     grouped = sample(run, "red heart", "sun", num=3)
     for ours, theirs in zip(grouped, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_settings_per_stage(run):
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     base, large = cascade.settings(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.8)
     assert (base.steps, base.sampler, base.cond_scale, base.threshold) == (9, "ddim", 3, 0.8)
     assert (large.steps, large.sampler, large.cond_scale, large.threshold) == (4, "heun", 1, 0.8)
@@ -250,7 +245,7 @@ def test_settings_per_stage(run):
 )
 def test_settings_that_cannot_work_are_named(run, settings, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        Cascade.load(run).settings(**settings)
+        TrainedStages.load(run).settings(**settings)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 import pytest
 
-from imagen_scale.checkpoint import (
+from imagen_scale.errors import CheckpointError
+from imagen_scale.files.atomic import write_atomically
+from imagen_scale.runs.checkpoint import (
     commit,
     list_checkpoints,
     newest_good,
     remove_old,
     staging_folder,
     verify,
-    write_atomically,
 )
-from imagen_scale.errors import CheckpointError
 
 
 def save(parent, step):

@@ -16,16 +16,17 @@ import pytest
 from click.testing import CliRunner
 from conftest import LAUNCHER_VARIABLES, ROOT, TINY, write_stage
 
-from imagen_scale.checkpoint import find_run
-from imagen_scale.cli import main
 from imagen_scale.commands import launcher
+from imagen_scale.commands.main import main
 from imagen_scale.commands.train import saved_processes
-from imagen_scale.config import Config, Section
+from imagen_scale.config import Config
+from imagen_scale.config.reference import reference
+from imagen_scale.config.section import Section
 from imagen_scale.errors import UsageError
-from imagen_scale.reference import reference
-from imagen_scale.runs import find_runs, read_metrics
+from imagen_scale.runs.folders import find_run
+from imagen_scale.runs.progress import find_runs, read_metrics
 
-COMMAND = [sys.executable, "-c", "from imagen_scale.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from imagen_scale.commands.main import main; main()"]
 
 
 def cli(*arguments):
@@ -101,7 +102,7 @@ def test_shell_completion(line, completed):
         "_IMAGEN_SCALE_COMPLETE": "bash_complete", "COMP_WORDS": f"imagen-scale {line}",
         "COMP_CWORD": str(len(line.split())),
     }  # fmt: skip
-    code = "from imagen_scale.cli import main; main(prog_name='imagen-scale')"
+    code = "from imagen_scale.commands.main import main; main(prog_name='imagen-scale')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
                           text=True)  # fmt: skip
     assert done.stdout.split() == [f"plain,{word}" for word in completed]
@@ -424,10 +425,10 @@ def test_training_is_interrupted_and_continued(tmp_path, private_folders):
 def test_an_interruption_anywhere_ends_with_130_and_no_traceback(tmp_path):
     """Also outside the commands, while modules are imported."""
     code = (
-        "import imagen_scale.runs as r\n"
+        "import imagen_scale.runs.progress as r\n"
         "def interrupted(root): raise KeyboardInterrupt\n"
         "r.find_runs = interrupted\n"
-        "from imagen_scale.cli import main; main(['runs', '--root', '.'])"
+        "from imagen_scale.commands.main import main; main(['runs', '--root', '.'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=tmp_path)  # fmt: skip

@@ -251,7 +251,8 @@ def test_a_wrong_configuration_is_explained_without_torch(tmp_path):
     wrong = TINY | {"deepspeed": {"zero_optimization": {"stge": 2}}}
     (tmp_path / "wrong.json").write_text(json.dumps(wrong))
     code = (
-        "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
+        "import sys; from click.testing import CliRunner;"
+        "from imagen_scale.commands.main import main;"
         f"done = CliRunner().invoke(main, ['config', 'check', {str(tmp_path / 'wrong.json')!r}]);"
         "assert done.exit_code == 2 and 'did you mean stage?' in done.output, done.output;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
@@ -261,5 +262,5 @@ def test_a_wrong_configuration_is_explained_without_torch(tmp_path):
 
 def test_configuration_needs_no_torch():
 
-    code = "import sys, imagen_scale.config, imagen_scale.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, imagen_scale.commands.main as m; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path("/")).returncode == 0

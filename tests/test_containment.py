@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, TINY
 
 from imagen_scale.config import Config, dump_config, load_config, parse_config
+from imagen_scale.config.secret_values import secret_problems
 from imagen_scale.errors import ConfigError
-from imagen_scale.secret_values import secret_problems
 
 PLANTED = {
     "WANDB_API_KEY": "5f1ed0a7" * 5,
@@ -103,7 +103,7 @@ import imagen_scale
 names = [found.name for found in pkgutil.walk_packages(imagen_scale.__path__, "imagen_scale.")]
 for name in names:
     importlib.import_module(name)
-assert "imagen_scale.training.trainer" in names and "torch" in sys.modules
+assert "imagen_scale.training.unet" in names and "torch" in sys.modules
 assert not calls, calls
 """
 

@@ -5,8 +5,8 @@ from captions import CASES, write_case
 from conftest import ROOT
 
 from imagen_scale.config import DataConfig
-from imagen_scale.data.captions import clean_caption
-from imagen_scale.data.sources import open_source
+from imagen_scale.data.sources.captions import clean_caption
+from imagen_scale.data.sources.opening import open_source
 from imagen_scale.errors import DataError
 
 

@@ -11,14 +11,10 @@ import pytest
 import torch
 
 from imagen_scale.config import parse_config
-from imagen_scale.data.dataset import (
-    CaptionedImages,
-    batches,
-    cache_dir,
-    prepare,
-    seeded,
-    split_indices,
-)
+from imagen_scale.data.loading import batches
+from imagen_scale.data.prepared import cache_dir, prepare
+from imagen_scale.data.seeds import seeded
+from imagen_scale.data.sequence import CaptionedImages, split_indices
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
 ROOT = Path(__file__).parents[1]

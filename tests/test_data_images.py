@@ -10,9 +10,9 @@ import pytest
 from corpus import png_chunk, png_header
 from PIL import Image
 
-from imagen_scale.data import images
 from imagen_scale.data.image_store import ImageStore
-from imagen_scale.data.images import load_picture
+from imagen_scale.data.sources import images
+from imagen_scale.data.sources.images import load_picture
 from imagen_scale.errors import DataError, EnvironmentProblem
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -9,10 +9,10 @@ from conftest import TINY, losses
 from corpus import mutant, photo, write_corpus
 
 from imagen_scale.config import DataConfig
-from imagen_scale.data import screening
-from imagen_scale.data.dataset import split_indices
-from imagen_scale.data.images import load_picture
-from imagen_scale.data.screening import usable_source
+from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.sources import screening
+from imagen_scale.data.sources.images import load_picture
+from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.errors import DataError
 
 

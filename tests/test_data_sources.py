@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_scale.config import DataConfig
-from imagen_scale.data.sources import Without, open_source
+from imagen_scale.data.sources.opening import Without, open_source
 from imagen_scale.errors import DataError, MissingExtraError
 
 # ---------------------------------------------------------------------------- emoji

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_scale.config import TEXT_ENCODER_DIMS, TextConfig
-from imagen_scale.data import text
-from imagen_scale.data.text import (
-    EmbeddingStore,
-    TextEncoder,
-    encoder_dim,
-    encoder_fingerprint,
-    encoder_folder,
-    pad_embeddings,
-)
+from imagen_scale.config.network import TEXT_ENCODER_DIMS
+from imagen_scale.config.schema import TextConfig
+from imagen_scale.data import embeddings, encoder
+from imagen_scale.data.embeddings import EmbeddingStore, pad_embeddings
+from imagen_scale.data.encoder import TextEncoder, encoder_dim, encoder_fingerprint, encoder_folder
 from imagen_scale.errors import DataError, MissingExtraError
 
 CAPTIONS = ["a red heart", "a dog", "two dogs under a blue sky", "sky"]
@@ -133,8 +128,8 @@ def test_hub_cache_is_enough(hub, tmp_path):
 
 
 def test_minimagen_names_cover_the_known_widths():
-    assert set(text.T5_NAMES) | {"minilm"} == set(TEXT_ENCODER_DIMS)
-    assert text.T5_NAMES["xxl1.1"] == "google/t5-v1_1-xxl"
+    assert set(encoder.T5_NAMES) | {"minilm"} == set(TEXT_ENCODER_DIMS)
+    assert encoder.T5_NAMES["xxl1.1"] == "google/t5-v1_1-xxl"
     assert encoder_dim("t5_small") == 512  # known without download
 
 
@@ -220,7 +215,7 @@ def test_encoder_names_text_in_another_encoding(t5_folder):
 
 def test_encoder_cuts_long_captions(t5_folder):
     long, short = TextEncoder(t5_folder).encode(["dog " * 1000, "dog"])
-    assert len(long) == text.MAX_TOKENS == 256 and len(short) == 2
+    assert len(long) == encoder.MAX_TOKENS == 256 and len(short) == 2
 
 
 def test_encoder_minilm_is_token_level():
@@ -305,7 +300,7 @@ def test_store_encodes_each_caption_once(t5_folder, tmp_path, encoded, monkeypat
     first = open_store(t5_folder, tmp_path, ["a dog"])["a dog"]
     open_store(t5_folder, tmp_path, ["sky", "a red heart"])
     assert sorted(encoded) == ["a dog", "a red heart", "sky"]
-    monkeypatch.setattr(text, "TextEncoder", None)  # loading it again would fail
+    monkeypatch.setattr(embeddings, "TextEncoder", None)  # loading it again would fail
     store = open_store(t5_folder, tmp_path, ["a red heart", "sky", "a dog"])
     assert (store["a dog"] == first).all()
 
@@ -332,19 +327,19 @@ def test_store_refuses_values_that_overflow(t5_folder, tmp_path, monkeypatch):
 
 
 def test_killed_build_loses_nothing(t5_folder, tmp_path, encoded, monkeypatch):
-    monkeypatch.setattr(text, "SHARD_CAPTIONS", 1)
+    monkeypatch.setattr(embeddings, "SHARD_CAPTIONS", 1)
     first = open_store(t5_folder, tmp_path, ["a dog"])["a dog"]
-    written_whole = text.written_whole
+    written_whole = embeddings.written_whole
 
     def killed(path):
         if path.name == "shard_2.json":  # the features are there, the commit is not
             raise KeyboardInterrupt
         return written_whole(path)
 
-    monkeypatch.setattr(text, "written_whole", killed)
+    monkeypatch.setattr(embeddings, "written_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         open_store(t5_folder, tmp_path, ["sky", "a red heart"])
-    monkeypatch.setattr(text, "written_whole", written_whole)
+    monkeypatch.setattr(embeddings, "written_whole", written_whole)
     assert "a red heart" not in open_store(t5_folder, tmp_path, ["a dog", "sky"])
     encoded.clear()
     store = open_store(t5_folder, tmp_path)

@@ -12,9 +12,9 @@ from conftest import TINY, losses
 from PIL import Image
 
 from imagen_scale.config import DataConfig, parse_config
-from imagen_scale.data.dataset import prepare
-from imagen_scale.data.screening import usable_source
-from imagen_scale.data.sources import open_source
+from imagen_scale.data.prepared import prepare
+from imagen_scale.data.sources.opening import open_source
+from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
 
 

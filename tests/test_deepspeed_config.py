@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from imagen_scale import deepspeed_config as ours
-from imagen_scale.deepspeed_config import DeepSpeedConfig, deepspeed_problems
+from imagen_scale.config import deepspeed as ours
+from imagen_scale.config.deepspeed import DeepSpeedConfig, deepspeed_problems
 
 
 def deepspeed_models():

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 from doc_commands import BLOCK, DOCUMENTS, Checker, Command, commands
 
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.planning.cache import plan_dir
 
 

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from imagen_scale.cli import main
-from imagen_scale.doctor import machine, software
-from imagen_scale.doctor.examination import as_dict, examine, print_findings, worst
-from imagen_scale.doctor.finding import Finding, examined
+from imagen_scale.commands.doctor import machine, software
+from imagen_scale.commands.doctor.examination import as_dict, examine, print_findings, worst
+from imagen_scale.commands.doctor.finding import Finding, examined
+from imagen_scale.commands.main import main
 
 OK, WARNING = Finding("a", "ok", "fine"), Finding("b", "warning", "slow", "do this")
 PROBLEM = Finding("c", "problem", "broken [red]x[/]", "do that")
@@ -56,7 +56,7 @@ def test_the_command_gives_json_and_exit_code_1_on_a_problem(monkeypatch):
 
 def test_piped_output_is_one_plain_line_for_each_finding():
     done = subprocess.run(
-        [sys.executable, "-c", "from imagen_scale.cli import main; main()", "doctor"],
+        [sys.executable, "-c", "from imagen_scale.commands.main import main; main()", "doctor"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert "\x1b" not in done.stdout + done.stderr
@@ -232,7 +232,7 @@ def test_operators_are_compiled_on_demand_and_locks_of_killed_builds_removed(
 
     def doctor(*options):
         done = subprocess.run(
-            [sys.executable, "-c", "from imagen_scale.cli import main; main()", "doctor",
+            [sys.executable, "-c", "from imagen_scale.commands.main import main; main()", "doctor",
              "--json", *options],
             capture_output=True, text=True,
             env=os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)},

@@ -11,9 +11,9 @@ from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.setup import written_setup
-from imagen_scale.training import distributed, operators
+from imagen_scale.training import distributed, operators, ranks
 from imagen_scale.training.ema import Ema, master_shards
-from imagen_scale.training.trainer import learning_rate
+from imagen_scale.training.loop import learning_rate
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 STAGES = {
@@ -112,7 +112,7 @@ def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
     def full():
         raise OSError(28, "No space left on device", "/somewhere")
 
-    for run in (distributed.together, distributed.from_rank_0):
+    for run in (ranks.together, ranks.from_rank_0):
         with pytest.raises(EnvironmentProblem, match="process 0: OSError.*No space left"):
             run(full)
 
@@ -145,20 +145,20 @@ def test_learning_rate():
 
 def test_slurm_and_plain_python_fill_the_environment():
     with environment_of_no_launcher():
-        distributed.fill_environment()
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        ranks.fill_environment()
+        assert (ranks.rank(), ranks.world_size()) == (0, 1)
     with environment_of_no_launcher():
         os.environ |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
         os.environ |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
         os.environ["SLURM_STEP_ID"] = "0"
-        distributed.fill_environment()
-        assert (distributed.rank(), distributed.world_size()) == (3, 4)
+        ranks.fill_environment()
+        assert (ranks.rank(), ranks.world_size()) == (3, 4)
         assert os.environ["LOCAL_RANK"] == "1"
         assert os.environ["MASTER_ADDR"] == "10.0.0.7"
     with environment_of_no_launcher():  # the batch script itself, not a step of it
         os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
-        distributed.fill_environment()
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        ranks.fill_environment()
+        assert (ranks.rank(), ranks.world_size()) == (0, 1)
 
 
 def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a_machine(

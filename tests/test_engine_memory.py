@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from imagen_scale.config import parse_config
-from imagen_scale.data.dataset import Batch
+from imagen_scale.data.sequence import Batch
+from imagen_scale.files.tensors import write_tensors
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.activations import measure
 from imagen_scale.planning.cost import process_bytes, step_cost
 from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.planning.setup import written_setup
-from imagen_scale.tensor_file import write_tensors
 from imagen_scale.training import distributed, optimizers
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
 from imagen_scale.training.objective import Objective

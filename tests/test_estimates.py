@@ -6,8 +6,8 @@ import torch
 from conftest import write_stage
 
 from imagen_scale import Cascade as PythonCascade
-from imagen_scale.cascade import Cascade
 from imagen_scale.diffusion.sampler import SAMPLERS
+from imagen_scale.sampling.stages import TrainedStages
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def listened(cascade, **options):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_listening_changes_no_bit(run, sampler):
     options = {"steps": [4, 3], "sampler": sampler, "seed": 3}
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     made, heard = listened(cascade, **options)
     for one, other in zip(made, cascade.sample(["sun", "key"], **options), strict=True):
         assert torch.equal(one, other)
@@ -47,7 +47,7 @@ def test_listening_changes_no_bit(run, sampler):
 
 
 def test_tiles_and_parts_are_heard_too(run):
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     options = {"steps": 2, "tile": 16, "at_once": 1}
     made, heard = listened(cascade, **options)
     for one, other in zip(made, cascade.sample(["sun", "key"], **options), strict=True):
@@ -58,7 +58,7 @@ def test_tiles_and_parts_are_heard_too(run):
 
 @pytest.mark.parametrize("runtime", ["onnx", "compile"])
 def test_every_runtime_tells(exported, runtime):
-    cascade = Cascade.load(exported, runtime=runtime, unet_limit=1)
+    cascade = TrainedStages.load(exported, runtime=runtime, unet_limit=1)
     made, heard = listened(cascade, steps=2)
     assert torch.equal(made[0], cascade.sample(["sun", "key"], steps=2)[0])
     assert torch.equal(heard[-1][3], made[0])
@@ -82,7 +82,7 @@ def test_a_listener_may_end_it_and_the_network_is_freed(run):
         if step == 2:
             raise EnoughError
 
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     with pytest.raises(EnoughError):
         cascade.sample(["sun"], steps=5, on_estimate=hear)
     assert len(cascade.sample(["sun"], steps=1)) == 2

@@ -9,15 +9,15 @@ from click.testing import CliRunner
 from conftest import write_stage
 from tiny_models import write_clip, write_vit
 
-from imagen_scale.cascade import Cascade
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config
-from imagen_scale.data.dataset import prepare, split_indices
+from imagen_scale.data.prepared import prepare
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import DataError, MissingExtraError, ShapeError
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import evaluate
-from imagen_scale.measures import (
+from imagen_scale.sampling.measures import (
     ColourTally,
     drift,
     lowres_consistency_db,
@@ -25,6 +25,7 @@ from imagen_scale.measures import (
     retrieval_accuracy,
     ssim,
 )
+from imagen_scale.sampling.stages import TrainedStages
 
 
 def pictures(count, side, seed=0):
@@ -237,7 +238,7 @@ def cli(*arguments):
 
 
 def test_groups_and_stages_add_up_to_the_same_measures(run, monkeypatch):
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     prepared = prepare(cascade.files[0].config)
     whole = evaluate(cascade, prepared, range(5), steps=2)
     monkeypatch.setattr("imagen_scale.evaluation.measurement.GROUP", 2)

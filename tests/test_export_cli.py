@@ -16,12 +16,13 @@ import torch
 from click.testing import CliRunner
 from conftest import write_stage
 from imagen_scale_export.exporter import Options, export_unet
-from imagen_scale_export.runtimes import export_folder, open_runtime
 from imagen_scale_export.staging import check_room, staged
 
-from imagen_scale.checkpoint import inference_path, read_inference
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.exported import export_folder, open_runtime
 
 CPU = torch.device("cpu")
 
@@ -105,7 +106,7 @@ def test_an_export_that_differs_is_kept_as_rejected(tmp_path, monkeypatch):
 def test_a_killed_export_leaves_nothing_that_loads(run):
     """Killed while it works on a replacement: the old export goes on serving."""
     command = [
-        sys.executable, "-c", "from imagen_scale.cli import main; main()", "export",
+        sys.executable, "-c", "from imagen_scale.commands.main import main; main()", "export",
         "--unet", "1", "--run", str(run), "--force",
     ]  # fmt: skip
     parent = run / "export" / "unet1"
@@ -204,10 +205,10 @@ def test_half_trained_stages_are_exported_only_when_asked_for(tmp_path):
 @pytest.mark.distributed
 def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch):
     """The whole way: DeepSpeed trains, the EMA weights are exported, the pictures are equal."""
-    from imagen_scale_export.graphs import load_unet
     from test_export_runtimes import SCALE, lowres, pictures, random_text, torch_denoiser
 
     from imagen_scale.diffusion.schedule import NoiseSchedule
+    from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
     run = tmp_path / "run"
     launch(tiny_config, run, "training.sample_every=null")

@@ -9,10 +9,11 @@ import onnx
 import pytest
 import torch
 from conftest import write_stage
-from imagen_scale_export.runtimes import open_runtime
 
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.errors import ExportError, UsageError
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.exported import open_runtime
 
 CPU = torch.device("cpu")
 

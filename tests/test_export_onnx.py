@@ -8,21 +8,22 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, TINY, write_stage
-from imagen_scale_export.graphs import load_unet
-from imagen_scale_export.io_spec import denoiser_inputs
 from imagen_scale_export.to_onnx import (
     check_fp16_range,
-    data_files,
     example_inputs,
     export_conditioner,
     op_census,
 )
 from torch import nn
 
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ExportError
 from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.manifest import data_files
+from imagen_scale.sampling.runtimes.ports import denoiser_inputs
+from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 SIZES = TINY["imagen"]["image_sizes"]
 LIMITS = {"fp32": 1e-5, "fp16": 1e-2}

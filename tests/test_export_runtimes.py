@@ -6,17 +6,18 @@ import sys
 
 import pytest
 import torch
-from imagen_scale_export.executors import onnx_session
-from imagen_scale_export.graphs import load_unet
-from imagen_scale_export.manifest import Profile
-from imagen_scale_export.runtimes import ExportedRuntime, load_conditioner, open_runtime
 
-from imagen_scale.cascade import Text
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.sampler import sample, spaced_times
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_runtime
+from imagen_scale.sampling.runtimes.manifest import Profile
+from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
+from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 CPU = torch.device("cpu")
 SCALE = 3.0
@@ -202,7 +203,7 @@ def test_a_missing_extra_is_named(package, call, advice):
         f"import sys; sys.modules[{package!r}] = None; sys.modules['tensorrt'] = None\n"
         "from pathlib import Path\n"
         "from imagen_scale.errors import MissingExtraError\n"
-        "from imagen_scale_export.executors import *\n"
+        "from imagen_scale.sampling.runtimes.executors import *\n"
         "from imagen_scale_export.to_onnx import require_exporter\n"
         f"try: {call}\nexcept MissingExtraError as error: print(error)"
     )

@@ -7,16 +7,19 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from imagen_scale.cascade import Cascade, to_uint8
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.errors import ExportError
+from imagen_scale.files.pictures import to_uint8
+from imagen_scale.sampling.stages import TrainedStages
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
 def test_same_seed_same_pixels(exported, sampler):
     ours, theirs = (
         to_uint8(
-            Cascade.load(exported, runtime=name).sample(["sun", "key"], steps=5, sampler=sampler)[1]
+            TrainedStages.load(exported, runtime=name).sample(
+                ["sun", "key"], steps=5, sampler=sampler
+            )[1]
         )
         for name in ("onnx", "torch")
     )
@@ -44,6 +47,6 @@ def test_tiles_through_a_graph_of_any_size_and_refused_by_a_static_one(exported,
         images.append(np.asarray(Image.open(out)).astype(int))
     assert np.abs(images[0] - images[1]).max() <= 1
     with pytest.raises(ExportError, match="takes images of 32 px"):
-        cascade = Cascade.load(exported, runtime="onnx")
+        cascade = TrainedStages.load(exported, runtime="onnx")
         cascade.options = cascade.options._replace(precision="fp16")
         cascade.stage(2, tile=48)

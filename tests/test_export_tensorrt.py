@@ -6,16 +6,19 @@ import shutil
 import pytest
 import torch
 from conftest import write_stage
-from imagen_scale_export.executors import check_engine, require_driver
 from imagen_scale_export.exporter import Options, export_unet
-from imagen_scale_export.io_spec import denoiser_inputs
-from imagen_scale_export.manifest import Profile, read_manifest
-from imagen_scale_export.runtimes import open_export, open_runtime
 from imagen_scale_export.to_onnx import op_census
-from imagen_scale_export.to_tensorrt import Network, find_library, parse_range, parse_targets
+from imagen_scale_export.to_tensorrt import Network, parse_range, parse_targets
 
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.executors import require_driver
+from imagen_scale.sampling.runtimes.exported import open_export, open_runtime
+from imagen_scale.sampling.runtimes.manifest import Profile, read_manifest
+from imagen_scale.sampling.runtimes.ports import denoiser_inputs
+from imagen_scale.sampling.runtimes.tensorrt_library import find_library
+from imagen_scale.sampling.runtimes.tensorrt_rtx import check_engine
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_without_a_driver_the_engine_is_refused_in_one_sentence(run):
 
 def test_a_damaged_record_of_builds_means_building_again(run, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEN_SCALE_CACHE", str(tmp_path))
-    from imagen_scale_export import built_here
+    from imagen_scale.sampling.runtimes import built_here
 
     facts = read_manifest(folder_of(run, 1)).engine
     built_here.remember(facts, "a", "1")

@@ -13,13 +13,16 @@ from click.testing import CliRunner
 from conftest import ROOT
 from safetensors import safe_open
 
-from imagen_scale.cascade import Cascade, Stage, Text
-from imagen_scale.checkpoint import inference_path, read_inference
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
 from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.stage import Stage
+from imagen_scale.sampling.stages import TrainedStages
 
 sys.path.insert(0, str(Path(__file__).parent / "records"))
 from record_sampling import COND_SCALE, GOLDEN, RECORD, SEED, TIMESTEPS
@@ -112,7 +115,7 @@ def test_the_run_is_one_of_ours(run, training):
     config = load_config(run / "config.json")
     assert config.imagen.image_sizes == (8, 32)
     assert (config.unets[1].memory_efficient, config.unets[1].lowres_cond) == (True, None)
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     assert [file.is_finished for file in cascade.files] == [True, True]
     assert cli("runs", "--root", run.parent).exit_code == 0
     done = cli("import", training, "--run", run)

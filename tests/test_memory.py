@@ -10,12 +10,12 @@ from safetensors import safe_open
 from test_models import make_inputs, make_unet
 
 from imagen_scale.config import parse_config
-from imagen_scale.data.dataset import Batch
+from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.files.tensors import write_tensors
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.planning.activations import _Parked
 from imagen_scale.planning.live_bytes import LiveBytes
-from imagen_scale.tensor_file import write_tensors
 from imagen_scale.training.objective import Objective, crop_at
 from imagen_scale.training.optimizers import GROUP_ELEMENTS, MatrixAdafactor, _groups
 

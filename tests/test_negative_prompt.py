@@ -11,12 +11,15 @@ from conftest import write_stage
 from PIL import Image
 
 from imagen_scale import Cascade as PythonCascade
-from imagen_scale.cascade import Cascade
-from imagen_scale.checkpoint import inference_path, read_inference
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import UsageError
-from imagen_scale.runtimes import Options, Text, TorchRuntime, open_runtime
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Options, Text
+from imagen_scale.sampling.runtimes.opening import open_runtime
+from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime
+from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
 
@@ -31,7 +34,7 @@ def run(tmp_path_factory):
 
 def sample(run, **options):
     """Both branches of guidance in passes of their own, so that equal inputs give equal bits."""
-    cascade = Cascade.load(run, options=Options(sequential=True))
+    cascade = TrainedStages.load(run, options=Options(sequential=True))
     return cascade.sample(["sun"], **{"steps": 3, "cond_scale": [4.0, 2.0]} | options)
 
 
@@ -83,7 +86,7 @@ def test_the_prediction_is_two_passes_by_hand(run, options, cond_scale):
 
 
 def test_many_pictures_and_tiles_take_it_too(run):
-    cascade = Cascade.load(run)
+    cascade = TrainedStages.load(run)
     options = {"steps": 2, "cond_scale": [3.0, 2.0], "negative_prompt": "pizza"}
     whole = cascade.sample(["sun", "key"], num=2, **options)
     parts = cascade.sample(["sun", "key"], num=2, at_once=1, **options)
@@ -98,13 +101,13 @@ def test_many_pictures_and_tiles_take_it_too(run):
 
 def test_without_any_guidance_it_is_refused_before_any_work(run):
     with pytest.raises(UsageError, match=r"every --cond-scale is 1, which is none; give one"):
-        Cascade.load(run).stream(["sun"], cond_scale=1.0, negative_prompt="pizza")
+        TrainedStages.load(run).stream(["sun"], cond_scale=1.0, negative_prompt="pizza")
 
 
 def test_exports_refuse_it_and_auto_takes_torch_and_says_why(exported):
     message = "--runtime onnx: takes no --negative-prompt, since .* take --runtime torch"
     with pytest.raises(UsageError, match=message):
-        Cascade.load(exported, runtime="onnx").stream(["sun"], negative_prompt="pizza")
+        TrainedStages.load(exported, runtime="onnx").stream(["sun"], negative_prompt="pizza")
     file = read_inference(inference_path(exported, 1))
     with pytest.raises(UsageError, match=message):
         open_runtime("onnx", file, device=CPU, negative=True)
@@ -113,13 +116,13 @@ def test_exports_refuse_it_and_auto_takes_torch_and_says_why(exported):
     with pytest.raises(UsageError, match="takes no --negative-prompt"):
         graph.bind(text, cond_scale=3.0, lowres_img=None, lowres_t=None, negative=text)
     said = []
-    cascade = Cascade.load(exported, runtime="auto", say=said.append)
+    cascade = TrainedStages.load(exported, runtime="auto", say=said.append)
     options = {"steps": 2, "negative_prompt": "pizza"}
     (picture,) = cascade.stream(["sun"], **options)
     assert said[0].startswith("U-Net 1: runtime torch fp32 on cpu; not onnx: its graphs take no")
     # The second stage samples without guidance: nothing to lead away from, so the graph serves.
     assert "onnx" in picture.runtimes[1]
-    by_torch = Cascade.load(exported).sample(["sun"], **options)
+    by_torch = TrainedStages.load(exported).sample(["sun"], **options)
     assert torch.equal(by_torch[0][0], picture.stages[0])
 
 

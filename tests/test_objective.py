@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 from imagen_scale.config import parse_config
-from imagen_scale.data.dataset import Batch
+from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
 from imagen_scale.training.objective import Objective
 

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from conftest import TINY
 
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import load_config, parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.planning.activations import Activations, measure, step_flops

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from conftest import TINY
 from PIL import ExifTags, Image
 
-from imagen_scale.cli import main
-from imagen_scale.data.dataset import split_indices
-from imagen_scale.data.images import picture_size
-from imagen_scale.pictures import save_grid
+from imagen_scale.commands.main import main
+from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.sources.images import picture_size
+from imagen_scale.files.pictures import save_grid
 
 # Width, height; the second is stored lying on its side.
 SIZES = [(64, 64), (40, 80), (90, 60), (20, 24), (300, 100), (100, 300)]

@@ -42,7 +42,8 @@ def test_house_rules(command):
 
 def test_help_imports_neither_torch_nor_deepspeed():
     code = (
-        "import sys; from click.testing import CliRunner; from imagen_scale.cli import main;"
+        "import sys; from click.testing import CliRunner;"
+        "from imagen_scale.commands.main import main;"
         "assert all(CliRunner().invoke(main, [name, '--help']).exit_code == 0"
         " for name in main.commands);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'transformers')))"
@@ -93,8 +94,8 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     target = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", target, wheel)
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r}); import imagen_scale.cli as c;"
-        f"import imagen_scale_export.runtimes as r; assert r.__file__.startswith({str(target)!r});"
+        f"import sys; sys.path.insert(0, {str(target)!r}); import imagen_scale.commands.main as c;"
+        f"import imagen_scale_export.exporter as r; assert r.__file__.startswith({str(target)!r});"
         f"assert c.__file__.startswith({str(target)!r}); "
         "from importlib.resources import files; folder = files('imagen_scale.report');"
         "assert all((folder / f'page.{kind}').is_file() for kind in ('html', 'css', 'js'));"

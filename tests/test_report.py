@@ -14,22 +14,24 @@ from click.testing import CliRunner
 from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from imagen_scale_export import manifest
 from tiny_run import write_run
 
-from imagen_scale.checkpoint import commit, inference_path, sha256, staging_folder
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config
-from imagen_scale.data import skipped
-from imagen_scale.data.screening import usable_source
+from imagen_scale.data.sources import skipped
+from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.evaluation import measurement
-from imagen_scale.pictures import save_grid, save_sample
+from imagen_scale.files.atomic import sha256
+from imagen_scale.files.pictures import save_grid, save_sample
 from imagen_scale.planning import setup
-from imagen_scale.report import records
 from imagen_scale.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, thin
 from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids
 from imagen_scale.report.page import OTHERS, SAMPLES
-from imagen_scale.report.records import read_metrics
+from imagen_scale.runs import records
+from imagen_scale.runs.checkpoint import commit, staging_folder
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.records import read_metrics
+from imagen_scale.sampling.runtimes import manifest
 from imagen_scale.training.telemetry import Telemetry
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"

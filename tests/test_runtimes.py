@@ -4,11 +4,15 @@ import pytest
 import torch
 from test_cascade import write_stage
 
-from imagen_scale.cascade import Cascade, Stage
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import ImagenScaleError, UsageError
-from imagen_scale.runtimes import Options, Text, TorchRuntime, open_runtime
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Options, Text
+from imagen_scale.sampling.runtimes.opening import open_runtime
+from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime
+from imagen_scale.sampling.stage import Stage
+from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
 
@@ -110,11 +114,11 @@ def test_short_memory_makes_two_passes_of_one_and_says_so(file):
 
 def test_auto_says_what_it_took_and_why_not_the_other(run):
     said = []
-    cascade = Cascade.load(run, runtime="auto", say=said.append)
+    cascade = TrainedStages.load(run, runtime="auto", say=said.append)
     auto = cascade.sample(["sun"], steps=2)
     assert [line.startswith(f"U-Net {n}: runtime torch fp32 on cpu; not onnx:")
             for n, line in enumerate(said, start=1)] == [True, True], said  # fmt: skip
-    torch.testing.assert_close(auto[1], Cascade.load(run).sample(["sun"], steps=2)[1])
+    torch.testing.assert_close(auto[1], TrainedStages.load(run).sample(["sun"], steps=2)[1])
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino", "tensorrt"])

@@ -7,10 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cascade import write_stage
 
-from imagen_scale.cascade import Settings, Stage, Text
-from imagen_scale.checkpoint import inference_path, read_inference
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser, _weights, tile_starts
 from imagen_scale.errors import ShapeError, UsageError
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.settings import Settings
+from imagen_scale.sampling.stage import Stage
 
 T = torch.tensor([50, 50])
 

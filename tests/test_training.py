@@ -14,7 +14,8 @@ import torch
 from conftest import losses
 from safetensors.torch import load_file
 
-from imagen_scale.checkpoint import list_checkpoints, read_inference
+from imagen_scale.runs.checkpoint import list_checkpoints
+from imagen_scale.runs.inference import read_inference
 
 pytestmark = pytest.mark.distributed
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_run import write_run
 
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 from imagen_scale.ui.command import sample_command
 from imagen_scale.ui.generation import (
     Failed,
@@ -134,7 +134,7 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(run, asked, message):
 def test_a_fault_of_ours_is_told_and_the_next_picture_is_made(run, monkeypatch, capsys):
     generator = Generator(run)
     with monkeypatch.context() as patch:
-        patch.setattr("imagen_scale.cascade.sample", lambda *args, **options: 1 / 0)
+        patch.setattr("imagen_scale.sampling.stages.sample", lambda *args, **options: 1 / 0)
         (*_, last) = generator.generate(request(), threading.Event())
     assert isinstance(last, Failed) and "ZeroDivisionError" in last.message
     assert "Traceback" in capsys.readouterr().err
@@ -156,7 +156,9 @@ def test_stopping_acts_after_the_step_and_keeps_nothing(run):
 def test_a_long_step_does_not_hide_that_the_stop_was_heard(run, monkeypatch):
     """No clock is compared: the step ends only after it has been said."""
     heard, stop = threading.Event(), threading.Event()
-    monkeypatch.setattr("imagen_scale.cascade.Cascade.load", lambda *args, **how: heard.wait(60))
+    monkeypatch.setattr(
+        "imagen_scale.sampling.stages.TrainedStages.load", lambda *args, **how: heard.wait(60)
+    )
     stop.set()
     told = []
     for event in Generator(run).generate(request(), stop):

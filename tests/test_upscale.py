@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from PIL import Image
 from test_cascade import write_stage
 
-from imagen_scale.cli import main
-from imagen_scale.data.images import load_picture, load_whole_picture
+from imagen_scale.commands.main import main
+from imagen_scale.data.sources.images import load_picture, load_whole_picture
 
 
 @pytest.fixture(scope="module")

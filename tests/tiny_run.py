@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from conftest import TINY
 
-from imagen_scale.checkpoint import inference_path, save_inference
 from imagen_scale.config import dump_config, parse_config
-from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.models.unet import UNet
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import save_inference
 
 
 def write_run(run: Path) -> None:

@@ -6,22 +6,14 @@ from pathlib import Path
 
 import torch
 
-from imagen_scale.checkpoint import InferenceFile
-from imagen_scale.config import NORM_GROUPS
+from imagen_scale.config.network import NORM_GROUPS
 from imagen_scale.errors import ExportError, MissingExtraError, ParityError
 from imagen_scale.models.unet import UNet
-from imagen_scale_export import built_here, io_spec
-from imagen_scale_export.executors import (
-    Backend,
-    graph_name,
-    import_openvino,
-    onnx_backend,
-    openvino_backend,
-    tensorrt_backend,
-)
-from imagen_scale_export.graphs import load_unet
-from imagen_scale_export.io_spec import Precision
-from imagen_scale_export.manifest import (
+from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.runtimes import built_here
+from imagen_scale.sampling.runtimes.executors import Backend, graph_name
+from imagen_scale.sampling.runtimes.exported import ExportedRuntime, export_folder, open_export
+from imagen_scale.sampling.runtimes.manifest import (
     ENGINE,
     UNGUIDED_ENGINE,
     EngineFacts,
@@ -37,17 +29,29 @@ from imagen_scale_export.manifest import (
     sha256,
     write_manifest,
 )
-from imagen_scale_export.runtimes import ExportedRuntime, export_folder, open_export
+from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
+from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvino_backend
+from imagen_scale.sampling.runtimes.ports import (
+    CONDITIONER,
+    OPSETS,
+    Precision,
+    conditioner_inputs,
+    conditioner_outputs,
+    denoiser_inputs,
+    denoiser_output,
+)
+from imagen_scale.sampling.runtimes.tensorrt_library import Library, find_library
+from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
+from imagen_scale.sampling.runtimes.torch_unet import load_unet
 from imagen_scale_export.staging import check_room, reject, staged
 from imagen_scale_export.to_onnx import (
-    CONDITIONER,
     check_fp16_range,
     export_conditioner,
     export_denoisers,
     op_census,
     require_exporter,
 )
-from imagen_scale_export.to_tensorrt import Library, Network, find_library, parse_targets
+from imagen_scale_export.to_tensorrt import Network, parse_targets
 from imagen_scale_export.verify import verify, verify_conditioner
 
 Tell = Callable[[str], None]
@@ -138,14 +142,14 @@ def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
             checkpoint_sha256=checkpoint_sha256,
             format=options.format,
             precision=options.precision,
-            opset=io_spec.OPSETS[options.precision],
+            opset=OPSETS[options.precision],
             denoiser=Graph(
-                inputs=record(io_spec.denoiser_inputs(*sizes, dynamic_size=free)),
-                outputs=record([io_spec.denoiser_output(*sizes, dynamic_size=free)]),
+                inputs=record(denoiser_inputs(*sizes, dynamic_size=free)),
+                outputs=record([denoiser_output(*sizes, dynamic_size=free)]),
             ),
             conditioner=Graph(
-                inputs=record(io_spec.conditioner_inputs(unet.config)),
-                outputs=record(io_spec.conditioner_outputs(unet.config)),
+                inputs=record(conditioner_inputs(unet.config)),
+                outputs=record(conditioner_outputs(unet.config)),
             ),
             profile=profile,
             engine=engine,
@@ -223,7 +227,7 @@ def _build(
                 f"{library.name} {library.version} reads {meant} group normalisations of "
                 f"{NORM_GROUPS} groups as {groups}"
             )
-        ports = io_spec.denoiser_inputs(
+        ports = denoiser_inputs(
             unet.config, constants.image_size, dynamic_size=options.dynamic_size, guided=guided
         )
         (folder / engine).write_bytes(network.build(ports, profile, targets))

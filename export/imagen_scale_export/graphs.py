@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from imagen_scale.checkpoint import InferenceFile, load_weights
 from imagen_scale.models.unet import TextCond, UNet
 
 
@@ -28,7 +27,7 @@ class GuidedDenoiser(nn.Module):
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
-        """Guided prediction (noise or v), (B, C, H, W) float32; arguments as in `io_spec`."""
+        """Guided prediction (noise or v), (B, C, H, W) float32; arguments as in `ports`."""
         dtype = self.unet.final_conv.weight.dtype
         null = self.unet.null_text(x_t.shape[0])
         text = TextCond(
@@ -63,7 +62,7 @@ class PlainDenoiser(nn.Module):
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
-        """Prediction (noise or v), (B, C, H, W) float32; arguments as in `io_spec`."""
+        """Prediction (noise or v), (B, C, H, W) float32; arguments as in `ports`."""
         dtype = self.unet.final_conv.weight.dtype
         text = TextCond(text_tokens.to(dtype), text_hidden.to(dtype))
         return self.unet.denoise(x_t, t, text, lowres_img, lowres_t).float()
@@ -79,19 +78,6 @@ class Conditioner(nn.Module):
     def forward(self, text_embeds: Tensor, text_mask: Tensor) -> TextCond:
         """As `UNet.condition_text`, for features cut or filled to `max_text_len`."""
         return self.unet.condition_text(text_embeds, text_mask)
-
-
-def load_unet(file: InferenceFile) -> UNet:
-    """The trained U-Net of an inference file: float32, evaluation mode, CPU."""
-    unet = empty_unet(file)
-    unet.load_state_dict(load_weights(file.path), assign=True)
-    return unet.float().requires_grad_(False)
-
-
-def empty_unet(file: InferenceFile) -> UNet:
-    """The U-Net of an inference file without memory for its weights, in evaluation mode."""
-    with torch.device("meta"):
-        return UNet(file.config.unet(file.unet_number - 1, file.text_embed_dim)).eval()
 
 
 def _twice(x: Tensor) -> Tensor:

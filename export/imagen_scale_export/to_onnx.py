@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from imagen_scale.errors import ExportError, MissingExtraError
 from imagen_scale.models.unet import UNet
-from imagen_scale_export import io_spec
+from imagen_scale.sampling.runtimes.ports import (
+    BATCH,
+    DENOISER,
+    HEIGHT,
+    OPSETS,
+    UNGUIDED,
+    WIDTH,
+    Port,
+    Precision,
+    conditioner_inputs,
+    conditioner_outputs,
+    denoiser_inputs,
+    denoiser_output,
+)
 from imagen_scale_export.graphs import Conditioner, GuidedDenoiser, PlainDenoiser
-from imagen_scale_export.io_spec import BATCH, HEIGHT, WIDTH, Port, Precision
 
-DENOISER, CONDITIONER = "denoiser.onnx", "conditioner.onnx"
-UNGUIDED = "denoiser_unguided.onnx"  # its weights are those in denoiser.onnx.data
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -58,17 +68,15 @@ def export_denoisers(
     if precision != "fp32":
         unet = copy.deepcopy(unet).to(DTYPES[precision])
     config = unet.config
-    output = io_spec.denoiser_output(config, image_size, dynamic_size=dynamic_size)
+    output = denoiser_output(config, image_size, dynamic_size=dynamic_size)
     for guided, module, name in (
         (True, GuidedDenoiser(unet), DENOISER),
         (False, PlainDenoiser(unet), UNGUIDED),
     ):
-        inputs = io_spec.denoiser_inputs(
-            config, image_size, dynamic_size=dynamic_size, guided=guided
-        )
+        inputs = denoiser_inputs(config, image_size, dynamic_size=dynamic_size, guided=guided)
         _export(
             module, folder / name, inputs, [output],
-            opset=io_spec.OPSETS[precision], size=image_size, divisor=config.size_divisor,
+            opset=OPSETS[precision], size=image_size, divisor=config.size_divisor,
             weights_of=None if guided else folder / DENOISER,
         )  # fmt: skip
 
@@ -77,8 +85,8 @@ def export_conditioner(unet: UNet, path: Path) -> None:
     """Writes the text conditioner, in float32 whatever the denoiser's precision: it is small."""
     _export(
         Conditioner(unet), path,
-        io_spec.conditioner_inputs(unet.config), io_spec.conditioner_outputs(unet.config),
-        opset=io_spec.OPSETS["fp32"], size=1, divisor=1,
+        conditioner_inputs(unet.config), conditioner_outputs(unet.config),
+        opset=OPSETS["fp32"], size=1, divisor=1,
     )  # fmt: skip
 
 
@@ -104,7 +112,7 @@ def check_fp16_range(unet: UNet, *, image_size: int, timesteps: int) -> None:
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in unet.named_modules()]
-    ports = io_spec.denoiser_inputs(unet.config, image_size, dynamic_size=False)
+    ports = denoiser_inputs(unet.config, image_size, dynamic_size=False)
     inputs = example_inputs(ports, batch=EXAMPLE_BATCH, size=image_size)
     inputs["t"] = torch.tensor([0.0, timesteps // 2, timesteps - 1])
     try:
@@ -278,16 +286,3 @@ def op_census(path: Path) -> dict[str, int]:
     for node in onnx.load(path, load_external_data=False).graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
-
-
-def data_files(path: Path) -> set[str]:
-    """Names of the files that an ONNX file takes its weights from, as it writes them."""
-    import onnx
-    from onnx.external_data_helper import (
-        ExternalDataInfo,
-        _get_all_tensors,  # those inside nodes and subgraphs as well
-        uses_external_data,
-    )
-
-    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
-    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

@@ -12,17 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.cascade import Text
 from imagen_scale.diffusion.guidance import dynamic_threshold, guide
 from imagen_scale.diffusion.sampler import sample, spaced_times
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
-from imagen_scale_export import io_spec
-from imagen_scale_export.executors import onnx_session
-from imagen_scale_export.io_spec import Precision
-from imagen_scale_export.manifest import SamplerConstants, Verification
-from imagen_scale_export.runtimes import ExportedRuntime
+from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.exported import ExportedRuntime
+from imagen_scale.sampling.runtimes.manifest import SamplerConstants, Verification
+from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
+from imagen_scale.sampling.runtimes.ports import Precision, denoiser_inputs
 from imagen_scale_export.to_onnx import example_inputs
 
 LOOP_STEPS, LOOP_SCALE = 20, 3.0
@@ -104,7 +103,7 @@ def _single_steps(
     """Largest relative error and smallest cosine, with guidance and without."""
     error, cosine = 0.0, 1.0
     last = constants.timesteps - 1
-    ports = io_spec.denoiser_inputs(unet.config, constants.image_size, dynamic_size=False)
+    ports = denoiser_inputs(unet.config, constants.image_size, dynamic_size=False)
     for batch in batches:
         for time in (last // 10, last // 2, last):
             inputs = example_inputs(ports, batch=batch, size=constants.image_size, seed=time)

@@ -1,1 +1,1 @@
-"""Commands of `imagen-scale` in files of their own; `imagen_scale.cli` gathers them."""
+"""Commands of `imagen-scale` in files of their own; `imagen_scale.commands.main` gathers them."""

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.errors import user_errors
 from imagen_scale.errors import UsageError
 
 set_option = click.option(
@@ -60,7 +60,7 @@ def config_show(file: str | None, run: str | None, overrides: tuple[str, ...]) -
     if (file is None) == (run is None):
         raise UsageError("give a FILE, or a run with --run; one of the two.")
     if run is not None:
-        from imagen_scale.checkpoint import find_run
+        from imagen_scale.runs.folders import find_run
 
         file = str(find_run(run) / "config.json")
     click.echo(dump_config(load_config(str(file), overrides)), nl=False)
@@ -87,6 +87,6 @@ def config_reference() -> None:
     \b
         imagen-scale config reference > docs/configuration.md
     """
-    from imagen_scale.reference import reference
+    from imagen_scale.config.reference import reference
 
     click.echo(reference(), nl=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.errors import user_errors
 from imagen_scale.errors import UsageError
 
 encoder_option = click.option(

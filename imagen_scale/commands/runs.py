@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.errors import user_errors
 from imagen_scale.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def runs(root: str, as_json: bool) -> None:
             f"{folder.resolve()}: no such folder. Train a run with `imagen-scale train "
             f"configs/emoji_demo.json`, or name the folder with --root."
         )
-    from imagen_scale.runs import find_runs
+    from imagen_scale.runs.progress import find_runs
 
     found = find_runs(folder)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.group import INTERRUPTED
 from imagen_scale.commands.train_process import run_folder, training_options
 from imagen_scale.errors import MissingExtraError, UsageError
@@ -96,7 +96,7 @@ def train(
 
 def saved_processes(folder: Path) -> int | None:
     """How many processes wrote the newest checkpoint of a run, which continues with as many."""
-    from imagen_scale.checkpoint import MANIFEST, list_checkpoints
+    from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints
 
     found = [path for stage in sorted(folder.glob("unet*")) for path in list_checkpoints(stage)[:1]]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):

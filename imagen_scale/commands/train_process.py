@@ -62,7 +62,7 @@ def main(
         from imagen_scale.config import load_config
 
         config = load_config(config_path, overrides)
-        from imagen_scale.training.trainer import train  # torch and deepspeed take seconds
+        from imagen_scale.training.cascade import train  # torch and deepspeed take seconds
 
         train(config, run_folder(config, config_path, run_dir), unet_number=unet,
               resume=resume, fresh=fresh, plan_check=plan_check)  # fmt: skip

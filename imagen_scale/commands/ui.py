@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from imagen_scale.command_errors import user_errors
+from imagen_scale.commands.errors import user_errors
 
 
 @click.command(short_help="Sample in a page of the browser.")
@@ -48,7 +48,7 @@ def ui(
     from imagen_scale.ui.server import listen, require_gradio, serve
 
     require_gradio()
-    from imagen_scale.checkpoint import find_run
+    from imagen_scale.runs.folders import find_run
     from imagen_scale.ui.page import Opened
 
     folder = find_run(run)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imagen_scale.data.images import Picture
-from imagen_scale.data.sources import Source
+from imagen_scale.data.sources.images import Picture
+from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 
 

@@ -9,9 +9,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from imagen_scale.config import Config
-from imagen_scale.data.dataset import Prepared, split_indices
-from imagen_scale.data.skipped import Skipped, printable
-from imagen_scale.data.sources import Source
+from imagen_scale.data.prepared import Prepared
+from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.sources.opening import Source
+from imagen_scale.data.sources.skipped import Skipped, printable
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 
 # Width / height below which a picture belongs to the shape; the last takes the rest.

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from imagen_scale.cascade import Cascade
-from imagen_scale.checkpoint import write_atomically
 from imagen_scale.config import Config
-from imagen_scale.data.dataset import Prepared, prepare, split_indices
+from imagen_scale.data.prepared import Prepared, prepare
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.data.storage import Progress
 from imagen_scale.errors import UsageError
 from imagen_scale.evaluation.distances import require_torchmetrics
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import Evaluation, evaluate
 from imagen_scale.evaluation.report import as_dict
-from imagen_scale.runtimes import Options, RuntimeName, Say
+from imagen_scale.files.atomic import write_atomically
+from imagen_scale.sampling.runtimes.contract import Options, RuntimeName, Say
+from imagen_scale.sampling.stages import TrainedStages
 
 Split = Literal["held-out", "train"]
 
@@ -57,7 +58,7 @@ def evaluate_run(
         allow_unfinished: Accept stages whose training has not ended.
         runtime: What computes the U-Nets.
         options: How.
-        settings: As for `Cascade.settings`.
+        settings: As for `TrainedStages.settings`.
         progress: Told of the work.
         say: Told in a sentence what was chosen.
 
@@ -70,7 +71,7 @@ def evaluate_run(
         require_torchmetrics()
     extractor = None if features is None else open_extractor(features)
     known_captions = None if clip is None else Clip(clip)
-    cascade = Cascade.load(
+    cascade = TrainedStages.load(
         run, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
         runtime=runtime, options=options, say=say,
     )  # fmt: skip

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagen_scale.cascade import default_device, to_uint8
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, MissingExtraError
+from imagen_scale.files.pictures import to_uint8
+from imagen_scale.sampling.stage import default_device
 
 AT_ONCE = 32  # pictures computed together
 MODEL_FILES = ("preprocessor_config.json", "*.safetensors")

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.cascade import GROUP, Cascade, OnStep
-from imagen_scale.data.dataset import Prepared, real_pictures
+from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, Extractor
-from imagen_scale.measures import (
+from imagen_scale.sampling.measures import (
     Colour,
     ColourTally,
     drift,
@@ -20,6 +19,8 @@ from imagen_scale.measures import (
     retrieval_accuracy,
     ssim,
 )
+from imagen_scale.sampling.stage import OnStep
+from imagen_scale.sampling.stages import GROUP, TrainedStages
 
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
 MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
@@ -126,7 +127,7 @@ class _StageTally:
 
 
 def evaluate(
-    cascade: Cascade,
+    cascade: TrainedStages,
     prepared: Prepared,
     indices: Sequence[int],
     *,
@@ -154,7 +155,7 @@ def evaluate(
         extractor: For FID and KID; None leaves them out.
         clip: For the CLIP score; None leaves it out.
         on_step: Told of each step.
-        settings: As for `Cascade.settings`.
+        settings: As for `TrainedStages.settings`.
     """
     per_stage = cascade.settings(**settings)
     sizes = cascade.files[0].config.imagen.image_sizes

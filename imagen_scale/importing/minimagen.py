@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.checkpoint import inference_path, save_inference, write_atomically
 from imagen_scale.config import dump_config
-from imagen_scale.data.text import encoder_dim, encoder_fingerprint, encoder_folder
+from imagen_scale.data.encoder import encoder_dim, encoder_fingerprint, encoder_folder
 from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.files.atomic import write_atomically
 from imagen_scale.importing.parameters import convert, read_parameters
 from imagen_scale.models.unet import UNet
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import save_inference
 
 
 class Imported(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagen_scale.config import Config, ImagenConfig, UnetConfig, parse_config
+from imagen_scale.config.strict_json import parse_json
 from imagen_scale.errors import UsageError
-from imagen_scale.strict_json import parse_json
 
 OURS_IMAGEN = frozenset(ImagenConfig.model_fields)
 OURS_UNET = frozenset(UnetConfig.model_fields)

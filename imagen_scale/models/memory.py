@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from imagen_scale.config import CheckpointingLevel
+from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.models.layers import (
     Attention,
     Block,

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_scale.config import NORM_GROUPS, UnetConfig
+from imagen_scale.config import UnetConfig
+from imagen_scale.config.network import NORM_GROUPS
 from imagen_scale.errors import ShapeError
 from imagen_scale.models.layers import (
     Attention,

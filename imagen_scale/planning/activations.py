@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from imagen_scale.config import CheckpointingLevel, Config
+from imagen_scale.config import Config
+from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
 from imagen_scale.models.memory import apply_checkpointing

@@ -4,13 +4,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from imagen_scale.config import (
-    TEXT_ENCODER_DIMS,
-    CheckpointingLevel,
-    Config,
-    OptimizerName,
-    per_level,
-)
+from imagen_scale.config import Config
+from imagen_scale.config.network import TEXT_ENCODER_DIMS
+from imagen_scale.config.section import CheckpointingLevel, OptimizerName, per_level
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.activations import Activations
 from imagen_scale.planning.cache import cached_flops, cached_measure

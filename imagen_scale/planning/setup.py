@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from imagen_scale.config import CheckpointingLevel, Config, OptimizerName, PerLevel, per_level
+from imagen_scale.config import Config
+from imagen_scale.config.section import CheckpointingLevel, OptimizerName, PerLevel, per_level
 from imagen_scale.errors import ConfigError
 
 # DeepSpeed's default buckets of 5e8 elements are 1-2 GB on the card.

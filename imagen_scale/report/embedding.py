@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from imagen_scale.report.records import SampleFacts, read_record
+from imagen_scale.runs.records import SampleFacts, read_record
 
 MOST_GRIDS = 40  # of a stage, evenly chosen over training
 MOST_SAMPLES = 12

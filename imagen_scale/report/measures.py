@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from imagen_scale.report.records import Evaluation, Restoration, StageMeasures
+from imagen_scale.runs.records import Evaluation, Restoration, StageMeasures
 
 
 class Row(NamedTuple):

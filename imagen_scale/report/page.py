@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jinja2
 
-from imagen_scale import __version__
-from imagen_scale.checkpoint import write_atomically
+from imagen_scale.files.atomic import write_atomically
 from imagen_scale.report.curves import Chart, draw, value_text
 from imagen_scale.report.measures import rows
 from imagen_scale.report.run_facts import Progress, RunFacts, Stage, read_run
+from imagen_scale.version import __version__
 
 # Charts beside the losses: title, and key by name of each curve.
 SAMPLES = (

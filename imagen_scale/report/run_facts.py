@@ -5,19 +5,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from imagen_scale.checkpoint import (
-    MANIFEST,
-    inference_path,
-    list_checkpoints,
-    read_inference,
-    sha256,
-    unet_dir,
-    verify,
-)
 from imagen_scale.config import Config, parse_config
 from imagen_scale.errors import CheckpointError, ConfigError
+from imagen_scale.files.atomic import sha256
 from imagen_scale.report.embedding import Grid, Made, read_grids, read_samples
-from imagen_scale.report.records import (
+from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
+from imagen_scale.runs.folders import inference_path, unet_dir
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.runs.records import (
     DataReport,
     Evaluation,
     ExportManifest,

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.checkpoint import list_checkpoints, unet_dir, write_atomically
 from imagen_scale.config import Config, parse_bytes
 from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.files.atomic import write_atomically
 from imagen_scale.planning.machine import Machine, calibration, this_machine
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words, why
 from imagen_scale.planning.setup import Setup, written_setup
+from imagen_scale.runs.checkpoint import list_checkpoints
+from imagen_scale.runs.folders import unet_dir
 
 
 def choose_setup(

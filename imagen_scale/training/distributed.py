@@ -1,108 +1,17 @@
 """Processes, the group they form, and DeepSpeed's engine."""
 
 import os
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import Config
-from imagen_scale.errors import ConfigError, EnvironmentProblem, ImagenScaleError
+from imagen_scale.errors import ConfigError
 from imagen_scale.planning.machine import can_pin
 from imagen_scale.planning.setup import Setup, complete_zero
 from imagen_scale.training import operators
 from imagen_scale.training.in_backward import InBackwardEngine
-from imagen_scale.training.optimizers import has_compiler, make_optimizer, uses_cpu_adam
-
-# SLURM's names for what torch.distributed reads.
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}
-# How long a collective waits for the other ranks.
-_PATIENCE = timedelta(minutes=30)
-_SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def rank() -> int:
-    """This process's number."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_machine() -> None:
-    """Refuses a machine on which training cannot start, and takes this process's card.
-
-    Raises:
-        EnvironmentProblem: If DeepSpeed, a compiler, Python's headers or the card are missing.
-    """
-    try:
-        import deepspeed  # noqa: F401
-        import torch
-        from deepspeed.accelerator import get_accelerator
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"DeepSpeed cannot be imported ({error}). Install it with "
-            f"`pip install -c constraints.txt '.[train]'`."
-        ) from None
-    # An environment that is called without being activated: ninja lies beside its python.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if get_accelerator().device_name() == "cuda":
-        cards, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        if cards == 1 and "SLURM_STEP_ID" in os.environ:
-            local_rank = 0  # srun --gpus-per-task=1 shows each task a card of its own
-        if local_rank >= cards:
-            raise EnvironmentProblem(
-                f"process {local_rank} of this machine finds no card: {cards} are visible. Start "
-                f"at most {cards} processes here."
-            )
-        torch.cuda.set_device(local_rank)
-    elif not has_compiler():
-        raise EnvironmentProblem(
-            "DeepSpeed compiles its CPU operators and found no C++ compiler. Install one: "
-            "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora)."
-        )
-    elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        raise EnvironmentProblem(
-            "DeepSpeed compiles its CPU operators and Python's headers are missing. Install them: "
-            "`apt install python3-dev` (Debian, Ubuntu), `dnf install python3-devel` (Fedora)."
-        )
-
-
-def join() -> None:
-    """Joins the process group, whoever started this process.
-
-    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). torch alone
-    joins: DeepSpeed would compile an operator first, where the ranks cannot wait for each other.
-
-    Raises:
-        EnvironmentProblem: If the group cannot be formed.
-    """
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    options: dict[str, Any] = {}
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what encoding captions left there
-        if world_size() > 1:  # as DeepSpeed does: NCCL then needs not guess the card
-            options["device_id"] = torch.device("cuda", torch.cuda.current_device())
-    try:
-        torch.distributed.init_process_group(
-            get_accelerator().communication_backend_name(), timeout=_PATIENCE, **options
-        )
-    except RuntimeError as error:
-        raise EnvironmentProblem(
-            f"{world_size()} processes could not join: {error}\nIf a port is in use, give another "
-            f"with `deepspeed --master_port`."
-        ) from error
+from imagen_scale.training.optimizers import make_optimizer, uses_cpu_adam
+from imagen_scale.training.ranks import PATIENCE, together
 
 
 def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
@@ -126,91 +35,9 @@ def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
-        timeout=_PATIENCE,
+        timeout=PATIENCE,
         verbose=False,
     )
-
-
-def stop() -> None:
-    """Leaves the process group."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Runs `make` on rank 0 and gives its result, or its exception, to every rank."""
-    import torch
-
-    result: list[Any] = [None, None]
-    failure = None
-    if rank() == 0:
-        try:
-            result[0] = make()
-        except Exception as error:
-            failure = error
-            result[1] = _portable(error)
-    torch.distributed.broadcast_object_list(result, src=0)
-    _trace(failure)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
-
-
-def together(work: Callable[[], None]) -> None:
-    """Runs `work` on every rank; if it fails on one, all raise, so that none waits for ever."""
-    import torch
-
-    failure = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    failures: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(failures, failure and _portable(failure))
-    _trace(failure)
-    for portable in failures:
-        if portable is not None:
-            raise portable
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as one that can be sent to other ranks."""
-    if isinstance(error, ImagenScaleError):
-        return error
-    return EnvironmentProblem(f"process {rank()}: {type(error).__name__}: {error}")
-
-
-def _trace(error: Exception | None) -> None:
-    """Tells where a fault of ours happened, once the ranks have agreed on it.
-
-    They cannot when one of them is lost: that made the error, and the watchdog tells it.
-    """
-    if error is not None and not isinstance(error, ImagenScaleError | OSError):
-        traceback.print_exception(error)
-
-
-def fill_environment() -> None:
-    """Names this process as torch.distributed expects, under srun and plain python too."""
-    if "RANK" not in os.environ:
-        # An sbatch script itself, outside srun, is one process whatever the job's size.
-        in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-        for name, value in _SINGLE.items():
-            os.environ[name] = os.environ.get(_SLURM[name], value) if in_step else value
-        if in_step and "SLURM_LAUNCH_NODE_IPADDR" in os.environ:
-            os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else _free_port())
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from imagen_scale.config import Config
-from imagen_scale.data.dataset import Batch, seeded
+from imagen_scale.data.seeds import seeded
+from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
 from imagen_scale.diffusion.schedule import NoiseSchedule

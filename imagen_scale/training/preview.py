@@ -6,13 +6,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from imagen_scale.cascade import Stage, Text, default_device, to_uint8
-from imagen_scale.checkpoint import inference_path, read_inference
-from imagen_scale.data.dataset import Prepared, real_pictures, split_indices
-from imagen_scale.data.text import MAX_TOKENS, pad_embeddings
+from imagen_scale.data.embeddings import pad_embeddings
+from imagen_scale.data.encoder import MAX_TOKENS
+from imagen_scale.data.prepared import Prepared, real_pictures
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.diffusion.lowres import resize
-from imagen_scale.measures import ColourTally, drift, lowres_consistency_db, psnr_db
-from imagen_scale.pictures import save_grid
+from imagen_scale.files.pictures import save_grid, to_uint8
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistency_db, psnr_db
+from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.stage import Stage, default_device
 
 GRID_COLUMNS = 8
 COLOURS_OF = 64  # real pictures whose colours the base stage's are compared with

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.checkpoint import clear_temporary, unet_dir, write_atomically
 from imagen_scale.config import Config, dump_config, parse_config
-from imagen_scale.data.dataset import split_indices
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import ConfigError, DataError, UsageError
+from imagen_scale.files.atomic import clear_temporary, write_atomically
+from imagen_scale.runs.folders import unet_dir
 
 # Keys of `training` that bend the loss curve: they may change, and that is said.
 _TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",

@@ -7,21 +7,15 @@ from typing import Any
 
 import torch
 
-from imagen_scale import checkpoint as ckpt
 from imagen_scale.config import Config
-from imagen_scale.data.dataset import Prepared
-from imagen_scale.data.text import encoder_fingerprint, encoder_folder
+from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
+from imagen_scale.data.prepared import Prepared
 from imagen_scale.errors import CheckpointError, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
-from imagen_scale.training.distributed import from_rank_0, rank, together, world_size
+from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
-from imagen_scale.training.shards import (
-    file_name,
-    load_shards,
-    publish,
-    save_shard,
-    state_bytes,
-)
+from imagen_scale.training.ranks import from_rank_0, rank, together, world_size
+from imagen_scale.training.shards import file_name, load_shards, publish, save_shard, state_bytes
 
 FORMAT = "imagen-scale checkpoint 1"
 
@@ -48,8 +42,8 @@ class Saver:
         self.config, self.unet_number, self.steps, self.say = config, unet_number, steps, say
         self._good = 0  # step of the newest checkpoint that is whole
         self._unsaved: list[str] = []  # what of the last step could not be
-        self.folder = ckpt.unet_dir(run_dir, unet_number)
-        self.inference = ckpt.inference_path(run_dir, unet_number)
+        self.folder = folders.unet_dir(run_dir, unet_number)
+        self.inference = folders.inference_path(run_dir, unet_number)
         self.pictures = prepared.source.fingerprint
         self.text_embed_dim = prepared.embeddings.dim
         self.encoder = encoder_fingerprint(encoder_folder(config.text_encoder))
@@ -59,7 +53,7 @@ class Saver:
         if not self.inference.is_file():
             return False
         try:
-            return ckpt.read_inference(self.inference).step >= self.steps
+            return inference.read_inference(self.inference).step >= self.steps
         except CheckpointError as error:
             self.say(f"written anew from the newest checkpoint: {error}")
             return False
@@ -73,8 +67,8 @@ class Saver:
         Raises:
             CheckpointError: If it is of another run, or all are damaged.
         """
-        from_rank_0(lambda: ckpt.clear_staging(self.folder))
-        found = from_rank_0(lambda: ckpt.newest_good(self.folder, self.say))
+        from_rank_0(lambda: checkpoint.clear_staging(self.folder))
+        found = from_rank_0(lambda: checkpoint.newest_good(self.folder, self.say))
         folder, manifest = found
         if folder is None:
             return 0
@@ -136,7 +130,7 @@ class Saver:
         try:
             save()
         except EnvironmentProblem as error:
-            from_rank_0(lambda: ckpt.clear_staging(self.folder))
+            from_rank_0(lambda: checkpoint.clear_staging(self.folder))
             where = (
                 f"U-Net {self.unet_number}: no {what} saved at step {step} in {self.folder}: "
                 f"{error}"
@@ -154,7 +148,7 @@ class Saver:
         needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
         torch.distributed.all_reduce(needed)
         from_rank_0(lambda: check_space(self.folder, int(needed)))
-        staging = Path(from_rank_0(lambda: str(ckpt.staging_folder(self.folder, step))))
+        staging = Path(from_rank_0(lambda: str(checkpoint.staging_folder(self.folder, step))))
 
         def write() -> None:
             if writes:
@@ -167,10 +161,10 @@ class Saver:
             "pictures": self.pictures,
             "text_encoder": self.encoder,
         }
-        from_rank_0(lambda: str(ckpt.commit(staging, step, facts)))
+        from_rank_0(lambda: str(checkpoint.commit(staging, step, facts)))
         training = self.config.training
         from_rank_0(
-            lambda: ckpt.remove_old(
+            lambda: checkpoint.remove_old(
                 self.folder, step, training.keep_checkpoints, training.keep_every, good=self._good
             )
         )
@@ -182,7 +176,7 @@ class Saver:
         failure: Exception | None = None
         if rank() == 0:
             try:
-                ckpt.stream_inference(
+                inference.stream_inference(
                     self.inference,
                     ema.shapes(),
                     weights,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.errors import CheckpointError
-from imagen_scale.tensor_file import write_tensors
+from imagen_scale.files.tensors import write_tensors
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
 
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.data.dataset import Batch
+from imagen_scale.data.sequence import Batch
 from imagen_scale.training.objective import Objective
 
 

@@ -8,8 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from imagen_scale.checkpoint import unet_dir, write_atomically
 from imagen_scale.config import Config
+from imagen_scale.files.atomic import write_atomically
+from imagen_scale.runs.folders import unet_dir
 from imagen_scale.training.wandb_sink import WandbSink
 
 console = Console(highlight=False, soft_wrap=True)

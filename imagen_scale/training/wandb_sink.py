@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 
-from imagen_scale.checkpoint import unet_dir
 from imagen_scale.config import Config
 from imagen_scale.errors import ConfigError, MissingExtraError
+from imagen_scale.runs.folders import unet_dir
 
 WAITING = 1000  # rows kept while wandb takes none
 CLOSE_S = 30.0  # what it gets to finish in

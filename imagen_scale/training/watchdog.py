@@ -23,8 +23,8 @@ from imagen_scale.training.beats import (
     started,
     this_machine,
 )
-from imagen_scale.training.distributed import rank, world_size
 from imagen_scale.training.preemption import Preempted
+from imagen_scale.training.ranks import rank, world_size
 
 BEAT_S = 1.0
 ASLEEP_S = 10.0  # between two looks: this process itself was stopped

@@ -7,7 +7,7 @@ import gradio as gr
 
 from imagen_scale.diffusion.sampler import SAMPLERS
 from imagen_scale.diffusion.spacing import SPACINGS
-from imagen_scale.runtimes import RUNTIMES, RuntimeName
+from imagen_scale.sampling.runtimes.contract import RUNTIMES, RuntimeName
 from imagen_scale.ui.generation import Request
 from imagen_scale.ui.history import Facts
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imagen_scale.cascade import Cascade, to_uint8
 from imagen_scale.errors import ImagenScaleError, UsageError
-from imagen_scale.sample_folder import SampleFolder
+from imagen_scale.files.pictures import to_uint8
+from imagen_scale.sampling.folder import SampleFolder
+from imagen_scale.sampling.stages import TrainedStages
 
 PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
 
@@ -20,7 +21,7 @@ class Request(NamedTuple):
     prompt: str
     negative_prompt: str
     seed: int | None  # None: the field was emptied
-    settings: dict[str, Any]  # as for `Cascade.settings`
+    settings: dict[str, Any]  # as for `TrainedStages.settings`
     runtime: Any  # a `RuntimeName`
 
 
@@ -131,7 +132,7 @@ class Generator:
         self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
     ) -> Path:
         check(request)
-        cascade = Cascade.load(
+        cascade = TrainedStages.load(
             self.run, unet_limit=self.unet_limit, allow_unfinished=self.allow_unfinished,
             runtime=request.runtime, say=lambda sentence: told.put(Said(sentence)),
         )  # fmt: skip

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from imagen_scale.report.records import Record, read_record
+from imagen_scale.runs.records import Record, read_record
 
 MOST_SHOWN = 60
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from imagen_scale.config import load_config
-from imagen_scale.runtimes import RuntimeName
+from imagen_scale.sampling.runtimes.contract import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.command import sample_command
 from imagen_scale.ui.form import Form

@@ -1,0 +1,177 @@
+"""The commands `imagen-scale export ...`; torch is imported only inside them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imagen_scale.commands.errors import user_errors
+from imagen_scale.errors import UsageError
+
+if TYPE_CHECKING:
+    from imagen_scale.runs.inference import InferenceFile
+    from imagen_scale.sampling.runtimes.manifest import Manifest, Verification
+
+
+@click.group(invoke_without_command=True, short_help="Turn trained U-Nets into ONNX or TensorRT.")
+@click.option("--unet", help="Number of the U-Net, counted from 1, or all.")
+@click.option(
+    "--format", type=click.Choice(["onnx", "tensorrt"]), default="onnx", show_default=True
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="What the graph computes in; default fp32 for onnx, fp16 for tensorrt.",
+)
+@click.option("--run", help="Folder of the run; default the newest under runs/.")
+@click.option(
+    "--batch",
+    default="1:2:8",
+    show_default=True,
+    metavar="MIN:OPT:MAX",
+    help="Images at once that an engine takes.",
+)
+@click.option(
+    "--target",
+    default="portable",
+    show_default=True,
+    help="Cards an engine is for: portable, or a list such as SM86,SM89,SM120.",
+)
+@click.option("--dynamic-size", is_flag=True, help="Leave the picture's size free, for tiles.")
+@click.option("--verify/--no-verify", default=True, help="Compare with the torch network.")
+@click.option("--force", is_flag=True, help="Replace an export that is there.")
+@click.option(
+    "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
+)
+@click.pass_context
+@user_errors
+def export(context: click.Context, **options: Any) -> None:
+    """Turn trained U-Nets into ONNX files or TensorRT engines, checked against the originals.
+
+    \b
+        imagen-scale export --unet all --format onnx
+        imagen-scale export --unet 1 --format tensorrt --target SM86,SM89
+    """
+    if context.invoked_subcommand is None:
+        _export(**options)
+    elif options["unet"] is not None:
+        raise UsageError(
+            f"--unet does not go with {context.invoked_subcommand}: it takes a folder."
+        )
+
+
+def _export(
+    *,
+    unet: str | None,
+    format: Any,
+    precision: Any,
+    run: str | None,
+    batch: str,
+    target: str,
+    dynamic_size: bool,
+    verify: bool,
+    force: bool,
+    allow_unfinished: bool,
+) -> None:
+    if unet is None or not (unet == "all" or (unet.isdecimal() and int(unet) > 0)):
+        raise UsageError(f"--unet {unet or ''}: name the U-Net: 1, 2, ... or all.")
+    from imagen_scale.runs.folders import find_run
+
+    run_dir = find_run(run)
+    from imagen_scale_export.exporter import Options, export_unet
+    from imagen_scale_export.to_tensorrt import parse_range
+
+    from imagen_scale.runs.inference import read_stage
+
+    options = Options(
+        format=format,
+        precision=precision or ("fp16" if format == "tensorrt" else "fp32"),
+        batch=parse_range(batch),
+        targets=target,
+        dynamic_size=dynamic_size,
+        check=verify,
+        force=force,
+    )
+    if unet == "all":
+        first = read_stage(run_dir, 1, allow_unfinished)
+        numbers = range(1, len(first.config.unets) + 1)
+    else:
+        numbers = range(int(unet), int(unet) + 1)
+    # Every stage is looked at before the first is exported.
+    for file in [read_stage(run_dir, number, allow_unfinished) for number in numbers]:
+        folder = export_unet(file, options, click.echo)
+        from imagen_scale.sampling.runtimes.manifest import read_manifest
+
+        _print_export(folder, read_manifest(folder))
+
+
+@export.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path))
+@user_errors
+def export_inspect(folder: Path) -> None:
+    """Say what the export in FOLDER is, and check its files.
+
+    \b
+        imagen-scale export inspect runs/NAME/export/unet1/onnx-fp32
+    """
+    from imagen_scale.sampling.runtimes.manifest import check_files, read_manifest
+
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    _print_export(folder, manifest)
+
+
+@export.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--run", help="Folder of the run; default the one FOLDER lies in.")
+@user_errors
+def export_verify(folder: Path, run: str | None) -> None:
+    """Compare the export in FOLDER with the torch network again; exit code 3 if it differs.
+
+    \b
+        imagen-scale export verify runs/NAME/export/unet1/onnx-fp32
+    """
+    from imagen_scale_export.exporter import verify_export
+
+    from imagen_scale.sampling.runtimes.manifest import read_manifest
+
+    file = _inference_file(folder, run, read_manifest(folder))
+    _print_verification(verify_export(folder, file))
+
+
+def _inference_file(folder: Path, run: str | None, manifest: "Manifest") -> "InferenceFile":
+    from imagen_scale.runs.folders import inference_path
+    from imagen_scale.runs.inference import read_inference
+
+    # runs/X/export/unetN/<format>-<precision>
+    run_dir = Path(run) if run else folder.resolve().parents[2]
+    return read_inference(inference_path(run_dir, manifest.unet_number))
+
+
+def _print_export(folder: Path, manifest: "Manifest") -> None:
+    size = sum(record.bytes for record in manifest.files.values())
+    click.echo(
+        f"{folder}: U-Net {manifest.unet_number}, {manifest.format}, {manifest.precision}, opset "
+        f"{manifest.opset}, {manifest.sampler.image_size} px"
+        f"{' and other sizes' if manifest.dynamic_size else ''}, {size / 2**20:.1f} MiB, from step "
+        f"{manifest.checkpoint_step}"
+    )
+    if manifest.engine and manifest.profile:
+        click.echo(
+            f"  engine of {manifest.engine.library} {manifest.engine.version} for "
+            f"{', '.join(manifest.engine.targets)}; images at once: "
+            f"{':'.join(map(str, manifest.profile.batch))}"
+        )
+    if manifest.verification:
+        _print_verification(manifest.verification)
+    else:
+        click.echo("  not compared with the torch network (--no-verify)")
+
+
+def _print_verification(result: "Verification") -> None:
+    click.echo(
+        f"  {result.runtime} against torch: one evaluation within {result.max_relative_error:.1e} "
+        f"of its largest value, cosine {result.min_cosine:.6f}; 20 steps within "
+        f"{result.loop_max_levels:.3f}/255, {result.loop_psnr_db:.1f} dB"
+        f"{f' ({result.note})' if result.note else ''}"
+    )

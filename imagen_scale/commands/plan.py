@@ -1,0 +1,101 @@
+"""`imagen-scale plan`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imagen_scale.commands.config import set_option
+from imagen_scale.commands.console import Progress
+from imagen_scale.commands.errors import user_errors
+from imagen_scale.errors import UsageError
+
+
+@click.command(short_help="How much memory training will take.")
+@click.option("--config", "config_path", required=True, help="JSON file of the run.")
+@set_option
+@click.option("--memory", help="Memory of each card, e.g. 12GB; default what this one has free.")
+@click.option("--ram", help="Memory of the computer, e.g. 32GB; default what is available here.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--unet", type=click.IntRange(min=1), help="Plan this U-Net only.")
+@click.option("--explain", is_flag=True, help="Say what was not chosen, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--write", type=click.Path(), help="Folder for DeepSpeed's JSON of each U-Net.")
+@user_errors
+def plan(
+    config_path: str,
+    overrides: tuple[str, ...],
+    memory: str | None,
+    ram: str | None,
+    gpus: int,
+    unet: int | None,
+    explain: bool,
+    as_json: bool,
+    write: str | None,
+) -> None:
+    """Say how much memory training will take, and choose what fits, before it is spent.
+
+    What the configuration writes is kept; what it leaves null is chosen. Exit code 1 when a stage
+    does not fit.
+
+    \b
+        imagen-scale plan --config configs/cascade_64_256.json --memory 12GB --ram 32GB
+    """
+    from imagen_scale.config import load_config
+
+    checked = load_config(config_path, overrides)
+    card_bytes, ram_bytes = _size("--memory", memory), _size("--ram", ram)
+    numbers = [unet] if unet else list(range(1, len(checked.unets) + 1))
+    if unet is not None and unet > len(checked.unets):
+        raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(checked.unets)}.")
+    from imagen_scale.planning.machine import SYSTEM_BYTES, calibration, this_machine
+    from imagen_scale.planning.planner import Planner, text_width
+    from imagen_scale.planning.report import as_dict, print_plan
+
+    machine = this_machine(gpus)
+    if card_bytes is not None:
+        machine = machine._replace(card=card_bytes)
+    if ram_bytes is not None:
+        machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
+    ratio = calibration(machine.name)
+    width = text_width(checked)
+    plans = []
+    with Progress() as progress:
+        for done, number in enumerate(numbers):
+            progress("planning", done, len(numbers))
+            plans.append(Planner(checked, number - 1, width, machine, ratio=ratio).plan())
+    if write is not None:
+        _write_deepspeed(Path(write), checked, plans)
+    if as_json:
+        click.echo(json.dumps([as_dict(plan, ratio) for plan in plans], indent=1))
+    else:
+        from rich.console import Console
+
+        print_plan(
+            plans, checked, machine, Console(highlight=False, soft_wrap=True),
+            ratio=ratio, explain=explain,
+        )  # fmt: skip
+    if any(plan.fault for plan in plans):
+        sys.exit(1)
+
+
+def _size(option: str, text: str | None) -> int | None:
+    from imagen_scale.config import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}.") from None
+
+
+def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
+    from imagen_scale.training.distributed import engine_config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for plan in plans:
+        settings = engine_config(checked, plan.choice.setup, plan.choice.activations.num_parameters)
+        path = folder / f"unet{plan.unet_number}_deepspeed.json"
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"written: {path}", err=True)

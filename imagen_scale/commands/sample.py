@@ -1,0 +1,111 @@
+"""`imagen-scale sample`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imagen_scale.commands.console import Progress, say
+from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.options import (
+    run_option,
+    sampling_options,
+    seed_option,
+    unfinished_option,
+)
+from imagen_scale.errors import UsageError
+
+
+@click.command(short_help="Make pictures from prompts.")
+@click.argument("prompts", nargs=-1)
+@run_option
+@click.option("--from-file", type=click.Path(), help="One prompt per line.")
+@click.option("--out", help="Folder for the pictures; default samples/ in the run.")
+@click.option(
+    "--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt."
+)
+@seed_option
+@click.option("--negative-prompt", help="What guidance leads away from; torch computes it.")
+@click.option("--unet-limit", type=int, help="Stop after this U-Net.")
+@click.option("--tile", type=click.IntRange(min=1), help="Compute stages above this in tiles.")
+@click.option("--at-once", type=click.IntRange(min=1), help="Pictures computed together.")
+@unfinished_option
+@user_errors
+@sampling_options
+def sample(
+    prompts: tuple[str, ...],
+    run: str | None,
+    from_file: str | None,
+    out: str | None,
+    num: int,
+    seed: int,
+    negative_prompt: str | None,
+    unet_limit: int | None,
+    tile: int | None,
+    at_once: int | None,
+    allow_unfinished: bool,
+    runtime: Any,
+    settings: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    """Make pictures from PROMPTS with a trained run; each is written as soon as it is finished.
+
+    \b
+        imagen-scale sample "red heart" "grinning cat" --cond-scale 3 --steps 25,10
+        imagen-scale sample "red heart" --negative-prompt "black outline"
+    """
+    all_prompts = [*prompts, *(_read_prompts(from_file) if from_file else [])]
+    if not all_prompts:
+        raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
+    from imagen_scale.runs.folders import find_run
+
+    run_dir = find_run(run)
+    from imagen_scale.files.pictures import GRID_LIMIT, save_grid, to_uint8
+    from imagen_scale.sampling.folder import SampleFolder
+    from imagen_scale.sampling.runtimes.contract import Options
+    from imagen_scale.sampling.stages import TrainedStages
+
+    cascade = TrainedStages.load(
+        run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
+        runtime=runtime, options=Options(**how), say=say,
+    )  # fmt: skip
+    folder = Path(out) if out else run_dir / "samples"
+    made = SampleFolder(
+        folder, cascade, cascade.settings(**settings), tile=tile, negative_prompt=negative_prompt
+    )
+    total = len(all_prompts) * num
+    shown: list[tuple[str, list[Any]]] = []
+    try:
+        with Progress() as progress:
+            pictures = cascade.stream(
+                all_prompts, seed=seed, num=num, tile=tile, at_once=at_once,
+                on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
+                negative_prompt=negative_prompt, **settings,
+            )  # fmt: skip
+            for picture in pictures:
+                made.write(picture)
+                progress("pictures", made.written, total)
+                if len(shown) < GRID_LIMIT:
+                    images = [to_uint8(image[None])[0] for image in picture.stages]
+                    shown.append((picture.prompt, images))
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {made.written} of {total} pictures are in {folder}", err=True)
+        sys.exit(130)
+    grid = folder / f"grid_{made.first:05d}.png"
+    rows = list(zip(*(images for _, images in shown), strict=True))
+    save_grid(grid, rows, [caption for caption, _ in shown])
+    which = "all of them" if len(shown) == made.written else f"the first {len(shown)}"
+    click.echo(f"{made.written} pictures in {folder}, {which} in {grid}")
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(f"--from-file {path}: cannot be read: {reason}.") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"--from-file {path}: holds no prompt; write one per line.")
+    return prompts

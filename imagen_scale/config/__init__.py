@@ -1,0 +1,12 @@
+"""The configuration of one run: a strict JSON file, checked before torch is imported."""
+
+from imagen_scale.config.loading import dump_config as dump_config
+from imagen_scale.config.loading import load_config as load_config
+from imagen_scale.config.loading import parse_config as parse_config
+from imagen_scale.config.network import ImagenConfig as ImagenConfig
+from imagen_scale.config.network import UnetConfig as UnetConfig
+from imagen_scale.config.schema import Config as Config
+from imagen_scale.config.schema import DataConfig as DataConfig
+from imagen_scale.config.schema import MemoryConfig as MemoryConfig
+from imagen_scale.config.schema import TrainingConfig as TrainingConfig
+from imagen_scale.config.section import parse_bytes as parse_bytes

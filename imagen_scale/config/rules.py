@@ -1,0 +1,218 @@
+"""Rules that join several keys of a configuration."""
+
+import json
+from itertools import pairwise
+
+from imagen_scale.config.deepspeed import deepspeed_problems
+from imagen_scale.config.network import NORM_GROUPS, TEXT_ENCODER_DIMS, UnetConfig
+from imagen_scale.config.schema import Config
+
+
+def cross_checks(config: Config) -> list[str]:
+    """Rules that join several keys; returns every problem."""
+    problems = []
+    imagen, unets, training = config.imagen, config.unets, config.training
+    sizes, num_unets = imagen.image_sizes, len(config.unets)
+
+    if len(sizes) != num_unets:
+        problems.append(
+            f"imagen.image_sizes: {len(sizes)} sizes for {num_unets} U-Nets; give one size "
+            f"per entry of unets."
+        )
+    if any(small >= large for small, large in pairwise(sizes)):
+        problems.append(
+            f"imagen.image_sizes: {list(sizes)} does not increase; each stage must be larger "
+            f"than the one before."
+        )
+    for section, keys in _PER_UNET_KEYS.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            if isinstance(value, tuple) and len(value) != num_unets:
+                problems.append(
+                    f"{section}.{key}: {len(value)} values for {num_unets} U-Nets; give one "
+                    f"value, or one per U-Net."
+                )
+    only = imagen.only_train_unet_number
+    if only is not None and only > num_unets:
+        problems.append(
+            f"imagen.only_train_unet_number: {only}, but there are {num_unets} U-Nets; "
+            f"count from 1."
+        )
+    encoder_dim = TEXT_ENCODER_DIMS.get(config.text_encoder)
+    declared_dims = [("imagen", imagen.text_embed_dim)]
+    declared_dims += [(f"unets.{i}", unet.text_embed_dim) for i, unet in enumerate(unets)]
+    for where, dim in declared_dims:
+        if encoder_dim is not None and dim is not None and dim != encoder_dim:
+            problems.append(
+                f"{where}.text_embed_dim: {dim}, but the encoder {config.text_encoder!r} gives "
+                f"{encoder_dim}; write {encoder_dim} or null."
+            )
+    for i, unet in enumerate(unets):
+        for key, value in (("channels", unet.channels), ("channels_out", unet.channels_out)):
+            if value is not None and value != imagen.channels:
+                problems.append(
+                    f"unets.{i}.{key}: {value}, but imagen.channels is {imagen.channels}; they "
+                    f"must be equal."
+                )
+        size = sizes[i] if i < len(sizes) else None
+        problems += _unet_checks(f"unets.{i}", unet, i, size)
+        problems += _crop_checks(f"unets.{i}", unet, i, sizes)
+
+    if not problems:
+        for i in range(num_unets):
+            global_batch = config.per_unet("training", "global_batch", i)
+            micro_batch = config.per_unet("training", "micro_batch", i) or global_batch
+            if global_batch % micro_batch:
+                problems.append(
+                    f"training.global_batch: {global_batch} is not a multiple of "
+                    f"micro_batch {micro_batch} (U-Net {i + 1}); change one of them."
+                )
+            steps = config.per_unet("training", "steps", i)
+            if training.warmup_steps >= steps:
+                problems.append(
+                    f"training.warmup_steps: {training.warmup_steps} is not below the {steps} "
+                    f"steps of U-Net {i + 1}; lower it."
+                )
+    if num_unets > 1 and imagen.lowres_sample_noise_level > training.lowres_aug_max:
+        problems.append(
+            f"imagen.lowres_sample_noise_level: {imagen.lowres_sample_noise_level} is above "
+            f"training.lowres_aug_max {training.lowres_aug_max}, so the network never saw it; "
+            f"lower it."
+        )
+    if config.data.source != "emoji" and not config.data.path:
+        problems.append(
+            f"data.path: required for source {config.data.source!r}; give the folder or the "
+            f"data set's name."
+        )
+    if config.data.source != "emoji" and config.data.names is not None:
+        problems.append("data.names: only the source 'emoji' takes it; remove it.")
+    problems += _deepspeed_checks(config)
+    if not problems:
+        for i in range(num_unets):
+            problems += _memory_checks(config, i)
+    return problems
+
+
+_PER_UNET_KEYS = {
+    "imagen": ("timesteps",),
+    "training": ("steps", "global_batch", "micro_batch", "optimizer", "lr"),
+    "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
+}
+
+
+def _unet_checks(where: str, unet: UnetConfig, index: int, size: int | None) -> list[str]:
+    problems = []
+    if unet.dim % NORM_GROUPS:
+        below = unet.dim - unet.dim % NORM_GROUPS
+        near = [str(dim) for dim in (below, below + NORM_GROUPS) if dim]
+        problems.append(
+            f"{where}.dim: {unet.dim} is not divisible by {NORM_GROUPS}; use {' or '.join(near)}."
+        )
+    for key in ("num_resnet_blocks", "layer_attns", "layer_cross_attns"):
+        value = getattr(unet, key)
+        if isinstance(value, tuple) and len(value) != unet.num_levels:
+            problems.append(
+                f"{where}.{key}: {len(value)} values for {unet.num_levels} levels (dim_mults); "
+                f"give one value, or one per level."
+            )
+    if size is not None and size % unet.size_divisor:
+        problems.append(
+            f"imagen.image_sizes.{index}: {size} is not divisible by {unet.size_divisor}, as the "
+            f"{unet.num_levels} levels of {where} need; change the size or dim_mults."
+        )
+    if unet.lowres_cond is not None and unet.lowres_cond != (index > 0):
+        problems.append(
+            f"{where}.lowres_cond: {json.dumps(unet.lowres_cond)}, but U-Net {index + 1} "
+            f"{'is conditioned' if index else 'is not conditioned'} on a low-resolution "
+            f"picture; write {json.dumps(index > 0)} or null."
+        )
+    return problems
+
+
+def _crop_checks(where: str, unet: UnetConfig, index: int, sizes: tuple[int, ...]) -> list[str]:
+    if unet.crop is None or index >= len(sizes):
+        return []
+    if index == 0:
+        return [f"{where}.crop: U-Net 1 learns whole pictures; only later ones take a crop."]
+    problems = []
+    if unet.crop >= sizes[index]:
+        problems.append(
+            f"{where}.crop: {unet.crop} is not below the picture's side {sizes[index]}; lower it, "
+            f"or write null."
+        )
+    if unet.crop % unet.size_divisor:
+        problems.append(
+            f"{where}.crop: {unet.crop} is not divisible by {unet.size_divisor}, as the "
+            f"{unet.num_levels} levels need; change it."
+        )
+    return problems
+
+
+def _memory_checks(config: Config, index: int) -> list[str]:
+    """Rules of what is traded for memory, for one U-Net."""
+    problems = []
+    levels = config.unets[index].num_levels
+    checkpointing = config.per_unet("memory", "checkpointing", index)
+    if isinstance(checkpointing, tuple) and len(checkpointing) != levels:
+        problems.append(
+            f"memory.checkpointing: {len(checkpointing)} values for the {levels} levels of U-Net "
+            f"{index + 1}; give one value, or one per level."
+        )
+    optimizer = config.per_unet("training", "optimizer", index)
+    zero = config.deepspeed.get("zero_optimization") or {}
+    stage, fp32 = zero.get("stage", 0), config.training.precision == "fp32"
+    if optimizer == "adafactor" and (stage or not fp32):
+        problems.append(
+            "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
+            "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
+            "adamw_8bit."
+        )
+    if optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
+        problems.append(
+            "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
+            "offloaded; set training.precision to bf16 and "
+            'deepspeed.zero_optimization.offload_optimizer to {"device": "cpu"}.'
+        )
+    if config.per_unet("memory", "optimizer_in_backward", index):
+        problems += _in_backward_checks(config, index, stage, fp32)
+    return problems
+
+
+def _in_backward_checks(config: Config, index: int, stage: int, fp32: bool) -> list[str]:
+    training = config.training
+    global_batch = config.per_unet("training", "global_batch", index)
+    micro_batch = config.per_unet("training", "micro_batch", index) or global_batch
+    key = "memory.optimizer_in_backward"
+    problems = []
+    if training.grad_clip is not None:
+        problems.append(
+            f"{key}: training.grad_clip {training.grad_clip} needs the norm of all gradients "
+            f"before the first is applied; set it to null."
+        )
+    if micro_batch != global_batch:
+        problems.append(
+            f"{key}: a gradient is applied as soon as it appears, so none can be accumulated; set "
+            f"training.global_batch to micro_batch (U-Net {index + 1}: {global_batch} and "
+            f"{micro_batch})."
+        )
+    if not fp32 or stage:
+        problems.append(
+            f"{key}: exact fp32 weights on one card; set training.precision to fp32 and leave "
+            f"deepspeed.zero_optimization out."
+        )
+    if config.per_unet("training", "optimizer", index) == "adamw_bf16":
+        problems.append(f"{key}: takes the optimizers adamw, adamw_8bit and adafactor.")
+    return problems
+
+
+def _deepspeed_checks(config: Config) -> list[str]:
+    problems = deepspeed_problems(config.deepspeed)
+    if problems:
+        return problems
+    zero = config.deepspeed.get("zero_optimization", {})
+    if config.training.precision == "bf16" and zero and zero.get("stage", 0) == 0:
+        problems.append(
+            "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
+            "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
+        )
+    return problems

@@ -1,0 +1,42 @@
+"""What the sections of a configuration are made of."""
+
+import re
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
+PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
+
+CheckpointingLevel: TypeAlias = Literal["none", "norms", "blocks"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"]
+
+
+class Section(BaseModel):
+    """A section of the file: no unknown keys, no type coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def per_level(value: PerLevel[T], num_levels: int) -> tuple[T, ...]:
+    """Repeats a single value for each level; a tuple is returned as it is."""
+    return value if isinstance(value, tuple) else (value,) * num_levels
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "12GB", "11.5 GiB" or "900MB"; GB is 10^9, GiB 2^30.
+
+    Raises:
+        ValueError: If it is not a positive number and one of these units.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is not a size: write a number and MB, GB, MiB or GiB")
+    unit = match[2]
+    power = "kMGT".index(unit[0]) + 1
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** power)

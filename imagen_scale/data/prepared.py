@@ -1,0 +1,69 @@
+"""A run's data, checked, resized and encoded."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.config import Config
+from imagen_scale.data.embeddings import EmbeddingStore
+from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.sources.opening import Source
+from imagen_scale.data.sources.screening import usable_source
+from imagen_scale.data.storage import Progress
+
+
+class Prepared(NamedTuple):
+    """Everything that training reads, ready on disk."""
+
+    source: Source
+    images: dict[int, ImageStore]  # by size in pixels
+    embeddings: EmbeddingStore
+    report: Path  # data_report.json: which pictures were left out, and why
+
+
+def cache_dir(config: Config) -> Path:
+    """Folder of prepared data: `data.cache_dir`, $IMAGEN_SCALE_CACHE or ~/.cache/imagen-scale."""
+    folder = config.data.cache_dir or os.environ.get("IMAGEN_SCALE_CACHE")
+    return Path(folder or "~/.cache/imagen-scale").expanduser()
+
+
+def prepare(config: Config, progress: Progress | None = None, size: int | None = None) -> Prepared:
+    """Opens pictures and text, preparing on disk what is not there yet.
+
+    Every rank may call it at once: one does the work, the others wait for it.
+
+    Args:
+        config: The run.
+        progress: Called as the work goes on.
+        size: Prepare pictures of this size only; default: those of every stage.
+
+    Raises:
+        DataError: If the text encoder, or too many of the pictures, are not usable.
+        EnvironmentProblem: If the cache folder cannot be written.
+        MissingExtraError: If a package is missing.
+    """
+    folder = cache_dir(config)
+    source, report = usable_source(config.data, folder / "images", progress)
+    images: dict[int, ImageStore] = {}
+    # One limit for all sizes, given to the small ones first, whichever are opened now.
+    bytes_left = round(config.data.cache_images_gb * 1e9)
+    for stage_size in config.imagen.image_sizes:
+        if size in (None, stage_size):
+            images[stage_size] = ImageStore.open(source, stage_size, folder, bytes_left, progress)
+        num_bytes = len(source) * 3 * stage_size**2
+        if num_bytes <= bytes_left:
+            bytes_left -= num_bytes
+    # The prompts drawn while training too: the encoder is not to be loaded again beside a U-Net.
+    captions = [*source.captions, *config.training.sample_prompts]
+    embeddings = EmbeddingStore.open(config.text, config.text_encoder, captions, folder, progress)
+    return Prepared(source, images, embeddings, report)
+
+
+def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:
+    """Pictures of the data set, (N, 3, size, size) in [-1, 1]."""
+    pictures = [torch.from_numpy(prepared.images[size][i].copy()) for i in indices]
+    return torch.stack(pictures).float() / 127.5 - 1

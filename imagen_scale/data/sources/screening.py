@@ -1,0 +1,88 @@
+"""Which pictures can be used: each is decoded once, and what fails is named and left out."""
+
+import json
+import warnings
+from pathlib import Path
+
+from imagen_scale.config import DataConfig
+from imagen_scale.data.sources.opening import Source, Without, open_source
+from imagen_scale.data.sources.skipped import Skipped, printable
+from imagen_scale.data.storage import Progress, exclusive, written_whole
+from imagen_scale.errors import DataError
+
+FIRST = 10  # so many are listed in a message; the report has all
+
+
+def usable_source(
+    config: DataConfig, cache_dir: Path, progress: Progress | None = None
+) -> tuple[Source, Path]:
+    """Opens a source and leaves out what cannot be used.
+
+    Verdicts depend on the files alone, never on the time that decoding takes, and are kept beside
+    the prepared pictures until the files change: every rank and every later run sees the same
+    pictures. What stays keeps its key, and with it its side of the validation split.
+
+    Args:
+        config: The `data` section.
+        cache_dir: Verdicts and report go to `cache_dir/<fingerprint>/`.
+        progress: Called as pictures are decoded for the first time.
+
+    Returns:
+        The usable pictures, and the path of `data_report.json`.
+
+    Raises:
+        DataError: If more than `data.max_bad_fraction` are not usable, naming the first ones.
+        EnvironmentProblem: If the disk cannot be read or written.
+        MissingExtraError: If the source needs a package that is not installed.
+    """
+    source = open_source(config)
+    folder = cache_dir / source.fingerprint
+    report = folder / "data_report.json"
+    total = len(source) + len(source.skipped)
+    with exclusive(folder / "screening.lock"):
+        unreadable: dict[int, str] = {}
+        # Not worth the decoding when names and captions alone are bad enough.
+        is_hopeless = len(source.skipped) > config.max_bad_fraction * total
+        if not is_hopeless:
+            unreadable = _unreadable(source, folder / "unreadable.json", progress)
+        skipped = [
+            *source.skipped,
+            *(Skipped(printable(source.keys[i]), reason) for i, reason in unreadable.items()),
+        ]
+        facts = {
+            "source": config.source,
+            "path": config.path,
+            "used": total - len(skipped),
+            "skipped": [skip._asdict() for skip in skipped],
+        }
+        with written_whole(report) as out:
+            out.write(json.dumps(facts, indent=1).encode())
+    found = f"{len(skipped)} of {total} pictures ({len(skipped) / total:.1%}) cannot be used"
+    if len(skipped) > config.max_bad_fraction * total:
+        lines = [f"  {skip.picture}: {skip.reason}" for skip in skipped[:FIRST]]
+        if len(skipped) > FIRST:
+            lines.append(f"  and {len(skipped) - FIRST} more, all of them in {report}")
+        found += " (none was decoded yet)" * is_hopeless
+        raise DataError(
+            f"data.path: {found}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
+            f"allows; correct or remove them, or raise that share:\n" + "\n".join(lines)
+        )
+    if skipped:
+        warnings.warn(f"{found} and are left out; see {report}", stacklevel=3)
+    return (Without(source, unreadable) if unreadable else source), report
+
+
+def _unreadable(source: Source, file: Path, progress: Progress | None) -> dict[int, str]:
+    """Why pictures cannot be decoded, by index; the caller holds the lock."""
+    try:
+        known: dict[str, str] = json.loads(file.read_text())
+    except (OSError, ValueError):  # not there yet, or cut short
+        known = {}
+        for i in range(len(source)):
+            if reason := source.check(i):
+                known[str(i)] = reason
+            if progress:
+                progress("checking pictures", i + 1, len(source))
+        with written_whole(file) as out:
+            out.write(json.dumps(known).encode())
+    return {int(i): reason for i, reason in known.items()}

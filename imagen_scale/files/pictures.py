@@ -1,0 +1,134 @@
+"""Writing pictures: single PNG files and captioned grids."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from imagen_scale.files.atomic import write_atomically
+
+
+def to_uint8(images: Tensor) -> Any:
+    """Images in [-1, 1], (B, 3, H, W), as a NumPy array (B, H, W, 3) uint8."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+MARGIN = 6
+LABEL_HEIGHT = 16
+MAX_COLUMNS = 8
+GRID_LIMIT = 64  # pictures in the grid of a command; each is also a file of its own
+MAX_CELL = 512  # larger pictures are shrunk here
+MIN_CELL = 128  # small pictures are enlarged, pixel by pixel, so that a person can see them
+
+
+def save_png(path: Path, image: Any) -> None:
+    """Writes one picture.
+
+    Args:
+        path: The PNG file.
+        image: (H, W, 3) uint8.
+    """
+    _save(path, Image.fromarray(image))
+
+
+def save_sample(folder: Path, number: int, image: Any, facts: dict[str, Any]) -> Path:
+    """Writes a picture and, beside it, what it was made from.
+
+    The name holds a number and a hash of the facts, never the prompt: prompts may hold anything.
+
+    Args:
+        folder: Where to.
+        number: First part of the name.
+        image: (H, W, 3) uint8.
+        facts: Prompt, seed, settings, model.
+
+    Returns:
+        The PNG file; it is written last, so it never stands without its facts.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{number:05d}_{digest[:8]}.png"
+    save_picture(path, image, facts)
+    return path
+
+
+def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
+    """`save_sample` under a name of the caller's."""
+    text = json.dumps(facts, ensure_ascii=False, indent=1) + "\n"
+    write_atomically(
+        path.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
+    save_png(path, image)
+
+
+def next_number(folder: Path) -> int:
+    """One above the highest picture number in a folder, so that nothing is overwritten."""
+    found = (re.match(r"(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def save_grid(
+    path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str], *, lines: int = 1
+) -> None:
+    """Writes a grid with a caption over each column, at most `MAX_COLUMNS` wide.
+
+    Args:
+        path: The PNG file.
+        rows: Each row holds one (H, W, 3) uint8 array per column; sizes may differ by row.
+        labels: One caption per column.
+        lines: Lines of each caption that are shown.
+    """
+    label_height = lines * LABEL_HEIGHT
+    sides = [image.shape[0] for row in rows for image in row]
+    cell = min(max(MIN_CELL, *sides), MAX_CELL)
+    columns = min(len(labels), MAX_COLUMNS)
+    band_height = label_height + MARGIN + len(rows) * (cell + MARGIN)
+    size = (MARGIN + columns * (cell + MARGIN), -(-len(labels) // columns) * band_height)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=11)
+    for i, label in enumerate(labels):
+        band, column = divmod(i, columns)
+        x, y = MARGIN + column * (cell + MARGIN), band * band_height
+        text = "\n".join(_fit(draw, label, font, cell, lines))
+        draw.text((x, y + 3), text, fill="black", font=font)
+        for r, row in enumerate(rows):
+            picture = Image.fromarray(row[i])
+            enlarges = picture.width <= cell
+            picture = picture.resize(
+                (cell, cell), Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
+            )
+            grid.paste(picture, (x, y + label_height + MARGIN + r * (cell + MARGIN)))
+    _save(path, grid)
+
+
+def _fit(draw: ImageDraw.ImageDraw, label: str, font: Any, width: int, lines: int) -> Sequence[str]:
+    """The label on so many lines, cut to the width of its column."""
+    words, fitted = label.split(), list[str]()
+    while words and len(fitted) < lines - 1:
+        count = 1
+        while (
+            count < len(words) and draw.textlength(" ".join(words[: count + 1]), font=font) <= width
+        ):
+            count += 1
+        fitted.append(_cut(draw, " ".join(words[:count]), font, width))
+        words = words[count:]
+    return [*fitted, _cut(draw, " ".join(words), font, width)]
+
+
+def _cut(draw: ImageDraw.ImageDraw, line: str, font: Any, width: int) -> str:
+    if draw.textlength(line, font=font) <= width:
+        return line
+    while line and draw.textlength(line + "...", font=font) > width:
+        line = line[:-1]
+    return line + "..."
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

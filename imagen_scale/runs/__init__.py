@@ -1,0 +1,1 @@
+"""What lies on disk: a run, its checkpoints, inference files and records."""

@@ -1,0 +1,1 @@
+"""Sampling: a trained cascade from text to pictures, one stage in memory at a time."""

@@ -1,0 +1,69 @@
+"""Pictures of a cascade on disk: a PNG file each, and beside it what it was made from."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from imagen_scale.files.atomic import sha256
+from imagen_scale.files.pictures import next_number, save_sample, to_uint8
+from imagen_scale.sampling.settings import Settings
+from imagen_scale.sampling.stages import Picture, TrainedStages
+from imagen_scale.version import __version__
+
+
+class SampleFolder:
+    """Writes the pictures of one call; what lies in the folder already is left alone.
+
+    Args:
+        folder: Where to; made if it is missing.
+        cascade: What makes the pictures.
+        how: The settings of each stage.
+        tile: Side of the tiles in pixels, or None.
+        negative_prompt: What guidance leads away from, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cascade: TrainedStages,
+        how: Sequence[Settings],
+        *,
+        tile: int | None = None,
+        negative_prompt: str | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
+        self.folder, self.how, self.tile = folder, how, tile
+        self.negative_prompt = negative_prompt or None
+        self.models = [_hash(file.path) for file in cascade.files]
+        self.first = next_number(folder)
+        self.written = 0
+
+    def write(self, picture: Picture) -> Path:
+        """Writes one picture, its last stage; gives the PNG file."""
+        stages = [
+            {**one._asdict(), "runtime": name, "model_sha256": model}
+            for one, name, model in zip(self.how, picture.runtimes, self.models, strict=True)
+        ]
+        facts = {
+            "prompt": picture.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": picture.seed,
+            "tile": self.tile,
+            "stages": stages,
+            "version": __version__,
+        }
+        image = to_uint8(picture.stages[-1][None])[0]
+        path = save_sample(self.folder, self.first + self.written, image, facts)
+        self.written += 1
+        return path
+
+
+def _hash(path: Path) -> str:
+    status = path.stat()
+    return _hash_as_it_is(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache
+def _hash_as_it_is(path: Path, mtime_ns: int, size: int) -> str:
+    """Gigabytes are read once for as long as a file stays as it is."""
+    return sha256(path)

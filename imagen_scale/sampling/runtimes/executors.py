@@ -1,0 +1,111 @@
+"""What computes one exported graph: ONNX Runtime, OpenVINO or TensorRT.
+
+An executor maps named float32 tensors on its device to the prediction, nothing more; text,
+guidance and the noise schedule are bound to it in `runtimes`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.sampling.runtimes.ports import DENOISER, UNGUIDED
+
+
+class Executor(Protocol):
+    """Computes one graph."""
+
+    device: torch.device
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The graph's first output, float32 on `device`; inputs as `ports` names them."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the graph holds."""
+        ...
+
+
+def first_line(error: Exception) -> str:
+    """A runtime's own words, without the trace that follows."""
+    return str(error).strip().partition("\n")[0]
+
+
+class OnStream:
+    """A graph on a CUDA stream of its own, with buffers that are allocated once per shape.
+
+    The order of streams is kept here: the graph starts after what the caller has queued, and the
+    caller goes on after the graph.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.buffers: dict[str, Tensor] = {}
+        self.output = torch.empty(0, device=device)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The graph's first output."""
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            if any(
+                name not in self.buffers or self.buffers[name].shape != value.shape
+                for name, value in inputs.items()
+            ):
+                self.buffers = {
+                    name: torch.empty(value.shape, dtype=value.dtype, device=self.device)
+                    for name, value in inputs.items()
+                }
+                self.output = torch.empty(self._output_shape(inputs), device=self.device)
+                self._bind()
+            for name, value in inputs.items():
+                self.buffers[name].copy_(value)
+            self._run()
+            # The sampler keeps predictions; the buffer is overwritten at the next step.
+            prediction = self.output.clone()
+        caller.wait_stream(self.stream)
+        prediction.record_stream(caller)
+        return prediction
+
+    def _output_shape(self, inputs: Mapping[str, Tensor]) -> torch.Size:
+        return inputs["x_t"].shape  # networks predict noise or v: as many channels as they take
+
+    def _bind(self) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+def require_driver(device: torch.device, runtime: str) -> None:
+    """Raises EnvironmentProblem unless `device` is a CUDA device that torch can use."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"--runtime {runtime} on {device.type}: needs an NVIDIA card, its driver and a CUDA "
+            f"build of torch, and torch finds none here. Use --runtime torch or onnx on the CPU."
+        )
+
+
+# What opens them --------------------------------------------------------------------------------
+
+
+class Backend(NamedTuple):
+    """An export's graphs on a device, opened when they are needed.
+
+    Making one proves that the device can be used, without loading the network.
+    """
+
+    name: str
+    device: torch.device
+    open: Callable[[bool], Executor]  # guided or not
+
+
+def graph_name(guided: bool) -> str:
+    """File of the denoiser with guidance or without."""
+    return DENOISER if guided else UNGUIDED

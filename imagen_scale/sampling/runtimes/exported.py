@@ -1,0 +1,312 @@
+"""Exported U-Nets as runtimes of the sampling loop.
+
+A runtime takes encoded text and the low-resolution picture and gives a `Denoiser`; what the
+network predicts (noise or v) is turned into noise here, outside the graph.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.errors import ExportError, ShapeError, UsageError
+from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.runtimes.contract import Text, no_negative_prompt
+from imagen_scale.sampling.runtimes.executors import Backend, Executor
+from imagen_scale.sampling.runtimes.manifest import (
+    MANIFEST,
+    Format,
+    Manifest,
+    Profile,
+    check_files,
+    check_origin,
+    check_version,
+    read_manifest,
+)
+from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
+from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvino_backend
+from imagen_scale.sampling.runtimes.ports import Precision
+from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
+from imagen_scale.sampling.runtimes.torch_unet import empty_unet
+
+KINDS = ("onnx", "tensorrt", "openvino")
+# The parts of the U-Net that `UNet.condition_text` reads.
+TEXT_WEIGHTS = ("norm_cond.", "text_to_cond.", "null_text", "to_text_non_attn_cond.")
+
+
+class ExportedRuntime:
+    """One exported U-Net, ready to have prompts bound to it.
+
+    Args:
+        file: The inference file it was exported from.
+        backend: Opens its graphs.
+        conditioner: The U-Net; only its text part needs weights.
+        profile: Batches and sides the graph takes; None takes any batch.
+        dynamic_size: Whether the graph takes other sides than the stage's own.
+    """
+
+    def __init__(
+        self,
+        file: InferenceFile,
+        backend: Backend,
+        conditioner: UNet,
+        *,
+        profile: Profile | None,
+        dynamic_size: bool,
+    ) -> None:
+        index = file.unet_number - 1
+        self.name, self.device = backend.name, backend.device
+        self._file, self._backend, self._profile = file, backend, profile
+        self._executors: dict[bool, Executor] = {}
+        self._conditioner = conditioner
+        self._image_size = file.config.imagen.image_sizes[index]
+        self._dynamic_size = dynamic_size
+        timesteps = file.config.per_unet("imagen", "timesteps", index)
+        self._schedule = NoiseSchedule.linear(timesteps).to(self.device)
+
+    def bind(
+        self,
+        text: Text,
+        *,
+        cond_scale: float,
+        lowres_img: Tensor | None,
+        lowres_t: Tensor | None,
+        negative: Text | None = None,
+    ) -> Denoiser:
+        """Fixes all that does not change from step to step.
+
+        Args:
+            text: Encoded prompts of B images.
+            cond_scale: Guidance scale; 1 takes the graph without guidance, half the work.
+            lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
+            lowres_t: Their noise times, (B,) int64, or None.
+            negative: None: the branch without text is part of the graph.
+
+        Raises:
+            ShapeError: If the low-resolution images are missing, or not wanted.
+            UsageError: If there is a negative prompt.
+        """
+        if negative is not None:
+            raise no_negative_prompt(self.name)
+        if (self._file.unet_number > 1) != (lowres_img is not None and lowres_t is not None):
+            raise ShapeError(
+                "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
+            )
+        with torch.no_grad():
+            cond = self._conditioner.condition_text(text.embeds.cpu(), text.mask.cpu())
+        return _BoundDenoiser(self, cond, cond_scale, lowres_img, lowres_t)
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most images at once; None for any number."""
+        return self._profile.batch[2] if self._profile else None
+
+    def executor(self, *, guided: bool) -> Executor:
+        """The graph with guidance or without, loaded when it is first asked for."""
+        if guided not in self._executors:
+            self._executors[guided] = self._backend.open(guided)
+        return self._executors[guided]
+
+    def close(self) -> None:
+        """Frees the graphs."""
+        while self._executors:
+            self._executors.popitem()[1].close()
+
+    def check_shape(self, shape: torch.Size) -> None:
+        """Refuses images (B, C, H, W) that the graph does not take.
+
+        Raises:
+            ExportError: Saying what it takes.
+        """
+        batch, sides = shape[0], tuple(shape[2:])
+        number, profile = self._file.unet_number, self._profile
+        if profile and not profile.batch[0] <= batch <= profile.batch[2]:
+            raise ExportError(
+                f"the engine of U-Net {number} takes {profile.batch[0]} to {profile.batch[2]} "
+                f"images at once, not {batch}. Ask for fewer at once, or build it again with "
+                f"`imagen-scale export --unet {number} --format tensorrt --batch MIN:OPT:MAX "
+                f"--force`."
+            )
+        if not self._dynamic_size:
+            if sides != (self._image_size, self._image_size):
+                raise ExportError(
+                    f"the export of U-Net {number} takes images of {self._image_size} px, not "
+                    f"{sides[1]} x {sides[0]}. Export it again with --dynamic-size --force."
+                )
+            return
+        divisor = self._file.config.unets[number - 1].size_divisor
+        if any(side % divisor for side in sides):
+            raise ExportError(
+                f"U-Net {number} takes sides in multiples of {divisor} px, not "
+                f"{sides[1]} x {sides[0]}."
+            )
+        if profile and any(not profile.side[0] <= side <= profile.side[2] for side in sides):
+            raise ExportError(
+                f"the engine of U-Net {number} takes sides of {profile.side[0]} to "
+                f"{profile.side[2]} px, not {sides[1]} x {sides[0]}."
+            )
+
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that the graph's prediction implies, (B, C, H, W)."""
+        if self._file.config.unets[self._file.unet_number - 1].pred_type == "v":
+            return self._schedule.v_to_eps(x_t, t, prediction)
+        return prediction
+
+
+class _BoundDenoiser:
+    """An exported graph with everything but x_t and t bound to it."""
+
+    def __init__(
+        self,
+        runtime: ExportedRuntime,
+        text: TextCond,
+        cond_scale: float,
+        lowres_img: Tensor | None,
+        lowres_t: Tensor | None,
+    ) -> None:
+        guided = cond_scale != 1
+        self._runtime, self._executor = runtime, runtime.executor(guided=guided)
+        inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
+        if guided:
+            # A whole number, as Python and pages give it, would make integers.
+            inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond_scale))
+        if lowres_img is not None and lowres_t is not None:
+            inputs |= {"lowres_img": lowres_img.float(), "lowres_t": lowres_t.float()}
+        self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predicts the noise, (B, C, H, W) float32."""
+        if len(x_t) != len(self._inputs["text_tokens"]):
+            raise ShapeError(
+                f"{len(x_t)} images, but text of {len(self._inputs['text_tokens'])} is bound."
+            )
+        self._runtime.check_shape(x_t.shape)
+        x_t = x_t.float()
+        prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
+        return self._runtime.to_eps(prediction, x_t, t)
+
+
+def open_runtime(
+    kind: str,
+    file: InferenceFile,
+    *,
+    folder: Path | None,
+    device: torch.device,
+    precision: Precision | None = None,
+) -> ExportedRuntime:
+    """Opens an export of a trained U-Net, checked against the inference file.
+
+    Args:
+        kind: "onnx", "tensorrt" or "openvino" (which reads the float32 ONNX file).
+        file: The inference file that is to be sampled.
+        folder: The export; None looks beside the run's U-Nets, see `find_export`.
+        device: Where to compute.
+        precision: Of the export to look for; for openvino what to compute in: bf16 where the
+            processor has it, unless "fp32" is asked for. None takes the best for the device.
+
+    Raises:
+        UsageError: If the kind is unknown, or there is no such export.
+        ExportError: If the export is damaged, stale or foreign.
+        EnvironmentProblem: If the device cannot be used.
+        MissingExtraError: If a package is missing.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"runtime {kind!r}: exported U-Nets run on {', '.join(KINDS)}.")
+    if kind == "openvino" and device.type != "cpu":
+        raise UsageError(f"--runtime openvino computes on the CPU, not on {device.type}.")
+    format: Format = "tensorrt" if kind == "tensorrt" else "onnx"
+    if folder is None:
+        wanted: tuple[Precision, ...] = (precision,) if precision else _preferred(kind, device)
+        folder = find_export(file, format, ("fp32",) if kind == "openvino" else wanted)
+    manifest = open_export(folder, file)
+    if manifest.format != format:
+        raise UsageError(
+            f"{folder}: holds an export for {manifest.format}; --runtime {kind} needs one for "
+            f"{format}."
+        )
+    if kind == "tensorrt":
+        assert manifest.engine is not None  # `read_manifest` checked it
+        backend = tensorrt_backend(folder, manifest.engine, device)
+    elif kind == "openvino":
+        backend = openvino_backend(folder, bf16=_openvino_bf16(precision))
+    elif device.type == "cpu" and manifest.precision == "bf16":
+        raise UsageError(
+            f"{folder}: ONNX Runtime computes bf16 on NVIDIA cards only. Export with "
+            f"--precision fp32 for the CPU."
+        )
+    else:
+        backend = onnx_backend(folder, device)
+        check_version(folder, manifest, *backend.name.split()[:2])
+    return ExportedRuntime(
+        file, backend, load_conditioner(file),
+        profile=manifest.profile, dynamic_size=manifest.dynamic_size,
+    )  # fmt: skip
+
+
+def export_folder(file: InferenceFile, format: Format, precision: Precision) -> Path:
+    """Where an export of this inference file lies: runs/X/export/unetN/<format>-<precision>."""
+    run = file.path.parent.parent
+    return run / "export" / f"unet{file.unet_number}" / f"{format}-{precision}"
+
+
+def find_export(file: InferenceFile, format: Format, precisions: tuple[Precision, ...]) -> Path:
+    """The first export there is, in the order of `precisions`.
+
+    Raises:
+        UsageError: If there is none, with the command that makes it.
+    """
+    folders = [export_folder(file, format, precision) for precision in precisions]
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            return folder
+    is_asked = len(precisions) == 1
+    kind = f"{format} {precisions[0]}" if is_asked else format
+    asked = f" --precision {precisions[0]}" if is_asked else ""
+    raise UsageError(
+        f"U-Net {file.unet_number} has no {kind} export in {folders[0].parent}; "
+        f"`imagen-scale export --unet {file.unet_number} --format {format}{asked}` makes one."
+    )
+
+
+def open_export(folder: Path, file: InferenceFile) -> Manifest:
+    """The manifest of an export after every check of its files and origin.
+
+    Raises:
+        ExportError: Naming what is wrong.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    check_origin(folder, manifest, file)
+    return manifest
+
+
+def load_conditioner(file: InferenceFile) -> UNet:
+    """The U-Net with weights for `condition_text` alone, on the CPU."""
+    unet = empty_unet(file)
+    with safe_open(file.path, "pt") as weights:
+        text = {
+            name: weights.get_tensor(name).float()
+            for name in weights.keys()  # noqa: SIM118  # not a mapping
+            if name.startswith(TEXT_WEIGHTS)
+        }
+    unet.load_state_dict(text, assign=True, strict=False)
+    return unet.requires_grad_(False)
+
+
+def _preferred(kind: str, device: torch.device) -> tuple[Precision, ...]:
+    """Half precision where tensor cores compute it, float32 on the CPU."""
+    if kind == "tensorrt" or device.type == "cuda":
+        return ("fp16", "bf16", "fp32")
+    return ("fp32", "fp16")
+
+
+def _openvino_bf16(precision: Precision | None) -> bool:
+    capabilities: Any = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in capabilities:
+        raise UsageError("--precision bf16: this processor computes bf16 no faster; use fp32.")
+    return precision in (None, "bf16") and "BF16" in capabilities

@@ -1,0 +1,359 @@
+"""What an export is made of and belongs to: `manifest.json`, written last and checked at load.
+
+A folder without a manifest is not an export. With one, every file in it has the recorded hash,
+and the export was made from the very weights it is used with.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, model_validator
+
+from imagen_scale.config.section import Section
+from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.errors import ExportError
+from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED, Port, Precision
+from imagen_scale.version import __version__
+
+MANIFEST = "manifest.json"
+ENGINE, UNGUIDED_ENGINE = "denoiser.engine", "denoiser_unguided.engine"
+SCHEMA_VERSION = 1
+Format = Literal["onnx", "tensorrt"]
+Range = tuple[int, int, int]  # least, best served, most
+
+
+class FileRecord(Section):
+    """One file of the export."""
+
+    bytes: int
+    sha256: str
+
+
+class PortRecord(Section):
+    """One input or output of a graph; a free dimension stands by name."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+class Graph(Section):
+    """Inputs and outputs of one ONNX file."""
+
+    inputs: tuple[PortRecord, ...]
+    outputs: tuple[PortRecord, ...]
+
+
+class Profile(Section):
+    """What an engine accepts: images at once, and their side in pixels."""
+
+    batch: Range
+    side: Range
+
+
+class SamplerConstants(Section):
+    """What the sampling loop must agree on with the network's training."""
+
+    pred_type: str
+    timesteps: int
+    betas_sha256: str
+    image_size: int
+    dynamic_thresholding_percentile: float
+    lowres_sample_noise_level: float
+
+
+class TextFacts(Section):
+    """The text encoder whose features the network was trained on."""
+
+    encoder: str
+    fingerprint: str
+    embed_dim: int
+    max_text_len: int
+
+
+class EngineFacts(Section):
+    """What a TensorRT engine was built from and by."""
+
+    library: Literal["tensorrt_rtx", "tensorrt"]
+    version: str
+    targets: tuple[str, ...]
+    onnx_sha256: str
+
+
+class Verification(Section):
+    """What comparing the export with the torch network gave."""
+
+    runtime: str
+    passed: bool
+    max_relative_error: float
+    min_cosine: float
+    loop_max_levels: float
+    loop_psnr_db: float
+    note: str
+
+
+class Manifest(Section):
+    """Everything in `manifest.json`."""
+
+    schema_version: int
+    project_version: str
+    format: Format
+    unet_number: int
+    checkpoint_sha256: str
+    checkpoint_step: int
+    unet: dict[str, Any]
+    precision: Precision
+    opset: int
+    exporter: dict[str, str]
+    denoiser: Graph
+    conditioner: Graph
+    size_divisor: int
+    profile: Profile | None
+    sampler: SamplerConstants
+    text: TextFacts
+    engine: EngineFacts | None
+    needs: dict[str, str]
+    files: dict[str, FileRecord]
+    verification: Verification | None
+
+    @model_validator(mode="after")
+    def _engines_have_a_profile(self) -> "Manifest":
+        is_engine = self.format == "tensorrt"
+        if (self.engine is not None) != is_engine or (self.profile is not None) != is_engine:
+            raise ValueError("engine and profile belong to the format tensorrt")
+        return self
+
+    @property
+    def dynamic_size(self) -> bool:
+        """Whether height and width are free."""
+        return isinstance(self.denoiser.inputs[0].dims[-1], str)
+
+
+def record(ports: list[Port]) -> tuple[PortRecord, ...]:
+    """Ports as the manifest keeps them."""
+    return tuple(PortRecord(name=p.name, dtype=p.dtype, dims=p.dims) for p in ports)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def onnx_sha256(folder: Path) -> str:
+    """One hash for the denoisers' graphs and weights together."""
+    parts = [DENOISER, UNGUIDED, *sorted(data_files(folder / DENOISER))]
+    return hashlib.sha256("".join(sha256(folder / name) for name in parts).encode()).hexdigest()
+
+
+def sampler_constants(file: InferenceFile) -> SamplerConstants:
+    """What sampling with this inference file uses."""
+    index, imagen = file.unet_number - 1, file.config.imagen
+    timesteps = file.config.per_unet("imagen", "timesteps", index)
+    betas = NoiseSchedule.linear(timesteps).betas
+    return SamplerConstants(
+        pred_type=file.config.unets[index].pred_type,
+        timesteps=timesteps,
+        betas_sha256=hashlib.sha256(betas.numpy().tobytes()).hexdigest(),
+        image_size=imagen.image_sizes[index],
+        dynamic_thresholding_percentile=imagen.dynamic_thresholding_percentile,
+        lowres_sample_noise_level=imagen.lowres_sample_noise_level,
+    )
+
+
+def text_facts(file: InferenceFile) -> TextFacts:
+    """The text side of an inference file."""
+    return TextFacts(
+        encoder=file.config.text_encoder,
+        fingerprint=file.text_fingerprint,
+        embed_dim=file.text_embed_dim,
+        max_text_len=file.config.unets[file.unet_number - 1].max_text_len,
+    )
+
+
+def unet_facts(file: InferenceFile) -> dict[str, Any]:
+    """The U-Net's configuration with every null filled in, as JSON has it."""
+    unet = file.config.unet(file.unet_number - 1, file.text_embed_dim)
+    return json.loads(unet.model_dump_json())
+
+
+def write_manifest(
+    folder: Path,
+    file: InferenceFile,
+    *,
+    checkpoint_sha256: str,
+    format: Format,
+    precision: Precision,
+    opset: int,
+    denoiser: Graph,
+    conditioner: Graph,
+    profile: Profile | None,
+    engine: EngineFacts | None,
+    verification: Verification | None,
+) -> Manifest:
+    """Hashes every file in `folder` and writes the manifest, the last file of an export."""
+    packages = ("torch", "onnx", "onnxscript")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        project_version=__version__,
+        format=format,
+        unet_number=file.unet_number,
+        checkpoint_sha256=checkpoint_sha256,
+        checkpoint_step=file.step,
+        unet=unet_facts(file),
+        precision=precision,
+        opset=opset,
+        exporter={name: importlib.metadata.version(name) for name in packages},
+        denoiser=denoiser,
+        conditioner=conditioner,
+        size_divisor=file.config.unets[file.unet_number - 1].size_divisor,
+        profile=profile,
+        sampler=sampler_constants(file),
+        text=text_facts(file),
+        engine=engine,
+        needs=({engine.library: f"=={engine.version}"} if engine else {"onnxruntime": ">=1.23"}),
+        files={
+            path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+            for path in sorted(folder.iterdir())
+        },
+        verification=verification,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an export, by itself; see `check_files` and `check_origin`.
+
+    Raises:
+        ExportError: If it is missing, damaged or newer than this program.
+    """
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise ExportError(
+            f"{folder}: not a finished export (it has no {MANIFEST}). Export again with "
+            f"`imagen-scale export`."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(path, "it is not JSON with a schema_version") from None
+    if version != SCHEMA_VERSION:
+        raise ExportError(
+            f"{path}: has schema version {version}; this program reads {SCHEMA_VERSION}. Use the "
+            f"imagen-scale that wrote it, or export again."
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{where}: {first['msg']}") from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Checks that the export's files are its own and unchanged.
+
+    Raises:
+        ExportError: Naming the file that is missing, changed, a link, or outside the folder.
+    """
+    needed = {DENOISER, UNGUIDED, CONDITIONER}
+    if manifest.format == "tensorrt":
+        needed |= {ENGINE, UNGUIDED_ENGINE}
+    if missing := sorted(needed - set(manifest.files)):
+        raise _damaged(folder / MANIFEST, f"it does not list {missing[0]}")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise _damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
+        try:
+            status = path.lstat()
+        except OSError:
+            raise ExportError(
+                f"{path}: missing. The files of an export stay together: put it back, or export "
+                f"again with --force."
+            ) from None
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise ExportError(f"{path}: is a link or no regular file; copy the file itself there.")
+        if status.st_size != expected.bytes or sha256(path) != expected.sha256:
+            raise ExportError(
+                f"{path}: its content changed since it was exported. Export again with --force."
+            )
+    for graph in (DENOISER, UNGUIDED, CONDITIONER):
+        if foreign := sorted(data_files(folder / graph) - set(manifest.files)):
+            raise _damaged(
+                folder / graph, f"it takes weights from {foreign[0]!r}, which is not of this export"
+            )
+
+
+def check_version(folder: Path, manifest: Manifest, package: str, version: str) -> None:
+    """Checks that an installed package is one that the export was made for.
+
+    Raises:
+        ExportError: Naming both versions.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    needed = manifest.needs.get(package, "")
+    if not SpecifierSet(needed).contains(version, prereleases=True):
+        raise ExportError(
+            f"{folder}: needs {package} {needed} and {version} is installed. Install one that "
+            f"fits, or export again with --force."
+        )
+
+
+def check_origin(folder: Path, manifest: Manifest, file: InferenceFile) -> None:
+    """Checks that the export was made from this inference file, as it is now.
+
+    Raises:
+        ExportError: Naming what differs.
+    """
+    if manifest.unet_number != file.unet_number:
+        raise ExportError(
+            f"{folder}: holds U-Net {manifest.unet_number}, not U-Net {file.unet_number}."
+        )
+    pairs = [
+        ("text encoder", manifest.text, text_facts(file)),
+        ("sampler", manifest.sampler, sampler_constants(file)),
+    ]
+    for what, theirs, ours in pairs:
+        for key, value in ours.model_dump().items():
+            if (seen := getattr(theirs, key)) != value:
+                raise _stale(folder, file, f"{what}: {key} is {seen!r} there and {value!r} here")
+    if manifest.unet != unet_facts(file):
+        raise _stale(folder, file, "the U-Net's configuration differs")
+    if manifest.checkpoint_sha256 != sha256(file.path):
+        raise _stale(
+            folder, file,
+            f"the weights changed since (step {manifest.checkpoint_step} then, {file.step} now)",
+        )  # fmt: skip
+
+
+def _stale(folder: Path, file: InferenceFile, reason: str) -> ExportError:
+    return ExportError(
+        f"{folder}: was not exported from {file.path} as it is now: {reason}. Export again with "
+        f"`imagen-scale export --unet {file.unet_number} --force`."
+    )
+
+
+def _damaged(path: Path, reason: str) -> ExportError:
+    return ExportError(f"{path}: damaged: {reason}. Export again with --force.")
+
+
+def data_files(path: Path) -> set[str]:
+    """Names of the files that an ONNX file takes its weights from, as it writes them."""
+    import onnx
+    from onnx.external_data_helper import (
+        ExternalDataInfo,
+        _get_all_tensors,  # those inside nodes and subgraphs as well
+        uses_external_data,
+    )
+
+    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
+    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

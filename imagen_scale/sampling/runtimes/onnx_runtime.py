@@ -1,0 +1,160 @@
+"""Graphs in ONNX Runtime, on the CPU and on CUDA."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraError
+from imagen_scale.sampling.runtimes.executors import (
+    Backend,
+    OnStream,
+    first_line,
+    graph_name,
+    require_driver,
+)
+from imagen_scale.sampling.runtimes.ports import CONDITIONER
+
+# A node of these on the CPU while a GPU was asked for means a silent fallback.
+HEAVY_OPS = {"Attention", "Conv", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
+
+
+# ONNX Runtime -----------------------------------------------------------------------------------
+
+
+def onnx_session(path: Path, provider: str, options: dict[str, str] | None = None) -> Any:
+    """A session that computes where it is told to.
+
+    ONNX Runtime goes on with the CPU when a GPU cannot be used, and says so in a log line only.
+
+    Args:
+        path: ONNX file with its weights beside it.
+        provider: E.g. "CUDAExecutionProvider".
+        options: The provider's options.
+
+    Raises:
+        EnvironmentProblem: If another provider would compute it.
+        MissingExtraError: If ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError(
+            "the onnx runtime needs the package onnxruntime; run pip install "
+            "'imagen-scale[export]', or 'imagen-scale[gpu]' for NVIDIA cards."
+        ) from None
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = torch.get_num_threads()
+    is_cpu = provider == "CPUExecutionProvider"
+    if not is_cpu:
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the check below says it better
+            session = onnxruntime.InferenceSession(
+                path, settings, providers=[provider], provider_options=[options or {}]
+            )
+    except Exception as error:  # its errors share no base class
+        raise ExportError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
+    session.disable_fallback()
+    if session.get_providers()[0] != provider:
+        raise EnvironmentProblem(
+            f"ONNX Runtime would compute {path.name} with {session.get_providers()[0]} instead of "
+            f"{provider}. Install onnxruntime-gpu in place of onnxruntime, with a driver and CUDA "
+            f"libraries that fit it, or use --runtime torch."
+        )
+    if not is_cpu:
+        _refuse_heavy_nodes_elsewhere(session, provider)
+    return session
+
+
+def _refuse_heavy_nodes_elsewhere(session: Any, provider: str) -> None:
+    # Shape arithmetic of the free batch belongs on the CPU; the network itself does not.
+    stray = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    } & HEAVY_OPS
+    if stray:
+        raise EnvironmentProblem(
+            f"ONNX Runtime would compute {', '.join(sorted(stray))} on the CPU instead of with "
+            f"{provider}. Use onnxruntime-gpu 1.27 or later, or --runtime torch."
+        )
+
+
+class OnnxCpu:
+    """A graph on ONNX Runtime's CPU provider; tensors are handed over without a copy."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = onnx_session(path, "CPUExecutionProvider")
+        self.device = torch.device("cpu")
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The graph's first output."""
+        feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
+        return torch.from_numpy(self.session.run(None, feed)[0])
+
+    def close(self) -> None:
+        """Frees the session."""
+        del self.session
+
+
+class OnnxCuda(OnStream):
+    """A graph on ONNX Runtime's CUDA provider, its inputs and output bound to torch's memory."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        require_driver(device, "onnx")
+        super().__init__(device)
+        options = {
+            "device_id": str(device.index or 0),
+            "user_compute_stream": str(self.stream.cuda_stream),
+        }
+        self.session = onnx_session(path, "CUDAExecutionProvider", options)
+        self.binding = self.session.io_binding()
+
+    def _bind(self) -> None:
+        import numpy as np
+
+        self.binding = self.session.io_binding()
+        index = self.device.index or 0
+        for name, buffer in self.buffers.items():
+            self.binding.bind_input(
+                name, "cuda", index, np.float32, tuple(buffer.shape), buffer.data_ptr()
+            )
+        self.binding.bind_output(
+            self.session.get_outputs()[0].name, "cuda", index, np.float32,
+            tuple(self.output.shape), self.output.data_ptr(),
+        )  # fmt: skip
+
+    def _run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def close(self) -> None:
+        """Frees the session and the buffers."""
+        del self.session, self.binding
+        self.buffers.clear()
+
+
+def onnx_backend(folder: Path, device: torch.device) -> Backend:
+    """An export on ONNX Runtime, on the CPU or on an NVIDIA card."""
+    is_cpu = device.type == "cpu"
+    if not is_cpu:
+        require_driver(device, "onnx")
+    # The conditioner is small: it shows at once which provider computes.
+    onnx_session(folder / CONDITIONER, f"{'CPU' if is_cpu else 'CUDA'}ExecutionProvider")
+    import onnxruntime
+
+    return Backend(
+        f"onnxruntime {onnxruntime.__version__} ({'CPU' if is_cpu else 'CUDA'})",
+        device,
+        lambda guided: (
+            OnnxCpu(folder / graph_name(guided))
+            if is_cpu
+            else OnnxCuda(folder / graph_name(guided), device)
+        ),
+    )

@@ -1,0 +1,66 @@
+"""Graphs in OpenVINO, on the CPU."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagen_scale.errors import ExportError, MissingExtraError
+from imagen_scale.sampling.runtimes.executors import Backend, first_line, graph_name
+
+# OpenVINO ---------------------------------------------------------------------------------------
+
+
+class OpenVino:
+    """A graph on OpenVINO's CPU plug-in.
+
+    Args:
+        path: A float32 ONNX file.
+        bf16: Compute in bfloat16.
+    """
+
+    def __init__(self, path: Path, *, bf16: bool) -> None:
+        openvino = import_openvino()
+        hints = {
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        try:
+            self.model = openvino.Core().compile_model(path, "CPU", hints)
+        except RuntimeError as error:
+            raise ExportError(f"{path}: OpenVINO cannot load it: {first_line(error)}") from None
+        self.device = torch.device("cpu")
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The graph's first output."""
+        feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
+        # A copy: the result lies in the request's own memory.
+        return torch.from_numpy(self.model(feed)[0].copy())
+
+    def close(self) -> None:
+        """Frees the compiled graph."""
+        del self.model
+
+
+def import_openvino() -> Any:
+    """The openvino package, or MissingExtraError."""
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError(
+            "the openvino runtime needs the package openvino; run pip install "
+            "'imagen-scale[openvino]'."
+        ) from None
+    return openvino
+
+
+def openvino_backend(folder: Path, *, bf16: bool) -> Backend:
+    """An export on OpenVINO's CPU plug-in."""
+    version = import_openvino().__version__.split("-")[0]
+    return Backend(
+        f"openvino {version} ({'bf16' if bf16 else 'fp32'})",
+        torch.device("cpu"),
+        lambda guided: OpenVino(folder / graph_name(guided), bf16=bf16),
+    )

@@ -1,0 +1,100 @@
+"""Training of a cascade: one U-Net after another, each with an engine of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from imagen_scale.config import Config
+from imagen_scale.data.prepared import prepare
+from imagen_scale.planning.setup import written_setup
+from imagen_scale.training import ranks
+from imagen_scale.training.preemption import StopRequest
+from imagen_scale.training.ranks import from_rank_0, rank, world_size
+from imagen_scale.training.run import (
+    check_run,
+    check_split,
+    check_text_width,
+    open_run,
+    unet_numbers,
+)
+from imagen_scale.training.telemetry import say
+from imagen_scale.training.unet import UnetTraining
+from imagen_scale.training.watchdog import Watchdog
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    unet_number: int | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    plan_check: int | None = None,
+) -> None:
+    """Trains every U-Net of a cascade in turn, or one.
+
+    Started again after an interruption it goes on where the newest good checkpoint stands.
+
+    Args:
+        config: The run.
+        run_dir: Where everything is written.
+        unet_number: Train this one only, from 1; None takes the configuration's, else all.
+        resume: Refuse to start from nothing.
+        fresh: Delete what an earlier run left in `run_dir` and start anew.
+        plan_check: Compare predicted with measured memory after so many steps of each U-Net.
+
+    Raises:
+        Preempted: If SIGTERM, SIGUSR1 or SIGINT asked to stop; everything is saved.
+        ImagenScaleError: With what to do next.
+    """
+    ranks.fill_environment()
+    quiet = say if rank() == 0 else _silent
+    # On every rank: one that went on alone would wait for the others for ever. And all before
+    # anything is written.
+    numbers = unet_numbers(config, unet_number)
+    for number in numbers:
+        if config.memory.budget is None:
+            written_setup(config, number - 1, world_size(), on_card=False)
+    check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
+    ranks.check_machine()
+    # Prepared before the group is joined: it may take longer than any collective may wait.
+    size = config.imagen.image_sizes[numbers[0] - 1] if len(numbers) == 1 else None
+    prepared = prepare(config, progress=_progress(quiet), size=size)
+    check_text_width(config, prepared.embeddings.dim)
+    check_split(config, prepared.source.keys)
+    ranks.join()
+    try:
+        with Watchdog(config.training.hang_timeout) as watchdog:
+            from_rank_0(
+                lambda: open_run(
+                    config, run_dir, fresh=numbers if fresh else [], report=prepared.report
+                )
+            )
+            if prepared.source.attribution:
+                quiet(f"pictures: {prepared.source.attribution}")
+            with StopRequest() as request:
+                for number in numbers:
+                    UnetTraining(
+                        config, run_dir, number, prepared, quiet, request, watchdog, plan_check
+                    ).run()
+            quiet(f"run: {run_dir}")
+    finally:
+        ranks.stop()
+
+
+def _silent(message: str) -> None:
+    """Ranks other than 0 say nothing."""
+
+
+def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Tells of long preparations once in a while."""
+    import time
+
+    last = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f"preparing {what}: {done} of {total}")
+
+    return progress
