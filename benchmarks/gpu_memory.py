@@ -31,7 +31,7 @@ from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.cost import CARD_PROCESS, process_bytes, step_cost
 from imagen_scale.planning.machine import this_machine
-from imagen_scale.planning.planner import Planner, text_width
+from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training import distributed, ranks
@@ -98,8 +98,8 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
             return {"fault": f"not to be tried on a card of {everything / 1e9:.1f} GB"}
         torch.cuda.set_per_process_memory_fraction((task["limit"] - CARD_PROCESS) / everything)
         budget = budget._replace(card=task["limit"])
-    width = text_width(config)
-    plan = Planner(config, index, width, budget).plan()
+    width = config.stage(index + 1).network.text_embed_dim
+    plan = Planner(config.stage(index + 1), budget).plan()
     setup, activations = plan.choice.setup, plan.choice.activations
     planned = setup.accumulation
     found = {
@@ -133,12 +133,12 @@ def train(
     forget_peaks()
     baseline = host_bytes()
     torch.manual_seed(0)
-    unet = UNet(config.unet(index, text_embed_dim))
+    unet = UNet(config.stage(index + 1, text_embed_dim).network)
     hold = in_host_memory if setup.offload_activations else nullcontext
     apply_checkpointing(unet, setup.checkpointing, hold=hold).train()
-    engine = distributed.make_engine(unet, config, index, setup)
+    engine = distributed.make_engine(unet, config.stage(index + 1, 384), setup)
     ema = Ema(engine, config.training.ema_decay, offload=setup.ema_offload)
-    objective = Objective(config, index, engine.device)
+    objective = Objective(config.stage(index + 1), engine.device)
     batch = random_batch(config, index, setup.micro_batch, text_embed_dim)
     micro_s: list[float] = []
     step_s: list[float] = []

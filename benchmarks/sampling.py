@@ -80,10 +80,12 @@ def minimagen_unet(settings: dict[str, Any]) -> Any:
 
 def write_run(run: Path, unet: Any, config: Config) -> InferenceFile:
     """The inference file of the peer's weights, and their ONNX export where it can be made."""
-    save_inference(
-        inference_path(run, 1), unet.state_dict(), config=config, unet_number=1,
-        text_embed_dim=512, text_fingerprint="0" * 16, step=1, steps=1,
+    file = InferenceFile(
+        inference_path(run, 1), config, 1, text_embed_dim=512,
+        text_fingerprint="0" * 16,
+        step=1, steps=1,
     )  # fmt: skip
+    save_inference(file, unet.state_dict())
     file = read_inference(inference_path(run, 1))
     try:
         from imagen_scale_export.exporter import Options as ExportOptions

@@ -31,7 +31,8 @@ from report import machine, split_at_marks, table, write_between_marks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imagen_scale.config import Config, UnetConfig, load_config, parse_config
+from imagen_scale.config import Config, load_config, parse_config
+from imagen_scale.config import Network as UnetNetwork
 from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.models.memory import apply_checkpointing
 from imagen_scale.models.unet import UNet
@@ -139,13 +140,13 @@ def config(**sections: Any) -> Config:
     return parse_config(json.dumps(data | sections))
 
 
-def build_peer(unet_class: Any, stage: UnetConfig) -> Any:
+def build_peer(unet_class: Any, stage: UnetNetwork) -> Any:
     """A peer's U-Net with our configuration's values and its own defaults for the rest."""
     known = inspect.signature(unet_class).parameters
     return unet_class(**{key: value for key, value in stage if key in known})
 
 
-def build_ours(stage: UnetConfig, level: CheckpointingLevel, weights: dict[str, Tensor]) -> UNet:
+def build_ours(stage: UnetNetwork, level: CheckpointingLevel, weights: dict[str, Tensor]) -> UNet:
     """Our U-Net on given weights, which it shares rather than copies."""
     with torch.device("meta"):
         unet = UNet(stage)
@@ -213,7 +214,7 @@ def gradient_error(gradients: Gradients, reference: Gradients) -> float:
 
 def build_all(network: Network) -> dict[str, tuple[Any, Callable[[], Tensor]]]:
     """Every way to train one network: the U-Net, and what gives its loss."""
-    stage = config().unet(network.index, TEXT_DIM)
+    stage = config().stage(network.index + 1, TEXT_DIM).network
     minimagen, imagen_pytorch = peers.import_unets()
     run = Pass(network)
     theirs = {
@@ -309,10 +310,12 @@ def whole_steps(*, real: bool) -> dict[str, Whole]:
     how = f"live bytes of two steps on {'real' if real else 'fake'} tensors"
     index = NETWORKS["super"].index
     offloaded = config(training={"precision": "bf16"}, memory={"checkpointing": "blocks"})
-    setup = written_setup(offloaded, index, 1, on_card=True)
+    setup = written_setup(offloaded.stage(index + 1), 1, on_card=True)
     cost = step_cost(
         setup,
-        measure(offloaded, index, TEXT_DIM, micro_batch=1, checkpointing=setup.checkpointing),
+        measure(
+            offloaded.stage(index + 1, TEXT_DIM), micro_batch=1, checkpointing=setup.checkpointing
+        ),
     )
     return {
         "MinImagen, fp32, Adam": Whole(minimagen_step(real=real), 0, how),
@@ -330,7 +333,7 @@ def minimagen_step(*, real: bool) -> int:
     """
     unet_class, _ = peers.import_unets()
     network = NETWORKS["super"]
-    stage = config().unet(network.index, TEXT_DIM)
+    stage = config().stage(network.index + 1, TEXT_DIM).network
     with nullcontext() if real else FakeTensorMode():
         run = Pass(network)
         gc.collect()
@@ -348,16 +351,18 @@ def in_backward_step(*, real: bool) -> int:
     """Peak of our fp32 step with each gradient used and freed as it appears."""
     network = NETWORKS["super"]
     ours = config(memory={"checkpointing": "blocks", "optimizer_in_backward": True})
-    setup = written_setup(ours, network.index, 1, on_card=True)
+    setup = written_setup(ours.stage(network.index + 1), 1, on_card=True)
     with nullcontext() if real else FakeTensorMode():
         run = Pass(network)
         gc.collect()
         with LiveBytes() as live:
-            unet = UNet(ours.unet(network.index, TEXT_DIM))
+            unet = UNet(ours.stage(network.index + 1, TEXT_DIM).network)
             apply_checkpointing(unet, setup.checkpointing).train()
             if not real:  # fake weights cannot be moved, not even to where they are (torch 2.13)
                 unet.to = lambda device: unet  # type: ignore[method-assign]
-            engine = InBackwardEngine(unet, ours, network.index, setup, torch.device("cpu"))
+            engine = InBackwardEngine(
+                unet, ours.stage(network.index + 1, TEXT_DIM), setup, torch.device("cpu")
+            )
             for _ in range(2):
                 engine.backward(run.ours(engine))
             return live.peak

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from imagen_scale.config import UnetConfig, parse_config
+from imagen_scale.config import Network, parse_config
 from imagen_scale.diffusion.guidance import dynamic_threshold, guide
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.models.unet import UNet
@@ -22,7 +22,7 @@ TOLERANCES = {"p_mean": 2e-4}
 
 
 def unet_errors(
-    config: UnetConfig, record: dict[str, torch.Tensor], schedule: NoiseSchedule, percentile: float
+    config: Network, record: dict[str, torch.Tensor], schedule: NoiseSchedule, percentile: float
 ) -> dict[str, float]:
     """Largest error of each recorded output of one U-Net."""
     unet = UNet(config).eval()
@@ -86,7 +86,7 @@ def check(path: str | Path) -> dict[str, float]:
         record = text | {
             name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
         }
-        stage = config.unet(i, text_embed_dim=text["text_embeds"].shape[-1])
+        stage = config.stage(i + 1, text["text_embeds"].shape[-1]).network
         found = unet_errors(stage, record, schedule, imagen["dynamic_thresholding_percentile"])
         errors |= {prefix + name: error for name, error in found.items()}
     return errors

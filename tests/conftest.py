@@ -166,22 +166,23 @@ def write_stage(run, number, *, seed=0, step=6, fingerprint=None, change=None, o
     from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
     from imagen_scale.models.unet import UNet
     from imagen_scale.runs.folders import inference_path
-    from imagen_scale.runs.inference import save_inference
+    from imagen_scale.runs.inference import InferenceFile, save_inference
 
     config = parse_config(json.dumps(TINY), overrides=overrides)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(dump_config(config))
     torch.manual_seed(10 * seed + number)
-    unet = UNet(config.unet(number - 1, 384)).eval().requires_grad_(False)
+    unet = UNet(config.stage(number, 384).network).eval().requires_grad_(False)
     for parameter in unet.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
     if change:
         change(unet)
-    save_inference(
-        inference_path(run, number), unet.state_dict(), config=config, unet_number=number,
-        text_embed_dim=384, step=step, steps=6,
+    file = InferenceFile(
+        inference_path(run, number), config, number, text_embed_dim=384,
         text_fingerprint=fingerprint or encoder_fingerprint(encoder_folder("minilm")),
+        step=step, steps=6,
     )  # fmt: skip
+    save_inference(file, unet.state_dict())
 
 
 @pytest.fixture(scope="session")

@@ -73,10 +73,12 @@ class Small:
         config = parse_config(json.dumps(TINY | changed))
         torch.manual_seed(0)
         self.optimizer = optimizer
-        setup = written_setup(config, 0, self.ranks, on_card=False)
-        self.engine = distributed.make_engine(UNet(config.unet(0, 384)), config, 0, setup)
+        setup = written_setup(config.stage(1), self.ranks, on_card=False)
+        self.engine = distributed.make_engine(
+            UNet(config.stage(1, 384).network), config.stage(1, 384), setup
+        )
         self.ema = Ema(self.engine, 0.9)
-        self.objective = Objective(config, 0, torch.device("cpu"))
+        self.objective = Objective(config.stage(1), torch.device("cpu"))
         self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
         self.done = 0
 

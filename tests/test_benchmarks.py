@@ -109,12 +109,14 @@ def test_the_networks_are_those_of_the_comparison():
     )
     for (name, network), expected in zip(NETWORKS.items(), (44_533_635, 715_727_235), strict=True):
         with torch.device("meta"):
-            unet = UNet(training_memory.config().unet(network.index, training_memory.TEXT_DIM))
+            unet = UNet(
+                training_memory.config().stage(network.index + 1, training_memory.TEXT_DIM).network
+            )
         assert training_memory.num_parameters(unet) == expected, name
 
 
 def test_ours_shares_the_weights_it_is_given():
-    stage = training_memory.config().unet(0, training_memory.TEXT_DIM)
+    stage = training_memory.config().stage(1, training_memory.TEXT_DIM).network
     stage = stage.model_copy(update={"dim": 16, "cond_dim": 16})
     first = UNet(stage)
     ours = training_memory.build_ours(stage, "blocks", first.state_dict())
@@ -127,12 +129,12 @@ def test_bytes_are_those_of_the_planner():
     small = training_memory.config()
     entry = small.unets[0].model_copy(update={"dim": 16})
     small = small.model_copy(update={"unets": (entry, *small.unets[1:])})
-    stage = small.unet(0, training_memory.TEXT_DIM)
+    stage = small.stage(1, training_memory.TEXT_DIM).network
     run = training_memory.Pass(NETWORKS["base"])
     unet = training_memory.build_ours(stage, "norms", UNet(stage).state_dict())
     held, _, loss = training_memory.measure_bytes(lambda: run.ours(unet))
     predicted = measure(
-        small, 0, training_memory.TEXT_DIM, micro_batch=2, checkpointing=("norms",) * 3
+        small.stage(1, training_memory.TEXT_DIM), micro_batch=2, checkpointing=("norms",) * 3
     )
     inputs = run.text_embeds.nbytes + 4 * run.x_t.nbytes  # the planner makes them in its pass
     assert held <= predicted.held <= held + inputs + 1000

@@ -25,7 +25,7 @@ from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import next_number, save_sample, to_uint8
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.folders import find_run, inference_path
-from imagen_scale.runs.inference import load_weights, read_inference, save_inference
+from imagen_scale.runs.inference import InferenceFile, load_weights, read_inference, save_inference
 from imagen_scale.sampling.stages import TrainedStages
 
 FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
@@ -36,11 +36,13 @@ def write_stage(run, number, *, step=6, fingerprint=FINGERPRINT):
     (run / "config.json").parent.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(dump_config(config))
     torch.manual_seed(number)
-    unet = UNet(config.unet(number - 1, 384))
-    save_inference(
-        inference_path(run, number), unet.state_dict(), config=config,
-        unet_number=number, text_embed_dim=384, text_fingerprint=fingerprint, step=step, steps=6,
+    unet = UNet(config.stage(number, 384).network)
+    file = InferenceFile(
+        inference_path(run, number), config, number, text_embed_dim=384,
+        text_fingerprint=fingerprint,
+        step=step, steps=6,
     )  # fmt: skip
+    save_inference(file, unet.state_dict())
     return unet
 
 

@@ -35,8 +35,8 @@ def make_config(zero, precision="fp32", **training):
 
 
 def make_engine(config):
-    setup = written_setup(config, 0, 1, on_card=False)
-    return distributed.make_engine(UNet(config.unet(0, 384)), config, 0, setup)
+    setup = written_setup(config.stage(1), 1, on_card=False)
+    return distributed.make_engine(UNet(config.stage(1, 384).network), config.stage(1, 384), setup)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -68,7 +68,7 @@ def test_ema_is_the_average_of_a_full_copy_and_leaves_the_masters_alone(name, pr
 
     before = [shard.detach().clone() for shard in master_shards(engine)]
     found = dict(ema.named_weights())
-    assert found.keys() == dict(UNet(config.unet(0, 384)).state_dict()).keys()
+    assert found.keys() == dict(UNet(config.stage(1, 384).network).state_dict()).keys()
     for key, value in average.items():
         torch.testing.assert_close(found[key], value, atol=1e-7, rtol=0)
     for shard, kept in zip(master_shards(engine), before, strict=True):
@@ -119,8 +119,8 @@ def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
 
 def test_batches_are_stated_once():
     config = make_config({"stage": 2})
-    setup = written_setup(config, 0, 2, on_card=False)
-    settings = distributed.engine_config(config, setup, num_parameters=5000)
+    setup = written_setup(config.stage(1), 2, on_card=False)
+    settings = distributed.engine_config(config.stage(1), setup, num_parameters=5000)
     assert settings["train_batch_size"] == 8
     assert settings["train_micro_batch_size_per_gpu"] == 4
     assert settings["gradient_accumulation_steps"] == 1
@@ -129,18 +129,18 @@ def test_batches_are_stated_once():
         "overlap_comm": False,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 4 x 3 processes"):
-        written_setup(config, 0, 3, on_card=False)
+        written_setup(config.stage(1), 3, on_card=False)
 
 
 def test_learning_rate():
     config = make_config({"stage": 0}, steps=100, warmup_steps=10, lr=1.0)
-    assert learning_rate(config, 0, 0) == pytest.approx(0.1)
-    assert learning_rate(config, 0, 9) == pytest.approx(1.0)
-    assert learning_rate(config, 0, 10) == pytest.approx(1.0)
-    assert learning_rate(config, 0, 55) == pytest.approx(0.5)
-    assert learning_rate(config, 0, 99) < 0.001
+    assert learning_rate(config.stage(1), 0) == pytest.approx(0.1)
+    assert learning_rate(config.stage(1), 9) == pytest.approx(1.0)
+    assert learning_rate(config.stage(1), 10) == pytest.approx(1.0)
+    assert learning_rate(config.stage(1), 55) == pytest.approx(0.5)
+    assert learning_rate(config.stage(1), 99) < 0.001
     constant = make_config({"stage": 0}, steps=100, lr_schedule="constant", lr=[1.0, 2.0])
-    assert learning_rate(constant, 1, 99) == 2.0
+    assert learning_rate(constant.stage(2), 99) == 2.0
 
 
 def test_slurm_and_plain_python_fill_the_environment():
@@ -174,7 +174,7 @@ def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a
         as_if = [operator._replace(is_built=not missing) for operator in everything]
         monkeypatch.setattr(operators, "operators", lambda: as_if)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        setup = written_setup(make_config(zero), 0, 1, on_card=False)
+        setup = written_setup(make_config(zero).stage(1), 1, on_card=False)
         distributed._start_deepspeed(setup, told.append)
         found, built[:] = list(built), []
         return found

@@ -65,12 +65,14 @@ class Trained:
     """One U-Net with its engine, stepped by hand on the CPU."""
 
     def __init__(self, config):
-        self.config, self.setup = config, written_setup(config, 0, 1, on_card=False)
+        self.config, self.setup = config, written_setup(config.stage(1), 1, on_card=False)
         torch.manual_seed(0)
-        unet = apply_checkpointing(UNet(config.unet(0, 384)), self.setup.checkpointing).train()
-        self.engine = distributed.make_engine(unet, config, 0, self.setup)
+        unet = apply_checkpointing(
+            UNet(config.stage(1, 384).network), self.setup.checkpointing
+        ).train()
+        self.engine = distributed.make_engine(unet, config.stage(1, 384), self.setup)
         self.ema = Ema(self.engine, 0.9)
-        self.objective = Objective(config, 0, torch.device("cpu"))
+        self.objective = Objective(config.stage(1), torch.device("cpu"))
         self.done = 0
 
     def step(self):
@@ -120,9 +122,9 @@ def test_a_step_takes_what_the_plan_says_saving_and_resuming_no_more(
         monkeypatch.setattr(optimizers, "GROUP_ELEMENTS", GROUP)
         piece += 2 * 2 * GROUP
     config = make_config(name)
-    setup = written_setup(config, 0, 1, on_card=False)
+    setup = written_setup(config.stage(1), 1, on_card=False)
     activations = measure(
-        config, 0, 384, micro_batch=setup.micro_batch, checkpointing=setup.checkpointing
+        config.stage(1, 384), micro_batch=setup.micro_batch, checkpointing=setup.checkpointing
     )
     cost = step_cost(setup, activations, on_card=False)
     predicted = cost.card + cost.host - process_bytes(on_card=False)

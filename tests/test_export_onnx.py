@@ -159,7 +159,9 @@ class ReadsItsBatch(nn.Module):
 def test_a_batch_that_would_be_fixed_silently_is_an_error(tmp_path):
     config = parse_config(json.dumps(TINY))
     with pytest.raises(ExportError, match="ties an input dimension"):
-        export_conditioner(ReadsItsBatch(UNet(config.unet(0, 384))), tmp_path / "conditioner.onnx")
+        export_conditioner(
+            ReadsItsBatch(UNet(config.stage(1, 384).network)), tmp_path / "conditioner.onnx"
+        )
 
 
 def test_fp16_is_refused_with_advice_where_it_would_overflow(tmp_path):

@@ -76,14 +76,16 @@ def test_fp32_builds_because_its_attention_is_in_parts(exported):
     library = find_library("tensorrt_rtx")
     path = exported / "export" / "unet1" / "onnx-fp32" / "denoiser.onnx"
     file = open_file(exported, 1)
-    ports = denoiser_inputs(file.config.unet(0, 384), 16, dynamic_size=False)
+    ports = denoiser_inputs(file.config.stage(1, 384).network, 16, dynamic_size=False)
     profile = Profile(batch=(1, 1, 1), side=(16, 16, 16))
     assert len(Network(library, path).build(ports, profile, ("portable",))) > path.stat().st_size
 
 
 def test_a_profile_that_the_library_refuses_is_its_own_sentence(exported):
     path = exported / "export" / "unet1" / "onnx-fp32" / "denoiser.onnx"
-    ports = denoiser_inputs(open_file(exported, 1).config.unet(0, 384), 16, dynamic_size=False)
+    ports = denoiser_inputs(
+        open_file(exported, 1).config.stage(1, 384).network, 16, dynamic_size=False
+    )
     with pytest.raises(ExportError, match="built no engine: "):
         Network(find_library("tensorrt_rtx"), path).build(
             ports, Profile(batch=(3, 2, 1), side=(16, 16, 16)), ("portable",)

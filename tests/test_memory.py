@@ -121,7 +121,9 @@ def test_parameters_are_grouped_in_order_and_bounded():
 
 def cropping(crop):
     unets = [TINY["unets"][0], TINY["unets"][1] | {"crop": crop}]
-    return Objective(parse_config(json.dumps(TINY | {"unets": unets})), 1, torch.device("cpu"))
+    return Objective(
+        parse_config(json.dumps(TINY | {"unets": unets})).stage(2), torch.device("cpu")
+    )
 
 
 def test_a_crop_is_the_same_window_of_picture_and_condition():

@@ -19,7 +19,7 @@ def make_unet(index=0, **changes):
         "training": {"precision": "fp32"},
     }
     torch.manual_seed(0)
-    return UNet(parse_config(json.dumps(config)).unet(index, 384))
+    return UNet(parse_config(json.dumps(config)).stage(index + 1, 384).network)
 
 
 def make_inputs(index=0, batch=3, tokens=4, size=8):
@@ -120,7 +120,7 @@ def test_runs_in_pure_bf16_like_in_fp32():
 def test_every_shipped_network_builds(config, index, millions):
     checked = load_config(f"configs/{config}.json")
     with torch.device("meta"):
-        unet = UNet(checked.unet(index, 512))
+        unet = UNet(checked.stage(index + 1, 512).network)
     if millions:
         assert sum(p.numel() for p in unet.parameters()) == round(millions * 1e6)
 
@@ -132,5 +132,5 @@ def test_paper_sizes_have_minimagens_parameter_counts(index, parameters):
     """Counted on MinImagen's Base and Super (the third without self-attention), t5_base text."""
     checked = load_config("configs/imagen_64_256_1024.json")
     with torch.device("meta"):
-        unet = UNet(checked.unet(index, 768 if index == 0 else 512))
+        unet = UNet(checked.stage(index + 1, 768 if index == 0 else 512).network)
     assert abs(sum(p.numel() for p in unet.parameters()) - parameters) < 2e6

@@ -14,7 +14,7 @@ from imagen_scale.training.objective import Objective
 
 def make_objective(index, **imagen):
     config = parse_config(json.dumps(TINY | {"imagen": TINY["imagen"] | imagen}))
-    return Objective(config, index, torch.device("cpu"))
+    return Objective(config.stage(index + 1), torch.device("cpu"))
 
 
 def make_batch(size, positions):
@@ -58,7 +58,7 @@ def test_random_numbers_have_their_distributions():
 
 def test_lowres_aug_max_bounds_the_noise_on_the_lowres_image():
     config = TINY | {"training": TINY["training"] | {"lowres_aug_max": 0.3}}
-    objective = Objective(parse_config(json.dumps(config)), 1, torch.device("cpu"))
+    objective = Objective(parse_config(json.dumps(config)).stage(2), torch.device("cpu"))
     draws = objective.draw(torch.arange(500), torch.Size((3, 2, 2)), "train")
     assert draws.lowres_t.max() == 29
 

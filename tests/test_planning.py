@@ -15,7 +15,7 @@ from imagen_scale.planning.activations import Activations, measure, step_flops
 from imagen_scale.planning.cost import step_cost
 from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.planning.machine import Machine, calibration, keep_calibration
-from imagen_scale.planning.planner import Planner, text_width
+from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.setup import Setup, default_zero, written_setup
 from imagen_scale.training.choice import choose_setup, remember, smaller
 
@@ -63,8 +63,8 @@ def test_activations_are_predicted_within_two_percent(
     changes = (f"training.precision={precision}", "deepspeed={}")
     checked = load_config(f"configs/{config}.json", changes)
     options = {"micro_batch": micro_batch, "checkpointing": levels}
-    predicted = measure(checked, index, 384, **options)
-    measured = measure(checked, index, 384, **options, real=True)
+    predicted = measure(checked.stage(index + 1, 384), **options)
+    measured = measure(checked.stage(index + 1, 384), **options, real=True)
     assert predicted.held == pytest.approx(measured.held, rel=0.02)
     assert predicted.peak == pytest.approx(measured.peak, rel=0.02)
     assert predicted[:3] == measured[:3]
@@ -75,7 +75,7 @@ def test_networks_larger_than_this_machine_are_measured_without_their_memory():
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checked = load_config("configs/imagen_64_256_1024.json")
-    found = measure(checked, 0, 512, micro_batch=4, checkpointing=("blocks",) * 4)
+    found = measure(checked.stage(1, 512), micro_batch=4, checkpointing=("blocks",) * 4)
     assert found.num_parameters > 1.6e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB
 
@@ -83,8 +83,8 @@ def test_networks_larger_than_this_machine_are_measured_without_their_memory():
 def test_offload_moves_bytes_from_the_card_to_the_host():
     checked = load_config("configs/emoji_demo.json")
     options = {"micro_batch": 8, "checkpointing": ("blocks",) * 3}
-    on_card = measure(checked, 0, 384, **options)
-    on_host = measure(checked, 0, 384, **options, offload_activations=True)
+    on_card = measure(checked.stage(1, 384), **options)
+    on_host = measure(checked.stage(1, 384), **options, offload_activations=True)
     assert on_card.on_host == 0
     assert 0 < on_card.held - on_host.held <= on_host.on_host
 
@@ -92,7 +92,7 @@ def test_offload_moves_bytes_from_the_card_to_the_host():
 def test_recomputing_costs_flops():
     checked = load_config("configs/emoji_demo.json")
     none, norms, blocks = (
-        step_flops(checked, 0, 384, checkpointing=(level,) * 3)
+        step_flops(checked.stage(1, 384), checkpointing=(level,) * 3)
         for level in ("none", "norms", "blocks")
     )
     assert none <= norms < 1.1 * none
@@ -151,7 +151,7 @@ def test_two_ranks_share_what_zero_3_shards():
 
 
 def plan(config, index=0, machine=SMALL_CARD, **options):
-    return Planner(config, index, text_width(config), machine, **options).plan()
+    return Planner(config.stage(index + 1), machine, **options).plan()
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_a_run_with_checkpoints_stays_where_its_states_are():
     before = plan(config).choice.setup._replace(
         zero={"stage": 2, "offload_optimizer": {"device": "cpu"}}
     )
-    found = Planner(config, 0, 384, SMALL_CARD).plan(before)
+    found = Planner(config.stage(1, 384), SMALL_CARD).plan(before)
     assert found.choice.setup.zero == before.zero
 
 
@@ -274,10 +274,10 @@ def test_defaults_without_a_budget():
     assert default_zero(1, "fp32", on_card=False) == {"stage": 0}
     assert default_zero(1, "bf16", on_card=True)["stage"] == 2
     assert default_zero(2, "bf16", on_card=True)["stage"] == 3
-    setup = written_setup(tiny(), 0, 1, on_card=False)
+    setup = written_setup(tiny().stage(1), 1, on_card=False)
     assert setup.checkpointing == ("norms", "norms")
     with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 2 x 3 processes"):
-        written_setup(tiny("training.global_batch=8"), 0, 3, on_card=False)
+        written_setup(tiny("training.global_batch=8").stage(1), 3, on_card=False)
 
 
 # The setup in force.
@@ -285,34 +285,34 @@ def test_defaults_without_a_budget():
 
 def test_a_setup_is_chosen_once_and_kept(tmp_path):
     config, told = tiny("memory.budget=2GB"), []
-    first = choose_setup(config, tmp_path, 1, 384, 1, told.append)
+    first = choose_setup(config.stage(1), tmp_path, 1, told.append)
     assert "planned" in told[-1]
-    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == first
+    assert choose_setup(config.stage(1), tmp_path, 1, told.append) == first
     assert len(told) == 1
     halved = smaller(first)
-    remember(config, tmp_path, 1, halved)
-    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == halved
-    other = choose_setup(tiny("training.micro_batch=4"), tmp_path, 1, 384, 1, told.append)
+    remember(config.stage(1), tmp_path, halved)
+    assert choose_setup(config.stage(1), tmp_path, 1, told.append) == halved
+    other = choose_setup(tiny("training.micro_batch=4").stage(1), tmp_path, 1, told.append)
     assert other.micro_batch == 4
     (tmp_path / "unet1" / "setup.json").write_text("{cut")
-    assert choose_setup(config, tmp_path, 1, 384, 1, told.append) == first
+    assert choose_setup(config.stage(1), tmp_path, 1, told.append) == first
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_the_nearest(tmp_path):
     config = tiny("memory.budget=1MB")
     with pytest.raises(EnvironmentProblem, match=r"budget 1MB: U-Net 1 does not fit.*at fault"):
-        choose_setup(config, tmp_path, 1, 384, 1, print)
+        choose_setup(config.stage(1), tmp_path, 1, print)
 
 
 def test_smaller_keeps_the_global_batch():
-    setup = written_setup(tiny("training.global_batch=12"), 0, 1, on_card=False)
+    setup = written_setup(tiny("training.global_batch=12").stage(1), 1, on_card=False)
     batches = []
     while setup is not None:
         assert setup.global_batch == 12
         batches.append(setup.micro_batch)
         setup = smaller(setup)
     assert batches == [12, 6, 3, 1]
-    in_backward = written_setup(tiny(), 0, 1, on_card=False)._replace(in_backward=True)
+    in_backward = written_setup(tiny().stage(1), 1, on_card=False)._replace(in_backward=True)
     assert smaller(in_backward) is None
 
 

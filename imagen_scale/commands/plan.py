@@ -51,7 +51,7 @@ def plan(
     if unet is not None and unet > len(checked.unets):
         raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(checked.unets)}.")
     from imagen_scale.planning.machine import SYSTEM_BYTES, calibration, this_machine
-    from imagen_scale.planning.planner import Planner, text_width
+    from imagen_scale.planning.planner import Planner
     from imagen_scale.planning.report import as_dict, print_plan
 
     machine = this_machine(gpus)
@@ -60,12 +60,11 @@ def plan(
     if ram_bytes is not None:
         machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
     ratio = calibration(machine.name)
-    width = text_width(checked)
     plans = []
     with Progress() as progress:
         for done, number in enumerate(numbers):
             progress("planning", done, len(numbers))
-            plans.append(Planner(checked, number - 1, width, machine, ratio=ratio).plan())
+            plans.append(Planner(checked.stage(number), machine, ratio=ratio).plan())
     if write is not None:
         _write_deepspeed(Path(write), checked, plans)
     if as_json:
@@ -95,7 +94,11 @@ def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for plan in plans:
-        settings = engine_config(checked, plan.choice.setup, plan.choice.activations.num_parameters)
+        settings = engine_config(
+            checked.stage(plan.unet_number),
+            plan.choice.setup,
+            plan.choice.activations.num_parameters,
+        )
         path = folder / f"unet{plan.unet_number}_deepspeed.json"
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         click.echo(f"written: {path}", err=True)

@@ -6,7 +6,9 @@ from imagen_scale.config.loading import parse_config as parse_config
 from imagen_scale.config.network import ImagenConfig as ImagenConfig
 from imagen_scale.config.network import UnetConfig as UnetConfig
 from imagen_scale.config.schema import Config as Config
-from imagen_scale.config.schema import DataConfig as DataConfig
-from imagen_scale.config.schema import MemoryConfig as MemoryConfig
-from imagen_scale.config.schema import TrainingConfig as TrainingConfig
 from imagen_scale.config.section import parse_bytes as parse_bytes
+from imagen_scale.config.sections import DataConfig as DataConfig
+from imagen_scale.config.sections import MemoryConfig as MemoryConfig
+from imagen_scale.config.sections import TrainingConfig as TrainingConfig
+from imagen_scale.config.stage import Network as Network
+from imagen_scale.config.stage import StageConfig as StageConfig

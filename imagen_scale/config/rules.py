@@ -6,6 +6,7 @@ from itertools import pairwise
 from imagen_scale.config.deepspeed import deepspeed_problems
 from imagen_scale.config.network import NORM_GROUPS, TEXT_ENCODER_DIMS, UnetConfig
 from imagen_scale.config.schema import Config
+from imagen_scale.config.stage import StageConfig
 
 
 def cross_checks(config: Config) -> list[str]:
@@ -59,19 +60,16 @@ def cross_checks(config: Config) -> list[str]:
         problems += _crop_checks(f"unets.{i}", unet, i, sizes)
 
     if not problems:
-        for i in range(num_unets):
-            global_batch = config.per_unet("training", "global_batch", i)
-            micro_batch = config.per_unet("training", "micro_batch", i) or global_batch
-            if global_batch % micro_batch:
+        for stage in config.stages():
+            if stage.global_batch % (stage.micro_batch or stage.global_batch):
                 problems.append(
-                    f"training.global_batch: {global_batch} is not a multiple of "
-                    f"micro_batch {micro_batch} (U-Net {i + 1}); change one of them."
+                    f"training.global_batch: {stage.global_batch} is not a multiple of "
+                    f"micro_batch {stage.micro_batch} ({stage.name}); change one of them."
                 )
-            steps = config.per_unet("training", "steps", i)
-            if training.warmup_steps >= steps:
+            if training.warmup_steps >= stage.steps:
                 problems.append(
-                    f"training.warmup_steps: {training.warmup_steps} is not below the {steps} "
-                    f"steps of U-Net {i + 1}; lower it."
+                    f"training.warmup_steps: {training.warmup_steps} is not below the "
+                    f"{stage.steps} steps of {stage.name}; lower it."
                 )
     if num_unets > 1 and imagen.lowres_sample_noise_level > training.lowres_aug_max:
         problems.append(
@@ -88,8 +86,8 @@ def cross_checks(config: Config) -> list[str]:
         problems.append("data.names: only the source 'emoji' takes it; remove it.")
     problems += _deepspeed_checks(config)
     if not problems:
-        for i in range(num_unets):
-            problems += _memory_checks(config, i)
+        for stage in config.stages():
+            problems += _memory_checks(stage)
     return problems
 
 
@@ -148,59 +146,54 @@ def _crop_checks(where: str, unet: UnetConfig, index: int, sizes: tuple[int, ...
     return problems
 
 
-def _memory_checks(config: Config, index: int) -> list[str]:
+def _memory_checks(stage: StageConfig) -> list[str]:
     """Rules of what is traded for memory, for one U-Net."""
     problems = []
-    levels = config.unets[index].num_levels
-    checkpointing = config.per_unet("memory", "checkpointing", index)
-    if isinstance(checkpointing, tuple) and len(checkpointing) != levels:
+    levels, checkpointing = stage.unet.num_levels, stage.checkpointing
+    if checkpointing is not None and len(checkpointing) != levels:
         problems.append(
-            f"memory.checkpointing: {len(checkpointing)} values for the {levels} levels of U-Net "
-            f"{index + 1}; give one value, or one per level."
+            f"memory.checkpointing: {len(checkpointing)} values for the {levels} levels of "
+            f"{stage.name}; give one value, or one per level."
         )
-    optimizer = config.per_unet("training", "optimizer", index)
-    zero = config.deepspeed.get("zero_optimization") or {}
-    stage, fp32 = zero.get("stage", 0), config.training.precision == "fp32"
-    if optimizer == "adafactor" and (stage or not fp32):
+    zero = stage.zero_optimization or {}
+    zero_stage, fp32 = zero.get("stage", 0), stage.training.precision == "fp32"
+    if stage.optimizer == "adafactor" and (zero_stage or not fp32):
         problems.append(
             "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
             "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             "adamw_8bit."
         )
-    if optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
+    if stage.optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
             "offloaded; set training.precision to bf16 and "
             'deepspeed.zero_optimization.offload_optimizer to {"device": "cpu"}.'
         )
-    if config.per_unet("memory", "optimizer_in_backward", index):
-        problems += _in_backward_checks(config, index, stage, fp32)
+    if stage.optimizer_in_backward:
+        problems += _in_backward_checks(stage)
     return problems
 
 
-def _in_backward_checks(config: Config, index: int, stage: int, fp32: bool) -> list[str]:
-    training = config.training
-    global_batch = config.per_unet("training", "global_batch", index)
-    micro_batch = config.per_unet("training", "micro_batch", index) or global_batch
-    key = "memory.optimizer_in_backward"
+def _in_backward_checks(stage: StageConfig) -> list[str]:
+    key, training = "memory.optimizer_in_backward", stage.training
     problems = []
     if training.grad_clip is not None:
         problems.append(
             f"{key}: training.grad_clip {training.grad_clip} needs the norm of all gradients "
             f"before the first is applied; set it to null."
         )
-    if micro_batch != global_batch:
+    if stage.micro_batch not in (None, stage.global_batch):
         problems.append(
             f"{key}: a gradient is applied as soon as it appears, so none can be accumulated; set "
-            f"training.global_batch to micro_batch (U-Net {index + 1}: {global_batch} and "
-            f"{micro_batch})."
+            f"training.global_batch to micro_batch ({stage.name}: {stage.global_batch} and "
+            f"{stage.micro_batch})."
         )
-    if not fp32 or stage:
+    if training.precision != "fp32" or (stage.zero_optimization or {}).get("stage", 0):
         problems.append(
             f"{key}: exact fp32 weights on one card; set training.precision to fp32 and leave "
             f"deepspeed.zero_optimization out."
         )
-    if config.per_unet("training", "optimizer", index) == "adamw_bf16":
+    if stage.optimizer == "adamw_bf16":
         problems.append(f"{key}: takes the optimizers adamw, adamw_8bit and adafactor.")
     return problems
 

@@ -5,220 +5,22 @@ section refuses unknown keys; `deepspeed` is passed through to DeepSpeed except 
 this file states once elsewhere (batch sizes, precision, clipping, optimizer).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from imagen_scale.config.network import ImagenConfig, UnetConfig
 from imagen_scale.config.section import (
-    CheckpointingLevel,
-    NaturalInt,
-    OptimizerName,
-    PerUnet,
-    PositiveFloat,
-    PositiveInt,
-    Probability,
     Section,
-    parse_bytes,
-    per_level,
 )
-
-
-class DataConfig(Section):
-    """Where pictures and captions come from."""
-
-    source: Literal["emoji", "folder", "huggingface", "webdataset"] = Field(
-        "emoji",
-        description="emoji: the embedded drawings; folder: pictures with captions beside them or "
-        "in a list; huggingface: a data set; webdataset: tar shards, as img2dataset writes them.",
-    )
-    path: str | None = Field(
-        None,
-        description="Folder (source folder), data set name or folder (huggingface), a .tar or a "
-        "folder of them (webdataset).",
-    )
-    split: str = Field("train", description="Split of the Hugging Face data set.")
-    image_column: str = Field("image", description="Picture column of the data set.")
-    caption_column: str = Field(
-        "text",
-        description="Caption column of the data set or of metadata.jsonl / metadata.csv, or the "
-        "key in the .json of a tar.",
-    )
-    names: tuple[str, ...] | None = Field(
-        None, description="Source emoji: keep only these captions, e.g. 'red heart'."
-    )
-    skin_tones: bool = Field(False, description="Source emoji: keep skin-tone variants.")
-    flags: bool = Field(False, description="Source emoji: keep flags.")
-    max_items: PositiveInt | None = Field(None, description="Keep only the first N pictures.")
-    max_bad_fraction: Probability = Field(
-        0.05,
-        description="Pictures that cannot be used are left out and named in data_report.json; "
-        "if they are more than this share, the run refuses to start.",
-    )
-    follow_symlinks: bool = Field(
-        False, description="Take pictures behind symbolic links, wherever these lead."
-    )
-    flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
-    val_fraction: Probability = Field(
-        0.0, description="Share of pictures held out for the validation loss, chosen by hash."
-    )
-    num_workers: NaturalInt = Field(0, description="Loader processes per rank.")
-    cache_dir: str | None = Field(
-        None, description="Prepared pictures and text; null: ~/.cache/imagen-scale."
-    )
-    cache_images_gb: Annotated[float, Field(ge=0)] = Field(
-        8.0, description="Resized pictures are stored up to this size, else decoded each time."
-    )
-
-
-class TextConfig(Section):
-    """How captions become vectors."""
-
-    encoder: str | None = Field(
-        None,
-        description="A MinImagen name, 'minilm', a Hugging Face name or a local folder; "
-        "null takes imagen.text_encoder_name.",
-    )
-    store_dtype: Literal["float32", "float16"] = Field(
-        "float16", description="What encoded captions are kept in on disk."
-    )
-    batch_size: PositiveInt = Field(64, description="Captions encoded at once.")
-
-
-class TrainingConfig(Section):
-    """How each U-Net is trained. Values marked 'or one per U-Net' also take a list."""
-
-    steps: PerUnet[PositiveInt] = Field(100_000, description="Optimizer steps, or one per U-Net.")
-    global_batch: PerUnet[PositiveInt] = Field(
-        64, description="Pictures per optimizer step over all ranks, or one per U-Net."
-    )
-    micro_batch: PerUnet[PositiveInt] | None = Field(
-        None,
-        description="Pictures per rank and forward pass, or one per U-Net; accumulation "
-        "follows. null: the largest that fits memory.budget, without a budget the global batch "
-        "divided by the ranks.",
-    )
-    optimizer: PerUnet[OptimizerName] | None = Field(
-        None,
-        description="adamw; adamw_8bit (bitsandbytes: moments of 1 byte each); adamw_bf16 "
-        "(master weights and moments in bf16: least memory, visibly less exact); adafactor (the "
-        "Imagen paper's for its base; no ZeRO). Or one per U-Net. null: adamw, or what "
-        "memory.budget needs.",
-    )
-    lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's betas.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's weight decay.")
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="What follows the warm-up: the peak rate, or a cosine down to zero."
-    )
-    warmup_steps: NaturalInt = Field(
-        1000, description="Steps in which the rate rises from zero to its peak."
-    )
-    grad_clip: PositiveFloat | None = Field(
-        1.0, description="Largest norm of the gradient; null: it is not clipped."
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="What the network computes in; with bf16 the optimizer keeps fp32."
-    )
-    ema_decay: Probability = Field(
-        0.9999, description="Decay of the averaged weights that pictures are sampled from."
-    )
-    lowres_aug_max: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0,
-        description="Super-resolution: the low-resolution picture is noised to a level drawn "
-        "from [0, this), as t / T. 1 is MinImagen's range.",
-    )
-    seed: NaturalInt = Field(0, description="Same seed, same run.")
-    checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
-    keep_checkpoints: PositiveInt = Field(
-        2, description="Newest checkpoints kept; older ones are deleted."
-    )
-    keep_every: PositiveInt | None = Field(
-        None, description="Checkpoints at multiples of this step are kept for good."
-    )
-    max_skipped: PositiveInt = Field(
-        20,
-        description="Steps left out in a row, because a gradient was not finite, before training "
-        "goes back to the newest checkpoint, once, and then stops.",
-    )
-    hang_timeout: PositiveFloat | None = Field(
-        120.0,
-        description="With several processes: seconds without a sign of life, or of standing still "
-        "behind the others, after which one counts as hung and all stop; null: any number.",
-    )
-    val_every: PositiveInt = Field(
-        1000, description="Steps between validations, where pictures are held out."
-    )
-    val_batches: PositiveInt = Field(8, description="Micro-batches per validation and rank.")
-    sample_every: PositiveInt | None = Field(
-        5000, description="Steps between grids of pictures; null: none are drawn in training."
-    )
-    sample_prompts: tuple[str, ...] = Field(
-        (), description="What the base stage draws in these grids; none: captions of the data."
-    )
-    sample_steps: PositiveInt = Field(50, description="Sampling steps of these grids.")
-    sample_cond_scale: PositiveFloat = Field(3.0, description="Their guidance.")
-
-
-class MemoryConfig(Section):
-    """What is traded for memory on the card. Nothing here changes what is learned.
-
-    With a budget, whatever is null here, `training.micro_batch`, `training.optimizer` and
-    `deepspeed.zero_optimization` are chosen by the planner; what is written is kept.
-    """
-
-    budget: str | None = Field(
-        None,
-        description='Memory of each card that training may use, e.g. "12GB"; "auto" is what the '
-        "card has free. null: nothing is planned.",
-    )
-
-    @field_validator("budget")
-    @classmethod
-    def _is_a_size(cls, value: str | None) -> str | None:
-        if value not in (None, "auto"):
-            parse_bytes(value)
-        return value
-
-    checkpointing: PerUnet[CheckpointingLevel | tuple[CheckpointingLevel, ...]] | None = Field(
-        None,
-        description="What backward recomputes instead of holding: none; norms (normalisations "
-        "and activations, nearly free); blocks (whole blocks). One per U-Net in a list; an entry "
-        "that is a list itself has one per resolution level. null: norms.",
-    )
-    offload_activations: PerUnet[bool] | None = Field(
-        None, description="Keep in host memory what recomputation starts from. null: no."
-    )
-    optimizer_in_backward: PerUnet[bool] | None = Field(
-        None,
-        description="Apply and free each gradient as it appears: one card, fp32, no clipping, no "
-        "accumulation, no host memory. null: no.",
-    )
-    ema_offload: bool | None = Field(
-        None,
-        description="Keep the averaged weights in host memory even where the master weights are "
-        "on the card. null: no.",
-    )
-
-
-class WandbConfig(Section):
-    """Weights & Biases; leave `logging.wandb` null to do without."""
-
-    project: str = Field(description="Project there.")
-    entity: str | None = Field(None, description="User or team; null: the account's own.")
-    mode: Literal["online", "offline"] = Field(
-        "online", description="offline keeps everything here, for `wandb sync`."
-    )
-
-
-class LoggingConfig(Section):
-    """Where a run's files go and how often it reports."""
-
-    run_dir: str | None = Field(
-        None, description="Folder of the run; null: runs/<name of the config file>."
-    )
-    log_every: PositiveInt = Field(50, description="Steps between reports.")
-    wandb: WandbConfig | None = Field(None, description="Weights & Biases; null: not used.")
+from imagen_scale.config.sections import (
+    DataConfig,
+    LoggingConfig,
+    MemoryConfig,
+    TextConfig,
+    TrainingConfig,
+)
+from imagen_scale.config.stage import StageConfig, text_width
 
 
 class Config(Section):
@@ -242,22 +44,19 @@ class Config(Section):
         """The encoder in force: `text.encoder`, else MinImagen's `imagen.text_encoder_name`."""
         return self.text.encoder or self.imagen.text_encoder_name
 
-    def per_unet(self, section: str, key: str, unet_index: int) -> Any:
-        """The value of a 'one, or one per U-Net' key for the U-Net at `unet_index`."""
-        value = getattr(getattr(self, section), key)
-        return value[unet_index] if isinstance(value, tuple) else value
+    def stage(self, number: int, text_embed_dim: int | None = None) -> StageConfig:
+        """One U-Net with every value resolved.
 
-    def unet(self, unet_index: int, text_embed_dim: int) -> UnetConfig:
-        """The U-Net at `unet_index` with every null filled in, ready to be built."""
-        unet = self.unets[unet_index]
-        return unet.model_copy(
-            update={
-                "text_embed_dim": text_embed_dim,
-                "cond_dim": unet.cond_dim or unet.dim,
-                "channels_out": unet.channels_out or unet.channels,
-                "lowres_cond": unet_index > 0,
-                "num_resnet_blocks": per_level(unet.num_resnet_blocks, unet.num_levels),
-                "layer_attns": per_level(unet.layer_attns, unet.num_levels),
-                "layer_cross_attns": per_level(unet.layer_cross_attns, unet.num_levels),
-            }
-        )
+        Args:
+            number: From 1.
+            text_embed_dim: Width of the encoder's features; None takes the one written or known.
+        """
+        width = text_embed_dim or text_width(self.imagen, self.unets, self.text_encoder)
+        return StageConfig(
+            number, self.imagen, self.unets[number - 1], self.training, self.memory,
+            self.deepspeed, self.text_encoder, width,
+        )  # fmt: skip
+
+    def stages(self, text_embed_dim: int | None = None) -> list[StageConfig]:
+        """Every U-Net, in order; see `stage`."""
+        return [self.stage(number, text_embed_dim) for number in range(1, len(self.unets) + 1)]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from imagen_scale.config.schema import TextConfig
+from imagen_scale.config.sections import TextConfig
 from imagen_scale.data.encoder import (
     Embedding,
     TextEncoder,

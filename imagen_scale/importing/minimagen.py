@@ -14,7 +14,7 @@ from imagen_scale.files.atomic import write_atomically
 from imagen_scale.importing.parameters import convert, read_parameters
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.folders import inference_path
-from imagen_scale.runs.inference import save_inference
+from imagen_scale.runs.inference import InferenceFile, save_inference
 
 
 class Imported(NamedTuple):
@@ -51,17 +51,17 @@ def import_minimagen(folder: Path, run: Path, *, text_encoder: str | None = None
     width = encoder_dim(config.text_encoder)
     # All are checked before the first is written.
     weights = []
-    for index, source in enumerate(sources):
+    stages = config.stages(width)
+    for stage, source in zip(stages, sources, strict=True):
         with torch.device("meta"):
-            expected = UNet(config.unet(index, width)).state_dict()
+            expected = UNet(stage.network).state_dict()
         weights.append(checked(read_weights(source), expected, source))
-    for index, state in enumerate(weights):
-        steps = config.per_unet("training", "steps", index)
-        save_inference(
-            inference_path(run, index + 1), state, config=config, unet_number=index + 1,
-            text_embed_dim=width, text_fingerprint=encoder_fingerprint(encoder),
-            step=steps, steps=steps,
+    for stage, state in zip(stages, weights, strict=True):
+        file = InferenceFile(
+            inference_path(run, stage.number), config, stage.number, width,
+            encoder_fingerprint(encoder), step=stage.steps, steps=stage.steps,
         )  # fmt: skip
+        save_inference(file, state)
     # Last: a folder with a config.json is a run.
     write_atomically(
         run / "config.json",

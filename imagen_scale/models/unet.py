@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_scale.config import UnetConfig
+from imagen_scale.config import Network
 from imagen_scale.config.network import NORM_GROUPS
 from imagen_scale.errors import ShapeError
 from imagen_scale.models.layers import (
@@ -36,20 +36,16 @@ class UNet(nn.Module):
     """Predicts the noise in x_t from the time, the text and, for super-resolution, a small image.
 
     Args:
-        config: One `unets` entry with every null filled in (`Config.unet`).
+        config: What to build (`StageConfig.network`).
 
     Source: Saharia et al. 2022 (Imagen), arXiv:2205.11487; network as MinImagen 0.0.9's `Unet`.
     """
 
-    def __init__(self, config: UnetConfig) -> None:
+    def __init__(self, config: Network) -> None:
         super().__init__()
         self.config = config
         dim, cond_dim, lowres_cond = config.dim, config.cond_dim, config.lowres_cond
-        # `Config.unet` filled these in.
-        assert cond_dim and config.text_embed_dim and config.channels_out
-        assert isinstance(config.num_resnet_blocks, tuple)
-        assert isinstance(config.layer_attns, tuple) and isinstance(config.layer_cross_attns, tuple)
-        time_cond_dim = dim * 4 * (2 if lowres_cond else 1)
+        time_cond_dim = config.time_cond_dim
 
         # Time conditioning.
         self.to_time_hiddens = TimeEmbedding(dim, time_cond_dim)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
@@ -32,9 +32,7 @@ class Activations(NamedTuple):
 
 
 def measure(
-    config: Config,
-    unet_index: int,
-    text_embed_dim: int,
+    stage: StageConfig,
     *,
     micro_batch: int,
     checkpointing: tuple[CheckpointingLevel, ...],
@@ -46,19 +44,17 @@ def measure(
     Takes seconds and a few hundred MB for networks of any size.
 
     Args:
-        config: The run.
-        unet_index: From 0.
-        text_embed_dim: Width of the encoder's features.
+        stage: The U-Net.
         micro_batch: Pictures.
         checkpointing: Per resolution level, as for `apply_checkpointing`.
         offload_activations: As in the configuration.
         real: Run on real CPU tensors instead, to check the prediction.
     """
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if stage.training.precision == "bf16" else torch.float32
     parked = _Parked()
     with nullcontext() if real else FakeTensorMode():
         with _default_dtype(dtype):
-            unet = UNet(config.unet(unet_index, text_embed_dim))
+            unet = UNet(stage.network)
         hold = parked.hold if offload_activations else nullcontext
         apply_checkpointing(unet, checkpointing, hold=hold).train()
         parameters = list(unet.parameters())
@@ -66,7 +62,7 @@ def measure(
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         gc.collect()  # nothing of an earlier run may die while this one is counted
         with LiveBytes() as live:
-            loss = _loss(unet, config, unet_index, text_embed_dim, micro_batch)
+            loss = _loss(unet, stage, micro_batch)
             held, on_host = live.now, parked.bytes
             loss.backward()
         return Activations(
@@ -80,19 +76,17 @@ def measure(
 
 
 def step_flops(
-    config: Config,
-    unet_index: int,
-    text_embed_dim: int,
+    stage: StageConfig,
     *,
     checkpointing: tuple[CheckpointingLevel, ...],
 ) -> int:
     """Floating point operations of one picture: forward, backward and what is computed twice."""
     counter = FlopCounterMode(display=False)  # keeps tensors alive, so bytes are not counted here
     with FakeTensorMode():
-        unet = UNet(config.unet(unet_index, text_embed_dim))
+        unet = UNet(stage.network)
         apply_checkpointing(unet, checkpointing).train()
         with counter:
-            _loss(unet, config, unet_index, text_embed_dim, 1).backward()
+            _loss(unet, stage, 1).backward()
     return counter.get_total_flops()
 
 
@@ -103,23 +97,21 @@ def _factors(parameter: Tensor) -> int:
     return len(parameter) + parameter.numel() // len(parameter)
 
 
-def _loss(unet: UNet, config: Config, unet_index: int, text_embed_dim: int, batch: int) -> Tensor:
+def _loss(unet: UNet, stage: StageConfig, batch: int) -> Tensor:
     """The tensors of `training.Objective.loss`, which needs generators and real pictures."""
-    imagen, entry = config.imagen, config.unets[unet_index]
-    size = imagen.image_sizes[unet_index]
-    images = torch.zeros(batch, imagen.channels, size, size)
+    imagen, network, crop = stage.imagen, stage.network, stage.unet.crop
+    images = torch.zeros(batch, imagen.channels, stage.size, stage.size)
     t = torch.zeros(batch, dtype=torch.int64)
     lowres: tuple[Tensor, ...] = ()
-    if unet_index > 0:
-        lowres_img = shrink_and_enlarge(images, imagen.image_sizes[unet_index - 1])
-        lowres_img = _crop(lowres_img, entry.crop)
+    if stage.small_size is not None:
+        lowres_img = _crop(shrink_and_enlarge(images, stage.small_size), crop)
         lowres = (lowres_img + torch.zeros_like(lowres_img), t)
-    x_0 = _crop(images, entry.crop)
+    x_0 = _crop(images, crop)
     eps = torch.zeros_like(x_0)
     x_t = x_0 + eps
-    target = x_0 - eps if entry.pred_type == "v" else eps
-    tokens = min(entry.max_text_len, 256)
-    text_embeds = torch.zeros(batch, tokens, text_embed_dim)
+    target = x_0 - eps if network.pred_type == "v" else eps
+    tokens = min(network.max_text_len, 256)
+    text_embeds = torch.zeros(batch, tokens, network.text_embed_dim)
     mask = torch.ones(batch, tokens, dtype=torch.bool)
     keep = torch.ones(batch, dtype=torch.bool)
     prediction = unet(x_t, t, text_embeds, mask, keep, *lowres)

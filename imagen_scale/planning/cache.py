@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.planning.activations import Activations, measure, step_flops
 
 # Raise it when the U-Net or the way of counting changes.
@@ -23,50 +23,29 @@ def plan_dir() -> Path:
     return Path(cache) / "imagen-scale" / "plan"
 
 
-def cached_measure(
-    config: Config, unet_index: int, text_embed_dim: int, **options: Any
-) -> Activations:
+def cached_measure(stage: StageConfig, **options: Any) -> Activations:
     """`measure`, looked up."""
-    found = _cached(
-        config,
-        unet_index,
-        text_embed_dim,
-        options,
-        lambda: list(measure(config, unet_index, text_embed_dim, **options)),
-    )
-    return Activations(*found)
+    return Activations(*_cached(stage, options, lambda: list(measure(stage, **options))))
 
 
-def cached_flops(config: Config, unet_index: int, text_embed_dim: int, **options: Any) -> int:
+def cached_flops(stage: StageConfig, **options: Any) -> int:
     """`step_flops`, looked up."""
-    return _cached(
-        config,
-        unet_index,
-        text_embed_dim,
-        options,
-        lambda: step_flops(config, unet_index, text_embed_dim, **options),
-    )
+    return _cached(stage, options, lambda: step_flops(stage, **options))
 
 
-def _cached(
-    config: Config,
-    unet_index: int,
-    text_embed_dim: int,
-    options: dict[str, Any],
-    find: Callable[[], Any],
-) -> Any:
+def _cached(stage: StageConfig, options: dict[str, Any], find: Callable[[], Any]) -> Any:
     import torch
 
     facts = [
         FORMAT,
         torch.__version__,
-        config.imagen.image_sizes[: unet_index + 1],
-        config.imagen.channels,
-        config.imagen.loss_type,
-        config.unets[unet_index].model_dump(mode="json"),
-        config.training.precision if "micro_batch" in options else None,
-        unet_index,
-        text_embed_dim,
+        stage.imagen.image_sizes[: stage.number],
+        stage.imagen.channels,
+        stage.imagen.loss_type,
+        stage.unet.model_dump(mode="json"),
+        stage.training.precision if "micro_batch" in options else None,
+        stage.seed_index,
+        stage.text_embed_dim,
         options,
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -72,10 +72,10 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         # The largest gradient is part of the activations' peak.
         optimizer = moments
         update = 2 * width * largest
-    elif setup.stage == 0:
+    elif setup.zero_stage == 0:
         gradients, optimizer = width * P, moments
         buckets = min(width * P, 4 * 500_000_000)  # all gradients flattened for the exchange
-    elif setup.stage == 3:
+    elif setup.zero_stage == 3:
         live = int(setup.zero.get("stage3_max_live_parameters", 2 * bucket))
         weights = width * P // W
         # Prefetched and live weights come on top of the rank's own share.
@@ -101,19 +101,19 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
             host += width * P
             transfer_micro += 2 * width * P // W
     else:
-        gradients = width * P // (W if setup.stage == 2 else 1)
+        gradients = width * P // (W if setup.zero_stage == 2 else 1)
         optimizer = (master * P + moments) // W
         buckets = (1 if W == 1 else 2) * width * bucket
         update = 6 * min(GROUP_ELEMENTS + largest, P // W)
 
-    has_host_masters = setup.offloads_optimizer and setup.stage > 0
+    has_host_masters = setup.offloads_optimizer and setup.zero_stage > 0
     ema = 0
     if has_host_masters or setup.ema_offload:
         host += 4 * P
         if not has_host_masters:
             transfer += 4 * P // W
     else:
-        ema = 4 * P // W if setup.stage > 0 else 4 * P
+        ema = 4 * P // W if setup.zero_stage > 0 else 4 * P
     pinned = host - 4 * P if has_host_masters else 0
     host += setup.ranks * (activations.on_host + process_bytes(on_card=on_card))
     # The update happens when the activations are gone.

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from imagen_scale.config import Config
-from imagen_scale.config.network import TEXT_ENCODER_DIMS
+from imagen_scale.config import StageConfig
 from imagen_scale.config.section import CheckpointingLevel, OptimizerName, per_level
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.activations import Activations
@@ -52,24 +51,6 @@ class Mode(NamedTuple):
     ema_offload: bool
 
 
-def text_width(config: Config) -> int:
-    """Width of the text features, known without the encoder.
-
-    Raises:
-        ConfigError: If the configuration does not say it.
-    """
-    for width in (config.imagen.text_embed_dim, *(u.text_embed_dim for u in config.unets)):
-        if width is not None:
-            return width
-    width = TEXT_ENCODER_DIMS.get(config.text_encoder)
-    if width is None:
-        raise ConfigError(
-            f"imagen.text_embed_dim: the width of {config.text_encoder!r} is not known without "
-            f"loading it; write it there."
-        )
-    return width
-
-
 class Planner:
     """Plans one U-Net.
 
@@ -77,26 +58,20 @@ class Planner:
     they change what is learned.
 
     Args:
-        config: The run.
-        unet_index: From 0.
-        text_embed_dim: Width of the encoder's features.
+        stage: The U-Net.
         machine: What there is to spend.
         ratio: Measured over predicted bytes on this card, from earlier runs.
     """
 
     def __init__(
         self,
-        config: Config,
-        unet_index: int,
-        text_embed_dim: int,
+        stage: StageConfig,
         machine: Machine,
         *,
         ratio: float = 1.0,
     ) -> None:
-        self.config, self.index, self.text_embed_dim = config, unet_index, text_embed_dim
-        self.machine, self.ratio = machine, ratio
-        self.levels = config.unets[unet_index].num_levels
-        self.global_batch: int = config.per_unet("training", "global_batch", unet_index)
+        self.stage, self.machine, self.ratio = stage, machine, ratio
+        self.levels = stage.unet.num_levels
 
     def plan(self, keep: Setup | None = None) -> UnetPlan:
         """Finds the cheapest candidate that fits.
@@ -121,7 +96,7 @@ class Planner:
             choice = best[0]
             fault = self._fault(choice)
         return UnetPlan(
-            self.index + 1, choice, fault, [c for c in best if c is not choice], self._warnings()
+            self.stage.number, choice, fault, [c for c in best if c is not choice], self._warnings()
         )
 
     def card_bytes(self, cost: Cost) -> int:
@@ -156,37 +131,37 @@ class Planner:
             for in_backward in self._in_backwards(optimizer):
                 for zero in self._zeros(optimizer, in_backward):
                     on_host = is_offloaded(zero, "offload_optimizer")
-                    written = self.config.memory.ema_offload
+                    written = self.stage.memory.ema_offload
                     for ema in (False,) if on_host else (False, True):
                         if on_host or written in (None, ema):
                             yield Mode(zero, optimizer, in_backward, ema)
 
     @cached_property
     def _optimizers(self) -> tuple[OptimizerName, ...]:
-        written = self.config.per_unet("training", "optimizer", self.index)
+        written = self.stage.optimizer
         if written is not None:
             return (written,)
-        is_bf16 = self.config.training.precision == "bf16"
+        is_bf16 = self.stage.training.precision == "bf16"
         return ("adamw", "adamw_8bit", "adamw_bf16") if is_bf16 else ("adamw", "adamw_8bit")
 
     def _in_backwards(self, optimizer: OptimizerName) -> tuple[bool, ...]:
-        written = self.config.per_unet("memory", "optimizer_in_backward", self.index)
+        written = self.stage.optimizer_in_backward
         if written is not None:
             return (written,)
-        training = self.config.training
-        micro_batch = self.config.per_unet("training", "micro_batch", self.index)
+        training = self.stage.training
+        micro_batch = self.stage.micro_batch
         is_possible = (
             self.machine.ranks == 1
             and training.precision == "fp32"
             and training.grad_clip is None
-            and micro_batch in (None, self.global_batch)
-            and not self.config.deepspeed.get("zero_optimization", {}).get("stage")
+            and micro_batch in (None, self.stage.global_batch)
+            and not (self.stage.zero_optimization or {}).get("stage")
             and optimizer != "adamw_bf16"
         )
         return (False, True) if is_possible else (False,)
 
     def _zeros(self, optimizer: OptimizerName, in_backward: bool) -> list[dict[str, Any]]:
-        written = self.config.deepspeed.get("zero_optimization")
+        written = self.stage.zero_optimization
         if written is not None:
             return [written]
         if in_backward or optimizer == "adafactor":
@@ -200,7 +175,7 @@ class Planner:
         plain: list[dict[str, Any]] = [{"stage": 1}]
         if self.machine.ranks > 1:
             plain = [{"stage": 2}, {"stage": 3}]
-        if self.config.training.precision == "fp32":
+        if self.stage.training.precision == "fp32":
             plain.insert(0, {"stage": 0})
         if self.machine.card is None:
             return plain[:1]  # host memory is all there is: nothing to offload from
@@ -208,16 +183,17 @@ class Planner:
 
     def _checkpointings(self) -> list[tuple[tuple[CheckpointingLevel, ...], bool]]:
         """Levels of checkpointing, from the fastest to the smallest."""
-        written = self.config.per_unet("memory", "checkpointing", self.index)
-        if written is not None:
-            levels = [per_level(written, self.levels)]
+        levels: list[tuple[CheckpointingLevel, ...]]
+        if self.stage.checkpointing is not None:
+            levels = [self.stage.checkpointing]
         else:
+            blocks, norms = cast(tuple[CheckpointingLevel, ...], ("blocks", "norms"))
             # Blocks where the pictures are largest hold the most; more mixtures gain little.
             levels = [
-                ("blocks",) * finest + ("norms",) * (self.levels - finest)
+                (blocks,) * finest + (norms,) * (self.levels - finest)
                 for finest in sorted({0, 1, self.levels})
             ]
-        offload = self.config.per_unet("memory", "offload_activations", self.index)
+        offload = self.stage.offload_activations
         if offload is not None:
             return [(level, offload) for level in levels]
         return [*((level, False) for level in levels), (levels[-1], True)]
@@ -242,17 +218,17 @@ class Planner:
 
     def _micro_batches(self, mode: Mode) -> list[int]:
         ranks = self.machine.ranks
-        written = self.config.per_unet("training", "micro_batch", self.index)
-        if self.global_batch % ranks:
+        written = self.stage.micro_batch
+        if self.stage.global_batch % ranks:
             raise ConfigError(
-                f"training.global_batch: {self.global_batch} is not a multiple of the {ranks} "
-                f"processes; change it."
+                f"training.global_batch: {self.stage.global_batch} is not a multiple of the "
+                f"{ranks} processes; change it."
             )
-        share = self.global_batch // ranks
+        share = self.stage.global_batch // ranks
         if mode.in_backward:
             return [share]
         if written is not None:
-            accumulation(self.index, self.global_batch, written, ranks)  # refused here
+            accumulation(self.stage, written, ranks)  # refused here
             return [written]
         return [b for b in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % b == 0]
 
@@ -268,8 +244,8 @@ class Planner:
         setup = Setup(
             ranks=self.machine.ranks,
             micro_batch=micro_batch,
-            accumulation=self.global_batch // (micro_batch * self.machine.ranks),
-            precision=self.config.training.precision,
+            accumulation=self.stage.global_batch // (micro_batch * self.machine.ranks),
+            precision=self.stage.training.precision,
             checkpointing=checkpointing,
             offload_activations=offload,
             optimizer=mode.optimizer,
@@ -279,17 +255,13 @@ class Planner:
         )
         activations = self._activations(setup, exact)
         cost = step_cost(setup, activations, on_card=self.machine.card is not None)
-        flops = cached_flops(
-            self.config, self.index, self.text_embed_dim, checkpointing=checkpointing
-        )
+        flops = cached_flops(self.stage, checkpointing=checkpointing)
         return Candidate(setup, cost, activations, step_seconds(setup, cost, activations, flops))
 
     def _activations(self, setup: Setup, exact: bool) -> Activations:
         def measured(micro_batch: int) -> Activations:
             return cached_measure(
-                self.config,
-                self.index,
-                self.text_embed_dim,
+                self.stage,
                 micro_batch=micro_batch,
                 checkpointing=setup.checkpointing,
                 offload_activations=setup.offload_activations,
@@ -334,15 +306,14 @@ class Planner:
 
     def _warnings(self) -> list[str]:
         """Traps that a table of bytes does not show."""
-        unet = self.config.unets[self.index]
-        side = self.config.imagen.image_sizes[self.index] if unet.crop is None else unet.crop
+        unet, side = self.stage.unet, self.stage.train_size
         warnings = []
         for level, attends in enumerate(per_level(unet.layer_attns, self.levels)):
             pixels = (side // 2 ** (level + unet.memory_efficient)) ** 2
             if attends and pixels > MANY_TOKENS:
                 scores = unet.attn_heads * pixels**2 * 4
                 warnings.append(
-                    f"unets.{self.index}.layer_attns.{level}: every pixel of a "
+                    f"unets.{self.stage.number - 1}.layer_attns.{level}: every pixel of a "
                     f"{side // 2 ** (level + unet.memory_efficient)} px level attends to every "
                     f"other ({pixels} tokens): {gb(scores)} of scores per picture and layer if "
                     f"they were kept. They are not, but the time is spent: set it to false."

@@ -38,10 +38,10 @@ def in_words(setup: Setup) -> str:
     """A setup in one phrase."""
     if setup.in_backward:
         where = "the optimizer inside backward"
-    elif setup.stage == 0:
+    elif setup.zero_stage == 0:
         where = "ZeRO-0"
     else:
-        where = f"ZeRO-{setup.stage}"
+        where = f"ZeRO-{setup.zero_stage}"
         if setup.offloads_parameters:
             where += " with optimizer and weights in host memory"
         elif setup.offloads_optimizer:
@@ -82,10 +82,10 @@ def print_plan(
     table = Table(title=_title(machine, ratio), title_justify="left")
     table.add_column("GB (10^9 bytes)")
     for plan in plans:
-        size = config.imagen.image_sizes[plan.unet_number - 1]
-        crop = config.unets[plan.unet_number - 1].crop
-        pixels = f"{size} px" if crop is None else f"{crop} of {size} px"
-        table.add_column(f"U-Net {plan.unet_number}\n{pixels}", justify="right")
+        stage = config.stage(plan.unet_number)
+        crop = stage.unet.crop
+        pixels = f"{stage.size} px" if crop is None else f"{crop} of {stage.size} px"
+        table.add_column(f"{stage.name}\n{pixels}", justify="right")
 
     def row(name: str, values: list[str], **style: Any) -> None:
         table.add_row(name, *values, **style)

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from imagen_scale.config import Config
-from imagen_scale.config.section import CheckpointingLevel, OptimizerName, PerLevel, per_level
+from imagen_scale.config import StageConfig
+from imagen_scale.config.section import CheckpointingLevel, OptimizerName, per_level
 from imagen_scale.errors import ConfigError
 
 # DeepSpeed's default buckets of 5e8 elements are 1-2 GB on the card.
@@ -31,8 +31,8 @@ class Setup(NamedTuple):
         return self.micro_batch * self.accumulation * self.ranks
 
     @property
-    def stage(self) -> int:
-        """ZeRO stage."""
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
         return self.zero.get("stage", 0)
 
     @property
@@ -51,45 +51,36 @@ def is_offloaded(zero: dict[str, Any], key: str) -> bool:
     return (zero.get(key) or {}).get("device", "none") != "none"
 
 
-def written_setup(config: Config, unet_index: int, ranks: int, *, on_card: bool) -> Setup:
+def written_setup(stage: StageConfig, ranks: int, *, on_card: bool) -> Setup:
     """What the configuration says, with its nulls filled in without a budget.
 
     Args:
-        config: The run.
-        unet_index: From 0.
+        stage: The U-Net.
         ranks: Number of processes.
         on_card: Whether training runs on GPUs; without one there is nothing to offload from.
 
     Raises:
         ConfigError: If the batch sizes do not fit the number of processes.
     """
-    global_batch = config.per_unet("training", "global_batch", unet_index)
-    micro_batch = config.per_unet("training", "micro_batch", unet_index)
-    if micro_batch is None:
-        micro_batch = max(1, global_batch // ranks)
-    in_backward = bool(config.per_unet("memory", "optimizer_in_backward", unet_index))
-    optimizer: OptimizerName = config.per_unet("training", "optimizer", unet_index) or "adamw"
-    zero = config.deepspeed.get("zero_optimization")
+    micro_batch = stage.micro_batch or max(1, stage.global_batch // ranks)
+    in_backward, optimizer = bool(stage.optimizer_in_backward), stage.optimizer or "adamw"
+    zero = stage.zero_optimization
     if zero is None:
         if in_backward or optimizer == "adafactor":
             zero = {"stage": 0}
         else:
-            zero = default_zero(ranks, config.training.precision, on_card=on_card)
-    levels = config.unets[unet_index].num_levels
-    checkpointing: PerLevel[CheckpointingLevel] = (
-        config.per_unet("memory", "checkpointing", unet_index) or "norms"
-    )
+            zero = default_zero(ranks, stage.training.precision, on_card=on_card)
     return Setup(
         ranks=ranks,
         micro_batch=micro_batch,
-        accumulation=accumulation(unet_index, global_batch, micro_batch, ranks),
-        precision=config.training.precision,
-        checkpointing=per_level(checkpointing, levels),
-        offload_activations=bool(config.per_unet("memory", "offload_activations", unet_index)),
+        accumulation=accumulation(stage, micro_batch, ranks),
+        precision=stage.training.precision,
+        checkpointing=stage.checkpointing or per_level("norms", stage.unet.num_levels),
+        offload_activations=bool(stage.offload_activations),
         optimizer=optimizer,
         in_backward=in_backward,
         zero=zero,
-        ema_offload=bool(config.memory.ema_offload),
+        ema_offload=bool(stage.memory.ema_offload),
     )
 
 
@@ -102,18 +93,18 @@ def default_zero(ranks: int, precision: str, *, on_card: bool) -> dict[str, Any]
     return {"stage": 3, "offload_optimizer": OFFLOAD}
 
 
-def accumulation(unet_index: int, global_batch: int, micro_batch: int, ranks: int) -> int:
+def accumulation(stage: StageConfig, micro_batch: int, ranks: int) -> int:
     """Micro-batches per optimizer step and rank.
 
     Raises:
         ConfigError: If they do not make up the global batch.
     """
-    if global_batch % (micro_batch * ranks):
+    if stage.global_batch % (micro_batch * ranks):
         raise ConfigError(
-            f"training.global_batch: {global_batch} is not a multiple of micro_batch "
-            f"{micro_batch} x {ranks} processes (U-Net {unet_index + 1}); change one of them."
+            f"training.global_batch: {stage.global_batch} is not a multiple of micro_batch "
+            f"{micro_batch} x {ranks} processes ({stage.name}); change one of them."
         )
-    return global_batch // (micro_batch * ranks)
+    return stage.global_batch // (micro_batch * ranks)
 
 
 def bucket_elements(num_parameters: int) -> int:

@@ -147,7 +147,7 @@ def _read_stage(
     check: bool,
     progress: Progress,
 ) -> Stage:
-    folder, index = unet_dir(run, number), number - 1
+    folder = unet_dir(run, number)
     metrics = read_metrics(folder / "metrics.jsonl", problems)
     setup = read_record(folder / "setup.json", SetupFile, problems)
     weights = _read_weights(run, number, problems)
@@ -155,9 +155,9 @@ def _read_stage(
     problems += [f"{folder / one.name}/{one.verdict}" for one in checkpoints
                  if not one.is_good and one.verdict != NOT_CHECKED]  # fmt: skip
     size = steps = None
-    if config is not None and index < len(config.unets):
-        size = config.imagen.image_sizes[index]
-        steps = config.per_unet("training", "steps", index)
+    if config is not None and number <= len(config.unets):
+        stage = config.stage(number)
+        size, steps = stage.size, stage.steps
     elif weights is not None:
         steps = weights.steps
     step = max(metrics.last_step, weights.step if weights else 0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.config import Config, dump_config, parse_config
+from imagen_scale.config import Config, StageConfig, dump_config, parse_config
 from imagen_scale.errors import CheckpointError
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.tensors import write_tensors
@@ -16,11 +16,8 @@ from imagen_scale.runs.folders import inference_path
 INFERENCE_FORMAT = "imagen-scale inference 1"
 
 
-# Inference files --------------------------------------------------------------------------------
-
-
 class InferenceFile(NamedTuple):
-    """What the header of an inference file says."""
+    """An inference file, by what its header says."""
 
     path: Path
     config: Config
@@ -35,55 +32,37 @@ class InferenceFile(NamedTuple):
         """Whether training had reached its last step."""
         return self.step >= self.steps
 
+    @property
+    def stage(self) -> StageConfig:
+        """What its stage is."""
+        return self.config.stage(self.unet_number, self.text_embed_dim)
 
-def save_inference(
-    path: Path,
-    weights: "Mapping[str, Tensor]",
-    *,
-    config: Config,
-    unet_number: int,
-    text_embed_dim: int,
-    text_fingerprint: str,
-    step: int,
-    steps: int,
-) -> None:
+
+def save_inference(file: InferenceFile, weights: "Mapping[str, Tensor]") -> None:
     """Writes EMA weights with the configuration inside; one file is all that sampling needs."""
-    stream_inference(
-        path,
-        {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()},
-        weights.items(),
-        config=config,
-        unet_number=unet_number,
-        text_embed_dim=text_embed_dim,
-        text_fingerprint=text_fingerprint,
-        step=step,
-        steps=steps,
-    )
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    stream_inference(file, shapes, weights.items())
 
 
 def stream_inference(
-    path: Path,
+    file: InferenceFile,
     shapes: "Mapping[str, tuple[torch.dtype, Iterable[int]]]",
     weights: "Iterable[tuple[str, Tensor]]",
-    *,
-    config: Config,
-    unet_number: int,
-    text_embed_dim: int,
-    text_fingerprint: str,
-    step: int,
-    steps: int,
 ) -> None:
     """`save_inference` of weights that come one at a time, in the order of `shapes`."""
     metadata = {
         "format": INFERENCE_FORMAT,
-        "config": dump_config(config),
-        "unet_number": str(unet_number),
-        "text_embed_dim": str(text_embed_dim),
-        "text_fingerprint": text_fingerprint,
-        "step": str(step),
-        "steps": str(steps),
+        "config": dump_config(file.config),
+        "unet_number": str(file.unet_number),
+        "text_embed_dim": str(file.text_embed_dim),
+        "text_fingerprint": file.text_fingerprint,
+        "step": str(file.step),
+        "steps": str(file.steps),
     }
-    write_atomically(path, lambda temporary: write_tensors(temporary, shapes, weights, metadata))
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        file.path, lambda temporary: write_tensors(temporary, shapes, weights, metadata)
+    )
 
 
 def read_inference(path: Path) -> InferenceFile:

@@ -56,8 +56,8 @@ def read_run(folder: Path) -> Run:
 
 def read_stage_progress(folder: Path, config: Config, unet_number: int) -> Stage:
     """How far one U-Net of a run is: by its reports, checkpoints and inference file."""
-    index = unet_number - 1
-    steps: int = config.per_unet("training", "steps", index)
+    stage = config.stage(unet_number)
+    steps = stage.steps
     rows = read_metrics(folder, unet_number)
     checkpoints = [
         int(path.name.removeprefix("step_"))
@@ -75,7 +75,7 @@ def read_stage_progress(folder: Path, config: Config, unet_number: int) -> Stage
             pass  # it is written anew from the newest checkpoint
     return Stage(
         unet=unet_number,
-        size=config.imagen.image_sizes[index],
+        size=stage.size,
         step=max(done, default=0),
         steps=steps,
         loss=_last(rows, "loss"),

@@ -59,17 +59,15 @@ class Stage:
         negative: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
-        config, index = file.config, file.unet_number - 1
-        self.file, self.device = file, device
-        self.image_size = config.imagen.image_sizes[index]
-        self.divisor = config.unets[index].size_divisor
+        self.file, self.config, self.device = file, file.stage, device
+        self.image_size, self.divisor = self.config.size, self.config.unet.size_divisor
         if tile is not None and (tile < 1 or tile % self.divisor):
             raise UsageError(
                 f"--tile {tile}: U-Net {file.unet_number} takes tiles in multiples of "
                 f"{self.divisor} px."
             )
         self.tile = tile if file.unet_number > 1 else None
-        self.schedule = NoiseSchedule.linear(config.per_unet("imagen", "timesteps", index))
+        self.schedule = NoiseSchedule.linear(self.config.timesteps)
         self.schedule = self.schedule.to(device)
         self.runtime = open_runtime(
             runtime, file, device=device, options=options, side=self.tile, negative=negative,
@@ -182,7 +180,8 @@ class Stage:
         if number == 1:
             raise UsageError("U-Net 1 makes pictures from text; super-resolution begins at 2.")
         self.tile = self.tile or self.image_size
-        smaller = self.file.config.imagen.image_sizes[number - 2]
+        smaller = self.config.small_size
+        assert smaller is not None
         height, width = (round(s * self.image_size / smaller) for s in picture.shape[-2:])
         enlarged = enlarge(picture[None].to(self.device), height, width)
         # The network's strides want whole multiples, and a tile wants to be full.

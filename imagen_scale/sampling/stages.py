@@ -274,7 +274,7 @@ class TrainedStages:
                 stage.close()
 
     def _tile(self, unet_number: int, tile: int | None) -> int | None:
-        size = self.files[unet_number - 1].config.imagen.image_sizes[unet_number - 1]
+        size = self.files[unet_number - 1].stage.size
         return tile if tile is not None and tile < size else None
 
     def _check_negative_prompt(self, negative_prompt: str | None, how: Sequence[Settings]) -> None:

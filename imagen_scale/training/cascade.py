@@ -53,11 +53,11 @@ def train(
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
         if config.memory.budget is None:
-            written_setup(config, number - 1, world_size(), on_card=False)
+            written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
     ranks.check_machine()
     # Prepared before the group is joined: it may take longer than any collective may wait.
-    size = config.imagen.image_sizes[numbers[0] - 1] if len(numbers) == 1 else None
+    size = config.stage(numbers[0]).size if len(numbers) == 1 else None
     prepared = prepare(config, progress=_progress(quiet), size=size)
     check_text_width(config, prepared.embeddings.dim)
     check_split(config, prepared.source.keys)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.config import Config, parse_bytes
+from imagen_scale.config import MemoryConfig, StageConfig, parse_bytes
 from imagen_scale.errors import EnvironmentProblem
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.planning.machine import Machine, calibration, this_machine
@@ -21,12 +21,7 @@ from imagen_scale.runs.folders import unet_dir
 
 
 def choose_setup(
-    config: Config,
-    run_dir: Path,
-    unet_number: int,
-    text_embed_dim: int,
-    ranks: int,
-    say: Callable[[str], None],
+    stage: StageConfig, run_dir: Path, ranks: int, say: Callable[[str], None]
 ) -> Setup:
     """The setup in force; call it on rank 0 and tell the others.
 
@@ -34,36 +29,36 @@ def choose_setup(
         EnvironmentProblem: If nothing fits `memory.budget`.
         ConfigError: If the batch sizes do not fit the number of processes.
     """
-    index = unet_number - 1
-    asked, kept = _asked(config, index, ranks), _read(run_dir, unet_number)
+    asked, kept = _asked(stage, ranks), _read(run_dir, stage.number)
     if kept is not None and kept["asked"] == asked:
         return _setup_of(kept["setup"])
-    machine = budget_machine(config, ranks)
+    machine = budget_machine(stage.memory, ranks)
     if machine is None:
-        setup = written_setup(config, index, ranks, on_card=_has_card())
+        setup = written_setup(stage, ranks, on_card=_has_card())
     else:
-        planner = Planner(config, index, text_embed_dim, machine, ratio=calibration(machine.name))
-        has_checkpoints = bool(list_checkpoints(unet_dir(run_dir, unet_number)))
+        planner = Planner(stage, machine, ratio=calibration(machine.name))
+        has_checkpoints = bool(list_checkpoints(unet_dir(run_dir, stage.number)))
         before = _setup_of(kept["setup"]) if kept and has_checkpoints else None
         plan = planner.plan(before)
         for warning in plan.warnings:
             say(f"warning: {warning}")
         setup = plan.choice.setup
         if plan.fault is not None:
+            entry = stage.number - 1
             raise EnvironmentProblem(
-                f"memory.budget {config.memory.budget}: U-Net {unet_number} does not fit. The "
+                f"memory.budget {stage.memory.budget}: {stage.name} does not fit. The "
                 f"nearest is {in_words(setup)}; at fault is {plan.fault}. See `imagen-scale plan "
-                f"--explain`; a smaller unets.{index}, or unets.{index}.crop for a "
+                f"--explain`; a smaller unets.{entry}, or unets.{entry}.crop for a "
                 f"super-resolution stage, needs less."
             )
-        say(f"U-Net {unet_number}: planned: {in_words(setup)} ({why(plan)})")
-    _write(run_dir, unet_number, asked, setup)
+        say(f"{stage.name}: planned: {in_words(setup)} ({why(plan)})")
+    _write(run_dir, stage.number, asked, setup)
     return setup
 
 
-def budget_machine(config: Config, ranks: int) -> Machine | None:
+def budget_machine(memory: MemoryConfig, ranks: int) -> Machine | None:
     """What `memory.budget` allows on this machine; None without a budget."""
-    budget = config.memory.budget
+    budget = memory.budget
     if budget is None:
         return None
     machine = this_machine(ranks)
@@ -82,24 +77,25 @@ def smaller(setup: Setup) -> Setup | None:
     return setup._replace(micro_batch=micro_batch, accumulation=share // micro_batch)
 
 
-def remember(config: Config, run_dir: Path, unet_number: int, setup: Setup) -> None:
+def remember(stage: StageConfig, run_dir: Path, setup: Setup) -> None:
     """Keeps a setup that was found by running out of memory."""
-    _write(run_dir, unet_number, _asked(config, unet_number - 1, setup.ranks), setup)
+    _write(run_dir, stage.number, _asked(stage, setup.ranks), setup)
 
 
-def _asked(config: Config, index: int, ranks: int) -> dict[str, Any]:
+def _asked(stage: StageConfig, ranks: int) -> dict[str, Any]:
     """All that a setup is derived from, except the machine."""
-    training = {
-        key: config.per_unet("training", key, index)
-        for key in ("global_batch", "micro_batch", "optimizer")
-    }
     asked = {
         "ranks": ranks,
-        "memory": config.memory.model_dump(mode="json"),
-        "training": training | {"precision": config.training.precision},
-        "grad_clip": config.training.grad_clip,
-        "zero": config.deepspeed.get("zero_optimization"),
-        "unet": config.unets[index].model_dump(mode="json"),
+        "memory": stage.memory.model_dump(mode="json"),
+        "training": {
+            "global_batch": stage.global_batch,
+            "micro_batch": stage.micro_batch,
+            "optimizer": stage.optimizer,
+            "precision": stage.training.precision,
+        },
+        "grad_clip": stage.training.grad_clip,
+        "zero": stage.zero_optimization,
+        "unet": stage.unet.model_dump(mode="json"),
     }
     return json.loads(json.dumps(asked))
 

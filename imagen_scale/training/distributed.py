@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.machine import can_pin
 from imagen_scale.planning.setup import Setup, complete_zero
@@ -40,11 +40,11 @@ def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
     )
 
 
-def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str, Any]:
+def engine_config(stage: StageConfig, setup: Setup, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one U-Net.
 
     Args:
-        config: The run; its `deepspeed` section is passed through.
+        stage: The U-Net; the run's `deepspeed` section is passed through.
         setup: How the U-Net is trained.
         num_parameters: Of the U-Net.
     """
@@ -57,18 +57,18 @@ def engine_config(config: Config, setup: Setup, num_parameters: int) -> dict[str
         # The optimizer is ours even when its states are offloaded.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        **config.deepspeed,
+        **stage.deepspeed,
         "zero_optimization": complete_zero(setup.zero, num_parameters, pin=can_pin()),
         "train_batch_size": setup.global_batch,
         "train_micro_batch_size_per_gpu": setup.micro_batch,
         "gradient_accumulation_steps": setup.accumulation,
-        "gradient_clipping": config.training.grad_clip or 0.0,
+        "gradient_clipping": stage.training.grad_clip or 0.0,
         "bf16": bf16,
     }
 
 
 def make_engine(
-    unet: Any, config: Config, unet_index: int, setup: Setup, say: Callable[[str], None] = print
+    unet: Any, stage: StageConfig, setup: Setup, say: Callable[[str], None] = print
 ) -> Any:
     """An engine around one U-Net; what it needs of DeepSpeed is compiled first, and said."""
     import deepspeed
@@ -77,15 +77,15 @@ def make_engine(
 
     if setup.in_backward:
         device = torch.device(get_accelerator().current_device_name())
-        return InBackwardEngine(unet, config, unet_index, setup, device)
+        return InBackwardEngine(unet, stage, setup, device)
 
     _start_deepspeed(setup, say)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in unet.parameters())
     try:
         engine, *_ = deepspeed.initialize(
             model=unet,
-            optimizer=make_optimizer(unet.parameters(), config, unet_index, setup),
-            config=engine_config(config, setup, num_parameters),
+            optimizer=make_optimizer(unet.parameters(), stage, setup),
+            config=engine_config(stage, setup, num_parameters),
             dist_init_required=False,
         )
     except ValueError as error:  # pydantic's ValidationError is one

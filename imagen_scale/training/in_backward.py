@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training.optimizers import make_optimizer
 
@@ -21,18 +21,15 @@ class InBackwardEngine:
 
     Args:
         unet: The network.
-        config: The run.
-        unet_index: From 0.
+        stage: The U-Net.
         setup: How it is trained.
         device: Where.
     """
 
-    def __init__(
-        self, unet: Any, config: Config, unet_index: int, setup: Setup, device: torch.device
-    ) -> None:
+    def __init__(self, unet: Any, stage: StageConfig, setup: Setup, device: torch.device) -> None:
         self.module, self.device = unet.to(device), device
         self.optimizers = {
-            name: make_optimizer([parameter], config, unet_index, setup)
+            name: make_optimizer([parameter], stage, setup)
             for name, parameter in self.module.named_parameters()
         }
         self.optimizer = _Groups(self.optimizers)

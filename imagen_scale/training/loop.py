@@ -2,14 +2,12 @@
 
 import math
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 
 
-def learning_rate(config: Config, unet_index: int, step: int) -> float:
+def learning_rate(stage: StageConfig, step: int) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to zero."""
-    training = config.training
-    peak = config.per_unet("training", "lr", unet_index)
-    steps = config.per_unet("training", "steps", unet_index)
+    training, peak, steps = stage.training, stage.lr, stage.steps
     if step < training.warmup_steps:
         return peak * (step + 1) / training.warmup_steps
     if training.lr_schedule == "constant":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.planning.cache import cached_measure
 from imagen_scale.planning.cost import process_bytes, step_cost
 from imagen_scale.planning.machine import keep_calibration, this_machine
@@ -71,28 +71,17 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def check_plan(
-    config: Config,
-    unet_index: int,
-    text_embed_dim: int,
-    setup: Setup,
-    baseline: int,
-    say: Callable[[str], None],
-) -> None:
+def check_plan(stage: StageConfig, setup: Setup, baseline: int, say: Callable[[str], None]) -> None:
     """Says what was predicted and what is used, and keeps the ratio for the next plan.
 
     Args:
-        config: The run.
-        unet_index: From 0.
-        text_embed_dim: Width of the encoder's features.
+        stage: The U-Net.
         setup: In force.
         baseline: Host memory of this process before the U-Net was built.
         say: Told the figures.
     """
     activations = cached_measure(
-        config,
-        unet_index,
-        text_embed_dim,
+        stage,
         micro_batch=setup.micro_batch,
         checkpointing=setup.checkpointing,
         offload_activations=setup.offload_activations,
@@ -101,7 +90,7 @@ def check_plan(
     cost = step_cost(setup, activations, on_card=on_card)
     host = cost.host / setup.ranks - process_bytes(on_card=on_card)
     measured_host = peak_host_bytes() - baseline
-    where = f"plan check, U-Net {unet_index + 1}"
+    where = f"plan check, {stage.name}"
     if not on_card:
         predicted = cost.card + host
         say(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.loss import image_loss
@@ -32,22 +32,15 @@ class Objective:
     nothing, and no generator state needs saving.
 
     Args:
-        config: The run.
-        unet_index: Which U-Net, from 0.
+        stage: The U-Net.
         device: Where the batches are computed.
     """
 
-    def __init__(self, config: Config, unet_index: int, device: torch.device) -> None:
-        imagen, sizes = config.imagen, config.imagen.image_sizes
-        self.config, self.unet_index, self.device = config, unet_index, device
-        self.pred_type = config.unets[unet_index].pred_type
-        self.size = sizes[unet_index]
-        self.small_size = sizes[unet_index - 1] if unet_index > 0 else None
-        self.crop = config.unets[unet_index].crop
-        timesteps = config.per_unet("imagen", "timesteps", unet_index)
-        self.schedule = NoiseSchedule.linear(timesteps).to(device)
-        self.lowres_times = max(1, round(timesteps * config.training.lowres_aug_max))
-        self.loss_type = imagen.loss_type
+    def __init__(self, stage: StageConfig, device: torch.device) -> None:
+        self.stage, self.device = stage, device
+        self.pred_type, self.crop = stage.unet.pred_type, stage.unet.crop
+        self.schedule = NoiseSchedule.linear(stage.timesteps).to(device)
+        self.lowres_times = max(1, round(stage.timesteps * stage.training.lowres_aug_max))
 
     def loss(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
         """Mean loss over a batch, a float32 scalar; see `losses`."""
@@ -64,8 +57,8 @@ class Objective:
         x_0 = batch.images.to(self.device, non_blocking=True)
         draws = self.draw(batch.positions, x_0.shape[1:], purpose)
         lowres_img = None
-        if self.small_size is not None:
-            lowres_img = shrink_and_enlarge(x_0, self.small_size)
+        if self.stage.small_size is not None:
+            lowres_img = shrink_and_enlarge(x_0, self.stage.small_size)
         if self.crop is not None and draws.corners is not None and lowres_img is not None:
             # The same window of both, cut after shrinking: its borders are the whole picture's.
             x_0 = crop_at(x_0, draws.corners, self.crop)
@@ -82,7 +75,7 @@ class Objective:
             target = self.schedule.v_target(x_0, draws.t, draws.eps)
         else:
             target = draws.eps
-        return image_loss(prediction, target, self.loss_type)
+        return image_loss(prediction, target, self.stage.imagen.loss_type)
 
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
         """Random numbers of the samples at `positions`, (B,), for pictures of `shape`."""
@@ -95,24 +88,24 @@ class Objective:
             torch.stack(eps),
             torch.stack(keep_mask),
             torch.stack(lowres_t),
-            None if self.small_size is None else torch.stack(lowres_eps),
+            None if self.stage.small_size is None else torch.stack(lowres_eps),
             None if self.crop is None else torch.stack(corners),
         )
 
     def _draw_one(self, position: int, shape: torch.Size, purpose: str) -> tuple[Tensor, ...]:
-        seed = seeded(purpose, self.config.training.seed, self.unet_index, position)
+        seed = seeded(purpose, self.stage.training.seed, self.stage.seed_index, position)
         generator = torch.Generator(self.device).manual_seed(seed)
         where: dict[str, Any] = {"generator": generator, "device": self.device}
         t = torch.randint(self.schedule.timesteps, (), **where)
         lowres_t = torch.randint(self.lowres_times, (), **where)
-        keep = torch.rand((), **where) >= self.config.imagen.cond_drop_prob
+        keep = torch.rand((), **where) >= self.stage.imagen.cond_drop_prob
         eps = torch.randn(shape, **where)
-        lowres_eps = eps if self.small_size is None else torch.randn(shape, **where)
+        lowres_eps = eps if self.stage.small_size is None else torch.randn(shape, **where)
         corner = t
-        if self.crop is not None and self.small_size is not None:
+        if self.crop is not None and self.stage.small_size is not None:
             # On the grid of the low-resolution pixels, so that every crop sees them alike.
-            grid = max(1, self.size // self.small_size)
-            places = (self.size - self.crop) // grid + 1
+            grid = max(1, self.stage.size // self.stage.small_size)
+            places = (self.stage.size - self.crop) // grid + 1
             corner = torch.randint(places, (2,), **where) * grid
         return t, eps, keep, lowres_t, lowres_eps, corner
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from imagen_scale.config import Config
+from imagen_scale.config import StageConfig
 from imagen_scale.errors import MissingExtraError
 from imagen_scale.planning.cost import GROUP_ELEMENTS
 from imagen_scale.planning.setup import Setup
@@ -20,9 +20,7 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def make_optimizer(
-    parameters: Iterable[Parameter], config: Config, unet_index: int, setup: Setup
-) -> Any:
+def make_optimizer(parameters: Iterable[Parameter], stage: StageConfig, setup: Setup) -> Any:
     """The optimizer of one U-Net.
 
     AdamW is DeepSpeed's CPU kernel for offloaded states and torch's fused one otherwise; without
@@ -31,8 +29,7 @@ def make_optimizer(
     Raises:
         MissingExtraError: If bitsandbytes is needed and not installed.
     """
-    training = config.training
-    lr = config.per_unet("training", "lr", unet_index)
+    training, lr = stage.training, stage.lr
     if setup.optimizer == "adafactor":
         return MatrixAdafactor(parameters, lr=lr, weight_decay=training.weight_decay)
     options: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imagen_scale.config import Config
+from imagen_scale.config import Config, StageConfig
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.errors import CheckpointError, EnvironmentProblem
@@ -28,22 +28,21 @@ class Saver:
 
     Args:
         config: The run.
-        run_dir: Its folder.
-        unet_number: From 1.
-        steps: Optimizer steps in all.
+        stage: The U-Net.
+        run_dir: The run's folder.
         prepared: What is trained on.
         say: Told of what happens; on rank 0.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, unet_number: int, steps: int, prepared: Prepared,
+        self, config: Config, stage: StageConfig, run_dir: Path, prepared: Prepared,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.config, self.unet_number, self.steps, self.say = config, unet_number, steps, say
+        self.config, self.stage, self.steps, self.say = config, stage, stage.steps, say
         self._good = 0  # step of the newest checkpoint that is whole
         self._unsaved: list[str] = []  # what of the last step could not be
-        self.folder = folders.unet_dir(run_dir, unet_number)
-        self.inference = folders.inference_path(run_dir, unet_number)
+        self.folder = folders.unet_dir(run_dir, stage.number)
+        self.inference = folders.inference_path(run_dir, stage.number)
         self.pictures = prepared.source.fingerprint
         self.text_embed_dim = prepared.embeddings.dim
         self.encoder = encoder_fingerprint(encoder_folder(config.text_encoder))
@@ -91,7 +90,7 @@ class Saver:
         publish(engine)
         step: int = manifest["step"]
         self._good = step
-        self.say(f"U-Net {self.unet_number}: continues at step {step} of {self.steps}")
+        self.say(f"{self.stage.name}: continues at step {step} of {self.steps}")
         now = self._facts(setup)
         if changed := [f"{key} {manifest[key]} -> {now[key]}" for key in now
                        if manifest[key] != now[key]]:  # fmt: skip
@@ -131,10 +130,7 @@ class Saver:
             save()
         except EnvironmentProblem as error:
             from_rank_0(lambda: checkpoint.clear_staging(self.folder))
-            where = (
-                f"U-Net {self.unet_number}: no {what} saved at step {step} in {self.folder}: "
-                f"{error}"
-            )
+            where = f"{self.stage.name}: no {what} saved at step {step} in {self.folder}: {error}"
             if step >= self.steps:
                 self._unsaved.append(where)
             else:
@@ -144,7 +140,7 @@ class Saver:
 
     def _save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> None:
         # Without ZeRO every rank holds the same: one writes.
-        writes = rank() == 0 or setup.stage > 0
+        writes = rank() == 0 or setup.zero_stage > 0
         needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
         torch.distributed.all_reduce(needed)
         from_rank_0(lambda: check_space(self.folder, int(needed)))
@@ -176,17 +172,11 @@ class Saver:
         failure: Exception | None = None
         if rank() == 0:
             try:
-                inference.stream_inference(
-                    self.inference,
-                    ema.shapes(),
-                    weights,
-                    config=self.config,
-                    unet_number=self.unet_number,
-                    text_embed_dim=self.text_embed_dim,
-                    text_fingerprint=self.encoder,
-                    step=step,
-                    steps=self.steps,
-                )
+                file = inference.InferenceFile(
+                    self.inference, self.config, self.stage.number, self.text_embed_dim,
+                    self.encoder, step, self.steps,
+                )  # fmt: skip
+                inference.stream_inference(file, ema.shapes(), weights)
             except Exception as error:  # the other ranks are still giving their shares
                 failure = error
         for _ in weights:
@@ -202,7 +192,7 @@ class Saver:
         """How the state is divided: told when it changes."""
         return {
             "processes": world_size(),
-            "zero_stage": setup.stage,
+            "zero_stage": setup.zero_stage,
             "optimizer": setup.optimizer,
         }
 

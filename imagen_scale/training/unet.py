@@ -61,13 +61,10 @@ class UnetTraining:
     ) -> None:
         self.plan_check, self.request, self.watchdog = plan_check, request, watchdog
         self.config, self.run_dir, self.prepared, self.say = config, run_dir, prepared, say
-        self.unet_number, self.index = unet_number, unet_number - 1
-        self.training = config.training
-        self.steps = config.per_unet("training", "steps", self.index)
-        self.size = config.imagen.image_sizes[self.index]
         # The learned null embedding of every caption is as wide as the encoder's features.
-        self.text_embed_dim = prepared.embeddings.dim
-        self.saver = Saver(config, run_dir, unet_number, self.steps, prepared, say)
+        self.stage = config.stage(unet_number, prepared.embeddings.dim)
+        self.training, self.steps = config.training, self.stage.steps
+        self.saver = Saver(config, self.stage, run_dir, prepared, say)
         self.has_gone_back = False
         self.train_indices, self.val_indices = split_indices(
             prepared.source.keys, config.data.val_fraction
@@ -76,15 +73,12 @@ class UnetTraining:
     def run(self) -> None:
         """Trains to the last step; does nothing when that was reached before."""
         if from_rank_0(self.saver.is_finished):
-            self.say(f"U-Net {self.unet_number}: already trained ({self.steps} steps)")
+            self.say(f"{self.stage.name}: already trained ({self.steps} steps)")
             return
         self.setup: Setup = from_rank_0(
-            lambda: choose_setup(
-                self.config, self.run_dir, self.unet_number, self.text_embed_dim, world_size(),
-                self.say,
-            )
-        )  # fmt: skip
-        if self.setup.stage == 3 or self.setup.offloads_optimizer:
+            lambda: choose_setup(self.stage, self.run_dir, world_size(), self.say)
+        )
+        if self.setup.zero_stage == 3 or self.setup.offloads_optimizer:
             return_freed_host_memory()
         while not self._run_once():
             pass
@@ -123,10 +117,10 @@ class UnetTraining:
     def _take_less(self, message: str) -> None:
         """Goes on with half the micro-batch: the global batch and its gradient stay the same."""
         setup = smaller(self.setup)
-        where = f"U-Net {self.unet_number}: out of memory at step {self.step + 1} ({message})"
+        where = f"{self.stage.name}: out of memory at step {self.step + 1} ({message})"
         if setup is None:
             raise EnvironmentProblem(f"{where}. {self._advice()}")
-        remember(self.config, self.run_dir, self.unet_number, setup)
+        remember(self.stage, self.run_dir, setup)
         change = (
             f"{setup.micro_batch} x {setup.accumulation} accumulated instead of "
             f"{self.setup.micro_batch} x {self.setup.accumulation}"
@@ -145,7 +139,7 @@ class UnetTraining:
 
     def _advice(self) -> str:
         machine = this_machine(world_size())
-        plan = Planner(self.config, self.index, self.text_embed_dim, machine).plan()
+        plan = Planner(self.stage, machine).plan()
         knobs = (
             "memory.checkpointing blocks, memory.offload_activations, "
             "deepspeed.zero_optimization with offload_optimizer, or unets[i].crop"
@@ -159,20 +153,20 @@ class UnetTraining:
         forget_peaks()
         self.baseline = host_bytes()
         # The same initial weights on every rank and at every start.
-        torch.manual_seed(seeded("init", self.training.seed, self.index))
-        unet = UNet(self.config.unet(self.index, self.text_embed_dim))
+        torch.manual_seed(seeded("init", self.training.seed, self.stage.seed_index))
+        unet = UNet(self.stage.network)
         num_parameters = sum(parameter.numel() for parameter in unet.parameters())
         setup = self.setup
         hold = in_host_memory if setup.offload_activations else nullcontext
         apply_checkpointing(unet, setup.checkpointing, hold=hold).train()
-        self.engine = distributed.make_engine(unet, self.config, self.index, setup, self.say)
+        self.engine = distributed.make_engine(unet, self.stage, setup, self.say)
         self.ema = Ema(self.engine, self.training.ema_decay, offload=setup.ema_offload)
-        self.objective = Objective(self.config, self.index, self.engine.device)
+        self.objective = Objective(self.stage, self.engine.device)
         self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
-        crop = self.config.unets[self.index].crop
-        pixels = f"{self.size} px" if crop is None else f"{crop} px crops of {self.size} px"
+        crop, size = self.stage.unet.crop, self.stage.size
+        pixels = f"{size} px" if crop is None else f"{crop} px crops of {size} px"
         self.say(
-            f"U-Net {self.unet_number}: {num_parameters / 1e6:.1f} M parameters, {pixels}, "
+            f"{self.stage.name}: {num_parameters / 1e6:.1f} M parameters, {pixels}, "
             f"{len(self.train_indices)} pictures; {in_words(setup)}"
         )
 
@@ -185,13 +179,13 @@ class UnetTraining:
 
     def _dataset(self, indices: list[int], *, shuffle: bool) -> CaptionedImages:
         return CaptionedImages(
-            self.prepared.images[self.size],
+            self.prepared.images[self.stage.size],
             self.prepared.source.captions,
             self.prepared.embeddings,
             indices,
-            seed=seeded("data", self.training.seed, self.index),
+            seed=seeded("data", self.training.seed, self.stage.seed_index),
             flip=self.config.data.flip and shuffle,
-            max_text_len=self.config.unets[self.index].max_text_len,
+            max_text_len=self.stage.unet.max_text_len,
             shuffle=shuffle,
         )
 
@@ -212,7 +206,7 @@ class UnetTraining:
         skipped = 0  # in a row
         with self._telemetry(self.step) as telemetry, self.watchdog.phase("step"):
             while self.step < self.steps:
-                lr = learning_rate(self.config, self.index, self.step)
+                lr = learning_rate(self.stage, self.step)
                 # The first one may be slow on one rank only: it allocates and compiles.
                 with self.watchdog.phase("first step" if self.step == first else "step"):
                     stepped = self.stepper.step(loaded, lr)
@@ -262,7 +256,7 @@ class UnetTraining:
                 f"stopped by {name} after step {step} of {self.steps}, which could not be saved; "
                 f"the newest checkpoint is of step {self.saved_step}"
             )
-        raise Preempted(f"U-Net {self.unet_number}: {what}. The same command continues it.", signum)
+        raise Preempted(f"{self.stage.name}: {what}. The same command continues it.", signum)
 
     def _tell_skipped(
         self, telemetry: Telemetry | None, dataset: CaptionedImages, stepped: Stepped, skipped: int
@@ -279,13 +273,13 @@ class UnetTraining:
             if names
             else "a gradient was not finite, though every loss was"
         )
-        where = f"U-Net {self.unet_number}: step {self.step} left out: {reason}"
+        where = f"{self.stage.name}: step {self.step} left out: {reason}"
         self.say(f"WARNING: {where}")
         if telemetry is not None:
             telemetry.write(self.step, skipped=1)
         if skipped < self.training.max_skipped:
             return
-        where = f"U-Net {self.unet_number}: {skipped} steps in a row left out; of the last {reason}"
+        where = f"{self.stage.name}: {skipped} steps in a row left out; of the last {reason}"
         if not self.has_gone_back:
             raise _GoBack(where)
         raise ImagenScaleError(
@@ -296,11 +290,11 @@ class UnetTraining:
 
     def _draw(self, telemetry: Telemetry | None, step: int) -> None:
         try:
-            drawn = draw_grid(self.run_dir, self.unet_number, step, self.prepared)
+            drawn = draw_grid(self.run_dir, self.stage.number, step, self.prepared)
         # Pictures are a pleasure, not a reason to stop. Without the file for sampling, which a
         # full disk refused, there are none either.
         except (torch.OutOfMemoryError, OSError, CheckpointError) as error:
-            self.say(f"U-Net {self.unet_number}: no pictures at step {step}: {error}")
+            self.say(f"{self.stage.name}: no pictures at step {step}: {error}")
             return
         if telemetry is not None:
             telemetry.write(step, **drawn.measures)
@@ -311,7 +305,7 @@ class UnetTraining:
         made: list[Telemetry] = []
 
         def make() -> None:
-            made.append(Telemetry(self.run_dir, self.config, self.unet_number, step, self.steps))
+            made.append(Telemetry(self.run_dir, self.config, self.stage.number, step, self.steps))
 
         from_rank_0(make)  # ranks must not be left waiting when rank 0 cannot report
         return made[0] if made else nullcontext()
@@ -320,9 +314,7 @@ class UnetTraining:
         return every is not None and (step % every == 0 or step == self.steps)
 
     def _check_plan(self) -> None:
-        check_plan(
-            self.config, self.index, self.text_embed_dim, self.setup, self.baseline, self.say
-        )
+        check_plan(self.stage, self.setup, self.baseline, self.say)
 
     def _report(self, telemetry: Telemetry | None, lr: float, window: list[torch.Tensor]) -> None:
         step = self.step
@@ -330,7 +322,7 @@ class UnetTraining:
         not_finite = 0.0 if self.ema.is_finite() else 1.0
         if self._mean_over_ranks(torch.tensor(not_finite, device=self.engine.device)) > 0:
             raise ImagenScaleError(
-                f"U-Net {self.unet_number}: training diverged before step {step}: the weights are "
+                f"{self.stage.name}: training diverged before step {step}: the weights are "
                 f"not finite; nothing of it was saved. Lower it with --set training.lr=... or "
                 f"raise training.warmup_steps, and run the command again: it continues from the "
                 f"newest checkpoint. If that diverges too, start anew with --fresh."

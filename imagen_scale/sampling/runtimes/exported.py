@@ -59,15 +59,13 @@ class ExportedRuntime:
         profile: Profile | None,
         dynamic_size: bool,
     ) -> None:
-        index = file.unet_number - 1
         self.name, self.device = backend.name, backend.device
-        self._file, self._backend, self._profile = file, backend, profile
+        self._backend, self._profile = backend, profile
         self._executors: dict[bool, Executor] = {}
         self._conditioner = conditioner
-        self._image_size = file.config.imagen.image_sizes[index]
+        self._stage = file.stage
         self._dynamic_size = dynamic_size
-        timesteps = file.config.per_unet("imagen", "timesteps", index)
-        self._schedule = NoiseSchedule.linear(timesteps).to(self.device)
+        self._schedule = NoiseSchedule.linear(file.stage.timesteps).to(self.device)
 
     def bind(
         self,
@@ -93,7 +91,7 @@ class ExportedRuntime:
         """
         if negative is not None:
             raise no_negative_prompt(self.name)
-        if (self._file.unet_number > 1) != (lowres_img is not None and lowres_t is not None):
+        if self._stage.is_super_resolution != (lowres_img is not None and lowres_t is not None):
             raise ShapeError(
                 "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
             )
@@ -124,7 +122,7 @@ class ExportedRuntime:
             ExportError: Saying what it takes.
         """
         batch, sides = shape[0], tuple(shape[2:])
-        number, profile = self._file.unet_number, self._profile
+        number, profile, size = self._stage.number, self._profile, self._stage.size
         if profile and not profile.batch[0] <= batch <= profile.batch[2]:
             raise ExportError(
                 f"the engine of U-Net {number} takes {profile.batch[0]} to {profile.batch[2]} "
@@ -133,13 +131,13 @@ class ExportedRuntime:
                 f"--force`."
             )
         if not self._dynamic_size:
-            if sides != (self._image_size, self._image_size):
+            if sides != (size, size):
                 raise ExportError(
-                    f"the export of U-Net {number} takes images of {self._image_size} px, not "
+                    f"the export of U-Net {number} takes images of {size} px, not "
                     f"{sides[1]} x {sides[0]}. Export it again with --dynamic-size --force."
                 )
             return
-        divisor = self._file.config.unets[number - 1].size_divisor
+        divisor = self._stage.unet.size_divisor
         if any(side % divisor for side in sides):
             raise ExportError(
                 f"U-Net {number} takes sides in multiples of {divisor} px, not "
@@ -153,7 +151,7 @@ class ExportedRuntime:
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that the graph's prediction implies, (B, C, H, W)."""
-        if self._file.config.unets[self._file.unet_number - 1].pred_type == "v":
+        if self._stage.unet.pred_type == "v":
             return self._schedule.v_to_eps(x_t, t, prediction)
         return prediction
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import stat
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,14 +154,13 @@ def onnx_sha256(folder: Path) -> str:
 
 def sampler_constants(file: InferenceFile) -> SamplerConstants:
     """What sampling with this inference file uses."""
-    index, imagen = file.unet_number - 1, file.config.imagen
-    timesteps = file.config.per_unet("imagen", "timesteps", index)
-    betas = NoiseSchedule.linear(timesteps).betas
+    stage, imagen = file.stage, file.config.imagen
+    betas = NoiseSchedule.linear(stage.timesteps).betas
     return SamplerConstants(
-        pred_type=file.config.unets[index].pred_type,
-        timesteps=timesteps,
+        pred_type=stage.unet.pred_type,
+        timesteps=stage.timesteps,
         betas_sha256=hashlib.sha256(betas.numpy().tobytes()).hexdigest(),
-        image_size=imagen.image_sizes[index],
+        image_size=stage.size,
         dynamic_thresholding_percentile=imagen.dynamic_thresholding_percentile,
         lowres_sample_noise_level=imagen.lowres_sample_noise_level,
     )
@@ -172,14 +172,14 @@ def text_facts(file: InferenceFile) -> TextFacts:
         encoder=file.config.text_encoder,
         fingerprint=file.text_fingerprint,
         embed_dim=file.text_embed_dim,
-        max_text_len=file.config.unets[file.unet_number - 1].max_text_len,
+        max_text_len=file.stage.unet.max_text_len,
     )
 
 
 def unet_facts(file: InferenceFile) -> dict[str, Any]:
     """The U-Net's configuration with every null filled in, as JSON has it."""
-    unet = file.config.unet(file.unet_number - 1, file.text_embed_dim)
-    return json.loads(unet.model_dump_json())
+    stage = file.stage
+    return json.loads(json.dumps({"crop": stage.unet.crop, **asdict(stage.network)}))
 
 
 def write_manifest(
@@ -211,7 +211,7 @@ def write_manifest(
         exporter={name: importlib.metadata.version(name) for name in packages},
         denoiser=denoiser,
         conditioner=conditioner,
-        size_divisor=file.config.unets[file.unet_number - 1].size_divisor,
+        size_divisor=file.stage.unet.size_divisor,
         profile=profile,
         sampler=sampler_constants(file),
         text=text_facts(file),

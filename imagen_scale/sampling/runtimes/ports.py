@@ -7,7 +7,7 @@ the precision inside, so every runtime fills the same buffers.
 from dataclasses import dataclass
 from typing import Literal
 
-from imagen_scale.config import UnetConfig
+from imagen_scale.config import Network
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -30,25 +30,23 @@ class Port:
 
 
 def denoiser_inputs(
-    unet: UnetConfig, image_size: int, *, dynamic_size: bool, guided: bool = True
+    unet: Network, image_size: int, *, dynamic_size: bool, guided: bool = True
 ) -> list[Port]:
     """Inputs of a denoiser, in order.
 
     Args:
-        unet: With every null filled in (`Config.unet`).
+        unet: The network.
         image_size: Side of the stage's pictures in pixels.
         dynamic_size: Whether height and width are free.
         guided: Whether it is the guided one, which takes a guidance scale for each image.
     """
-    cond_dim = unet.cond_dim
-    assert cond_dim is not None  # `Config.unet` filled it in
     side: tuple[Dim, Dim] = (HEIGHT, WIDTH) if dynamic_size else (image_size, image_size)
     image = (BATCH, unet.channels, *side)
     ports = [
         Port("x_t", image),
         Port("t", (BATCH,)),
-        Port("text_tokens", (BATCH, unet.max_text_len, cond_dim)),
-        Port("text_hidden", (BATCH, unet.dim * 4 * (2 if unet.lowres_cond else 1))),
+        Port("text_tokens", (BATCH, unet.max_text_len, unet.cond_dim)),
+        Port("text_hidden", (BATCH, unet.time_cond_dim)),
     ]
     if guided:
         ports.append(Port("cond_scale", (BATCH,)))
@@ -57,23 +55,21 @@ def denoiser_inputs(
     return ports
 
 
-def denoiser_output(unet: UnetConfig, image_size: int, *, dynamic_size: bool) -> Port:
+def denoiser_output(unet: Network, image_size: int, *, dynamic_size: bool) -> Port:
     """The prediction: noise or v, as the U-Net was trained."""
     x_t = denoiser_inputs(unet, image_size, dynamic_size=dynamic_size)[0]
-    assert unet.channels_out is not None
     return Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))
 
 
-def conditioner_inputs(unet: UnetConfig) -> list[Port]:
+def conditioner_inputs(unet: Network) -> list[Port]:
     """Inputs of the text conditioner: encoder features, cut or filled to `max_text_len`."""
-    assert unet.text_embed_dim is not None
     return [
         Port("text_embeds", (BATCH, unet.max_text_len, unet.text_embed_dim)),
         Port("text_mask", (BATCH, unet.max_text_len), "bool"),
     ]
 
 
-def conditioner_outputs(unet: UnetConfig) -> list[Port]:
+def conditioner_outputs(unet: Network) -> list[Port]:
     """What the denoiser takes as text."""
     ports = denoiser_inputs(unet, 1, dynamic_size=False)
     return [port for port in ports if port.name in ("text_tokens", "text_hidden")]

@@ -35,19 +35,17 @@ class TorchRuntime:
         compiled: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
-        config, index = file.config, file.unet_number - 1
         precision = options.precision
         if precision is None:
-            is_bf16 = config.training.precision == "bf16" and device.type == "cuda"
+            is_bf16 = file.stage.training.precision == "bf16" and device.type == "cuda"
             precision = "bf16" if is_bf16 else "fp32"
         self.device, self.sequential, self.compiled = device, options.sequential, compiled
         self.name = f"{'torch.compile' if compiled else 'torch'} {precision} on {device.type}"
         self.say = say
-        timesteps = config.per_unet("imagen", "timesteps", index)
-        self.schedule = NoiseSchedule.linear(timesteps).to(device)
+        self.schedule = NoiseSchedule.linear(file.stage.timesteps).to(device)
         # Built without memory and then given the tensors of the file.
         with torch.device("meta"):
-            unet = UNet(config.unet(index, file.text_embed_dim))
+            unet = UNet(file.stage.network)
         unet.load_state_dict(load_weights(file.path), assign=True)
         self.unet: UNet = unet.to(device, _DTYPES[precision]).eval().requires_grad_(False)
         if options.channels_last:
@@ -189,4 +187,4 @@ def load_unet(file: InferenceFile) -> UNet:
 def empty_unet(file: InferenceFile) -> UNet:
     """The U-Net of an inference file without memory for its weights, in evaluation mode."""
     with torch.device("meta"):
-        return UNet(file.config.unet(file.unet_number - 1, file.text_embed_dim)).eval()
+        return UNet(file.stage.network).eval()
