@@ -32,13 +32,15 @@ from report import machine, split_at_marks, table, write_between_marks
 from torch import Tensor
 
 from imagen_scale.config import Config, load_config
+from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ImagenScaleError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import InferenceFile, read_inference, save_inference
-from imagen_scale.sampling.runtimes.contract import Options, Text
+from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
-from imagen_scale.sampling.settings import Settings
-from imagen_scale.sampling.stage import Stage
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Inputs, Stage
 
 CONFIG = peers.ROOT / "configs" / "pokemon_64.json"
 MARK = "sampling_speed"
@@ -46,15 +48,21 @@ COLUMNS = ("", "guided evaluation", "times MinImagen", "largest error / largest 
            "times MinImagen", "first call")  # fmt: skip
 STEPS, MINIMAGEN_STEPS, SCALE = 25, 1000, 3.0
 ROWS = [
-    ("torch, fp32", "torch", Options(precision="fp32")),
-    ("torch, fp32, channels_last", "torch", Options(precision="fp32", channels_last=True)),
-    ("torch, bf16", "torch", Options(precision="bf16")),
-    ("torch, bf16, channels_last", "torch", Options(precision="bf16", channels_last=True)),
-    ("torch.compile, fp32", "compile", Options(precision="fp32")),
-    ("torch.compile, bf16", "compile", Options(precision="bf16")),
-    ("ONNX Runtime, fp32", "onnx", Options(precision="fp32")),
-    ("OpenVINO, fp32", "openvino", Options(precision="fp32")),
-    ("OpenVINO, bf16", "openvino", Options(precision="bf16")),
+    ("torch, fp32", RuntimeOptions(runtime="torch", precision="fp32")),
+    (
+        "torch, fp32, channels_last",
+        RuntimeOptions(runtime="torch", precision="fp32", channels_last=True),
+    ),
+    ("torch, bf16", RuntimeOptions(runtime="torch", precision="bf16")),
+    (
+        "torch, bf16, channels_last",
+        RuntimeOptions(runtime="torch", precision="bf16", channels_last=True),
+    ),
+    ("torch.compile, fp32", RuntimeOptions(runtime="compile", precision="fp32")),
+    ("torch.compile, bf16", RuntimeOptions(runtime="compile", precision="bf16")),
+    ("ONNX Runtime, fp32", RuntimeOptions(runtime="onnx", precision="fp32")),
+    ("OpenVINO, fp32", RuntimeOptions(runtime="openvino", precision="fp32")),
+    ("OpenVINO, bf16", RuntimeOptions(runtime="openvino", precision="bf16")),
 ]
 
 
@@ -119,6 +127,8 @@ def measure(only: tuple[str, ...], rounds: int, pictures: int) -> str:
     text = Text(torch.randn(1, 32, 512, generator=generator), torch.ones(1, 32).bool())
     x_t, t = torch.randn(1, 3, size, size, generator=generator), torch.tensor([500])
 
+    schedule = NoiseSchedule.linear(1000)
+
     def reference() -> Tensor:
         return peer.forward_with_cond_scale(
             x_t, t, text_embeds=text.embeds, text_mask=text.mask, cond_scale=SCALE
@@ -129,19 +139,20 @@ def measure(only: tuple[str, ...], rounds: int, pictures: int) -> str:
         with torch.inference_mode():
             expected, missing = reference(), []
             ready: dict[str, Ready] = {}
-            for name, kind, how in ROWS:
+            for name, how in ROWS:
                 if only and name not in only:
                     continue
                 say(name)
                 try:
-                    runtime = open_runtime(kind, file, device=torch.device("cpu"), options=how)
-                    denoiser = runtime.bind(text, cond_scale=SCALE, lowres_img=None, lowres_t=None)
+                    runtime = open_runtime(file, torch.device("cpu"), how)
+                    denoiser = runtime.bind(Conditioning(text, SCALE))
 
                     def evaluate(denoiser: Any = denoiser) -> Tensor:
                         return denoiser(x_t, t)
 
                     first = seconds_of(evaluate)
-                    error = (evaluate() - expected).abs().max() / expected.abs().max()
+                    eps = (x_t - schedule.alpha[500] * evaluate()) / schedule.sigma[500]
+                    error = (eps - expected).abs().max() / expected.abs().max()
                     ready[name] = Ready(runtime, evaluate, first, error.item())
                 except ImagenScaleError as problem:
                     missing.append(f"Not measured: {name}: {problem}")
@@ -160,12 +171,12 @@ def time_pictures(
 ) -> dict[str, float]:
     """Median seconds of a whole picture, by the row's name."""
     stage = Stage(file, torch.device("cpu"))
-    own, how = stage.runtime, Settings(steps=STEPS, cond_scale=SCALE)
+    own, how = stage.runtime, StageSettings(steps=STEPS, cond_scale=SCALE)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for number in range(rounds):
         for name, row in ready.items():
             stage.runtime = row.runtime
-            seconds[name].append(seconds_of(lambda: list(stage.parts(text, [0], how))))
+            seconds[name].append(seconds_of(lambda: list(stage.parts(Inputs(text, [0]), how))))
         say(f"pictures: round {number + 1} of {rounds}")
     stage.runtime = own
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -19,6 +19,7 @@ from imagen_scale.data.sequence import split_indices
 from imagen_scale.diffusion.sampler import num_evaluations
 from imagen_scale.evaluation import retrieval_accuracy
 from imagen_scale.files.pictures import save_grid, to_uint8
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages
 
 MARK = "steps_quality"
@@ -77,8 +78,8 @@ def main(
     prepared = prepare(cascade.files[0].config)
     indices = split_indices(prepared.source.keys, 0.0)[0][:count]
     captions = [prepared.source.captions[i] for i in indices]
-    sizes = cascade.files[-1].config.imagen.image_sizes
-    real = real_pictures(prepared, indices, sizes[len(cascade.files) - 1])
+    configs = cascade.configs
+    real = real_pictures(prepared, indices, configs[-1].size)
     lines, shown = [], {}
     for row in ROWS:
         if only and row.sampler not in only:
@@ -86,10 +87,11 @@ def main(
         accuracy, distance = 0.0, 0.0
         for seed in range(seeds):
             images = cascade.sample(
-                captions, seed=seed, steps=row.steps, sampler=row.sampler, spacing=row.spacing,
-                cond_scale=cond_scale,
+                captions,
+                SamplingOptions(seed=seed, steps=row.steps, sampler=row.sampler,
+                                spacing=row.spacing, cond_scale=cond_scale),
             )[-1]  # fmt: skip
-            accuracy += retrieval_accuracy(images, real, sizes[0]) / seeds
+            accuracy += retrieval_accuracy(images, real, configs[0].size) / seeds
             distance += (images - real).square().flatten(1).mean(1).sqrt().mean().item() / seeds
             shown.setdefault(row, images)
         evaluations = num_evaluations(row.sampler, row.steps)

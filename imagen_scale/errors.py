@@ -2,13 +2,39 @@
 
 Each message says where, what was seen, what is allowed and what to do next. The command line
 prints it without a traceback and exits with `exit_code`: 2 for wrong use, 1 for a failure.
+
+What a message says of an option it says with `option("cond_scale")`: Python prints `cond_scale`,
+the command line `--cond-scale`, the page its label.
 """
+
+import re
+from collections.abc import Callable
+
+_MARK = "\x1f"  # the "unit separator": stands in no path and no prompt that can be typed
+
+
+def option(name: str) -> str:
+    """An option's place in a message, by its name in Python."""
+    return f"{_MARK}{name}{_MARK}"
+
+
+def spelled(message: str, spell: Callable[[str], str] = str) -> str:
+    """A message with its options as one face spells them; as Python does by default."""
+    return re.sub(f"{_MARK}(\\w+){_MARK}", lambda found: spell(found[1]), message)
 
 
 class ImagenScaleError(Exception):
     """Base class: catch this one to catch them all."""
 
     exit_code = 1
+
+    @property
+    def message(self) -> str:
+        """The message with its options still marked; see `spelled`."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return spelled(self.message)
 
 
 class UsageError(ImagenScaleError):

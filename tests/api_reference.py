@@ -7,9 +7,8 @@ from typing import get_args
 
 import imagen_scale
 from imagen_scale import errors
-from imagen_scale.diffusion.sampler import Sampler
-from imagen_scale.diffusion.spacing import Spacing
-from imagen_scale.sampling.runtimes.contract import Precision, RuntimeName
+from imagen_scale.diffusion.names import Sampler, Spacing
+from imagen_scale.sampling.runtimes.options import Precision, RuntimeName
 
 MARKS = ("<!-- names: written by tests/refresh_docs.py -->\n", "<!-- end of names -->\n")
 NAMES = {"RuntimeName": RuntimeName, "Precision": Precision, "Sampler": Sampler, "Spacing": Spacing}
@@ -55,13 +54,15 @@ def _member(owner: str, name: str, cls: type) -> str:
     kind = ast.unparse(syntax.returns).strip("'")
     if isinstance(raw, property):
         return f"#### `{owner}.{name}: {kind}`\n\n{_sentence(raw)}\n\n"
-    given = syntax.args
-    lines = [f"    {_plain(one)},\n" for one in given.args[1:]]  # without self
-    for default in given.defaults:  # of the last, and there is one at most
-        lines[-1] = lines[-1].replace(",\n", f" = {ast.unparse(default)},\n")
-    lines.append("    *,\n")
-    for one, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-        lines.append(f"    {_plain(one)} = {ast.unparse(default)},\n")
+    written = {one.arg: _plain(one) for one in (*syntax.args.args[1:], *syntax.args.kwonlyargs)}
+    lines = []
+    for one in list(inspect.signature(function).parameters.values())[1:]:  # without self
+        if one.kind is one.KEYWORD_ONLY and "    *,\n" not in lines:
+            lines.append("    *,\n")
+        # Options are added to what is written, with annotations that are text.
+        text = written.get(one.name, f"{one.name}: {one.annotation}")
+        default = "" if one.default is one.empty else f" = {one.default!r}"
+        lines.append(f"    {text}{default},\n")
     code = f"{owner}.{name}(\n{''.join(lines)}) -> {kind}"
     return f"#### `{owner}.{name}`\n\n{_sentence(raw)}\n\n```text\n{code}\n```\n\n"
 

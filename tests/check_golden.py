@@ -17,6 +17,9 @@ from imagen_scale.diffusion.guidance import dynamic_threshold, guide
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.models.unet import UNet
 
+sys.path.insert(0, str(Path(__file__).parent))
+from minimagen_tables import minimagen_tables, posterior  # beside this file
+
 TOLERANCE = 2e-5
 TOLERANCES = {"p_mean": 2e-4}
 
@@ -44,8 +47,8 @@ def unet_errors(
         null = unet(x, t, embeds, mask, torch.zeros(len(x), dtype=torch.bool), *lowres)
         split_null = unet.denoise(x, t, unet.null_text(len(x)), *lowres)
     guided = guide(cond, null, 3.0)
-    x_0 = dynamic_threshold(schedule.eps_to_x0(x, t, guided), percentile)
-    p_mean, p_variance, p_log_variance = schedule.posterior(x_0, x, t)
+    x_0 = dynamic_threshold(schedule.predicted_x_0("eps", x, t, guided), percentile)
+    p_mean, p_variance, p_log_variance = posterior(minimagen_tables(schedule.timesteps), x_0, x, t)
     ours = {
         "forward": cond,
         "forward_null_text": null,
@@ -78,7 +81,7 @@ def check(path: str | Path) -> dict[str, float]:
     schedule = NoiseSchedule.linear(imagen["timesteps"])
     for name, value in tensors.items():
         if name.startswith("schedule/"):
-            ours = getattr(schedule, name.removeprefix("schedule/"))
+            ours = minimagen_tables(schedule.timesteps)[name.removeprefix("schedule/")]
             errors[name] = (ours - value).abs().max().item()
     text = {name.removeprefix("inputs/"): t for name, t in tensors.items() if name[:3] == "inp"}
     for i in range(len(unets)):

@@ -90,14 +90,14 @@ def test_the_caller_is_told_of_steps_and_of_the_runtime(run):
     [
         ([], {}, "prompts: there is none"),
         (["sun", 3], {}, "prompts[1]: 3 is not a string"),
-        ("sun", {"seed": -1}, "seed: -1; a whole number from 0 on"),
-        ("sun", {"num": 0}, "num: 0; a whole number from 1 on"),
-        ("sun", {"tile": 1.5}, "tile: 1.5; a whole number"),
-        ("sun", {"at_once": 0}, "at_once: 0;"),
-        ("sun", {"sampler": "euler"}, "sampler: 'euler' is not known; take one of ddpm, ddim"),
-        ("sun", {"spacing": ["karras", "even"]}, "spacing: 'even' is not known"),
-        ("sun", {"steps": [1, 2, 3]}, "--steps: 3 values for 2 stage"),
-        ("sun", {"cond_scale": float("inf")}, "--cond-scale inf: a finite number"),
+        ("sun", {"seed": -1}, "seed -1: it should be greater than or equal to 0"),
+        ("sun", {"num": 0}, "num 0: it should be greater than or equal to 1"),
+        ("sun", {"tile": 1.5}, "tile 1.5: it should be a valid integer"),
+        ("sun", {"at_once": 0}, "at_once 0: it should"),
+        ("sun", {"sampler": "euler"}, "sampler 'euler': it should be 'ddpm', 'ddim'"),
+        ("sun", {"spacing": ["karras", "even"]}, "spacing 'even': it should be 'linear'"),
+        ("sun", {"steps": [1, 2, 3]}, "steps: 3 values for 2 stage"),
+        ("sun", {"cond_scale": float("inf")}, "cond_scale inf: it should be a finite number"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(cascade, prompts, options, message):
@@ -108,11 +108,11 @@ def test_wrong_options_are_refused_before_any_work(cascade, prompts, options, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "onyx"}, "runtime: 'onyx' is not known; take one of auto, torch"),
-        ({"precision": "fp64"}, "precision: 'fp64' is not known"),
+        ({"runtime": "onyx"}, "runtime 'onyx': it should be 'auto', 'torch'"),
+        ({"precision": "fp64"}, "precision 'fp64': it should be 'fp16'"),
         ({"device": "gpu"}, "device: 'gpu' is none that torch knows"),
         ({"device": "cuda:99"}, "device: 'cuda:99', but torch sees"),
-        ({"unet_limit": 3}, "--unet-limit 3: this cascade has U-Nets 1 to 2"),
+        ({"unet_limit": 3}, "unet_limit 3: this cascade has U-Nets 1 to 2"),
     ],
 )
 def test_a_run_is_not_opened_with_wrong_options(run, options, message):

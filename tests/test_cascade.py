@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,15 +20,17 @@ from PIL import Image
 from imagen_scale.commands.main import main
 from imagen_scale.config import dump_config, parse_config
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
-from imagen_scale.diffusion.sampler import SAMPLERS
+from imagen_scale.diffusion.names import Sampler
 from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import next_number, save_sample, to_uint8
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.folders import find_run, inference_path
 from imagen_scale.runs.inference import InferenceFile, load_weights, read_inference, save_inference
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages
 
+make = SamplingOptions.make
 FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
 
 
@@ -55,7 +58,7 @@ def run(tmp_path_factory):
 
 
 def sample(run, *prompts, **options):
-    return TrainedStages.load(run).sample(prompts, **{"steps": 3} | options)
+    return TrainedStages.load(run).sample(prompts, make(**{"steps": 3} | options))
 
 
 def test_shapes_and_range(run):
@@ -66,7 +69,7 @@ def test_shapes_and_range(run):
     assert large.isfinite().all()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", get_args(Sampler))
 def test_same_seed_same_picture_whatever_stands_beside(run, sampler):
     alone = sample(run, "sun", seed=1, sampler=sampler)
     beside = sample(run, "red heart", "sun", seed=0, num=2, sampler=sampler)
@@ -100,7 +103,7 @@ def test_inference_files_carry_the_weights_and_the_configuration(tmp_path):
 
 def test_missing_and_half_trained_stages_are_named(tmp_path):
     write_stage(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"U-Net 2 is not trained yet.*--unet-limit 1"):
+    with pytest.raises(CheckpointError, match=r"U-Net 2 is not trained yet.*unet_limit 1"):
         TrainedStages.load(tmp_path)
     assert len(TrainedStages.load(tmp_path, unet_limit=1).files) == 1
     write_stage(tmp_path, 2, step=3)
@@ -114,7 +117,7 @@ def test_missing_and_half_trained_stages_are_named(tmp_path):
 def test_another_text_encoder_is_refused(tmp_path):
     write_stage(tmp_path, 1, fingerprint="0" * 16)
     with pytest.raises(CheckpointError, match="another version of the text encoder 'minilm'"):
-        TrainedStages.load(tmp_path, unet_limit=1).sample(["sun"], steps=1)
+        TrainedStages.load(tmp_path, unet_limit=1).sample(["sun"], make(steps=1))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -209,7 +212,7 @@ def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
             image.load()
         assert path.with_suffix(".json").is_file()
     # What was made is what an uninterrupted run makes.
-    whole = to_uint8(TrainedStages.load(run).sample(["sun"], num=2, steps=[5, 50])[-1])
+    whole = to_uint8(TrainedStages.load(run).sample(["sun"], make(num=2, steps=[5, 50]))[-1])
     with Image.open(pictures[1]) as image:
         assert np.abs(np.asarray(image).astype(int) - whole[1]).max() <= 1
 
@@ -224,13 +227,13 @@ def test_many_pictures_go_through_in_groups_with_the_same_result(run, monkeypatc
 
 def test_settings_per_stage(run):
     cascade = TrainedStages.load(run)
-    base, large = cascade.settings(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.8)
+    base, large = cascade.settings(make(steps=[9, 4], sampler=["ddim", "heun"], threshold=0.8))
     assert (base.steps, base.sampler, base.cond_scale, base.threshold) == (9, "ddim", 3, 0.8)
     assert (large.steps, large.sampler, large.cond_scale, large.threshold) == (4, "heun", 1, 0.8)
-    assert [one.cond_scale for one in cascade.settings(cond_scale=[2, 5])] == [2, 5]
-    assert [one.threshold for one in cascade.settings()] == [0.9, 0.9]
+    assert [one.cond_scale for one in cascade.settings(make(cond_scale=[2, 5]))] == [2, 5]
+    assert [one.threshold for one in cascade.settings(make())] == [0.9, 0.9]
     # Each stage really takes its own: changing the second leaves the first picture alone.
-    one, other = (cascade.sample(["sun"], steps=[3, steps]) for steps in (2, 5))
+    one, other = (cascade.sample(["sun"], make(steps=[3, steps])) for steps in (2, 5))
     assert torch.equal(one[0], other[0])
     assert not torch.equal(one[1], other[1])
 
@@ -238,16 +241,16 @@ def test_settings_per_stage(run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": [1, 2, 3]}, "--steps: 3 values for 2 stage"),
-        ({"cond_scale": float("nan")}, "--cond-scale nan: a finite number"),
-        ({"threshold": 0.0}, "--threshold 0.0: a percentile above 0"),
-        ({"sampler": "ddim", "eta": 1.5}, "--eta 1.5: between 0"),
-        ({"eta": 0.5}, "--eta 0.5: goes with --sampler ddim"),
+        ({"steps": [1, 2, 3]}, "steps: 3 values for 2 stage"),
+        ({"cond_scale": float("nan")}, "cond_scale nan: it should be a finite number"),
+        ({"threshold": 0.0}, "threshold 0.0: it should be greater than 0"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta 1.5: it should be less than or equal to 1"),
+        ({"eta": 0.5}, "eta 0.5: goes with sampler ddim"),
     ],
 )
 def test_settings_that_cannot_work_are_named(run, settings, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        TrainedStages.load(run).settings(**settings)
+        TrainedStages.load(run).settings(make(**settings))
 
 
 @pytest.mark.parametrize(

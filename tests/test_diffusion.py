@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from minimagen_tables import minimagen_tables, posterior
 
-from imagen_scale.diffusion.guidance import abs_quantile, dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import abs_quantile, branches, dynamic_threshold, guide
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.diffusion.sampler import levels_at, sample
@@ -20,27 +21,28 @@ def test_schedule_properties(timesteps):
     abar = schedule.abar
     assert ((abar > 0) & (abar < 1)).all()
     assert (abar.diff() < 0).all()  # so the signal-to-noise ratio falls
-    torch.testing.assert_close(
-        schedule.sqrt_alphas_cumprod**2 + schedule.sqrt_one_minus_alphas_cumprod**2,
-        torch.ones(timesteps),
-    )
-    for values in vars(schedule).values():
-        assert values.isfinite().all()
+    torch.testing.assert_close(schedule.alpha**2 + schedule.sigma**2, torch.ones(timesteps))
+    torch.testing.assert_close(schedule.alpha.double() ** 2, abar, atol=1e-6, rtol=0)
     # The posterior keeps the marginals: its mean of a noiseless x_t is a noiseless x_t-1.
+    tables = minimagen_tables(timesteps)
+    for values in tables.values():
+        assert values.isfinite().all()
     abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
-    mean = schedule.posterior_mean_coef1 + schedule.posterior_mean_coef2 * abar.sqrt()
+    mean = tables["posterior_mean_coef1"] + tables["posterior_mean_coef2"] * abar.sqrt()
     torch.testing.assert_close(mean.double(), abar_prev.sqrt(), atol=1e-5, rtol=0)
 
 
-def test_eps_and_v_round_trips():
+def test_the_clean_picture_is_recovered_from_eps_and_from_v():
     schedule = NoiseSchedule.linear(1000)
     x_0, eps = torch.randn(2, 64, 3, 4, 4).unbind()
     t = torch.linspace(0, 999, 64).long()
     x_t = schedule.q_sample(x_0, t, eps)
-    v = schedule.v_target(x_0, t, eps)
-    torch.testing.assert_close(schedule.v_to_eps(x_t, t, v), eps, atol=1e-5, rtol=0)
+    v = schedule.target("v", x_0, t, eps)
+    recovered = schedule.predicted_x_0("v", x_t, t, v)
+    torch.testing.assert_close(recovered, x_0, atol=1e-5, rtol=0)  # at every time
+    assert schedule.target("eps", x_0, t, eps) is eps
     early = t < 700  # beyond, float32 cannot undo the division by a small alpha
-    recovered = schedule.eps_to_x0(x_t, t, eps)
+    recovered = schedule.predicted_x_0("eps", x_t, t, eps)
     torch.testing.assert_close(recovered[early], x_0[early], atol=1e-3, rtol=0)
 
 
@@ -69,6 +71,9 @@ def test_guidance_scales():
     torch.testing.assert_close(guide(cond, null, 1.0), cond)
     torch.testing.assert_close(guide(cond, null, 0.0), null)
     torch.testing.assert_close(guide(cond, null, 3.0), 3 * cond - 2 * null)
+    assert [branches(scale) for scale in (0, 1, 0.5, 3.0)] == [
+        {"null"}, {"text"}, {"text", "null"}, {"text", "null"}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("l2", 4.0), ("l1", 2.0), ("huber", 1.5)])
@@ -92,7 +97,7 @@ def test_full_stochastic_step_is_the_ddpm_posterior():
     x_0, x_t = torch.randn(2, 5, 3, 4, 4).unbind()
     for time in (1, 37, 500, 999):
         t = torch.full((5,), time)
-        mean, variance, _ = schedule.posterior(x_0, x_t, t)
+        mean, variance, _ = posterior(minimagen_tables(1000), x_0, x_t, t)
         step = (x_t.double(), x_0.double(), *levels_at(schedule, [time, time - 1]))
         ours = ddim_step(*step, eta=1.0, noise=torch.zeros(1).double())
         torch.testing.assert_close(ours.float(), mean, atol=1e-5, rtol=0)
@@ -105,14 +110,14 @@ MEAN = torch.tensor([0.3, -0.2]).double().view(1, 2, 1, 1)
 STD = torch.tensor([0.1, 0.25]).double().view(1, 2, 1, 1)
 
 
-def gaussian_eps(schedule):
-    """The exact noise prediction when the data are N(MEAN, STD^2)."""
+def gaussian_denoiser(schedule):
+    """The exact mean of x_0 given x_t when the data are N(MEAN, STD^2)."""
     abar = schedule.abar
 
     def denoiser(x_t, t):
         a = abar[t].view(-1, 1, 1, 1)
-        total = a * STD**2 + 1 - a
-        return (1 - a).sqrt() / total * (x_t - a.sqrt() * MEAN)
+        gain = a.sqrt() * STD**2 / (a * STD**2 + 1 - a)
+        return MEAN + gain * (x_t - a.sqrt() * MEAN)
 
     return denoiser
 
@@ -126,7 +131,7 @@ def run_sampler(schedule, count, steps, eta):
 
     start = noise()
     result = sample(
-        gaussian_eps(schedule), start, schedule, times=spaced_times(schedule.timesteps, steps),
+        gaussian_denoiser(schedule), start, schedule, times=spaced_times(schedule.timesteps, steps),
         eta=eta, threshold=lambda x_0: x_0, draw_noise=noise,
     )  # fmt: skip
     return start, result

@@ -1,13 +1,20 @@
 """The pictures expected at each step: told to whoever listens, and without effect on the result."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from conftest import write_stage
 
 from imagen_scale import Cascade as PythonCascade
-from imagen_scale.diffusion.sampler import SAMPLERS
+from imagen_scale.diffusion.names import Sampler
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
+
+make = SamplingOptions.make
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +33,15 @@ def listened(cascade, **options):
         heard.append((unet, step, steps, x_0.clone()))
         x_0.zero_()
 
-    return cascade.sample(["sun", "key"], on_estimate=hear, **options), heard
+    return cascade.sample(["sun", "key"], make(**options), Listener(on_estimate=hear)), heard
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", get_args(Sampler))
 def test_listening_changes_no_bit(run, sampler):
     options = {"steps": [4, 3], "sampler": sampler, "seed": 3}
     cascade = TrainedStages.load(run)
     made, heard = listened(cascade, **options)
-    for one, other in zip(made, cascade.sample(["sun", "key"], **options), strict=True):
+    for one, other in zip(made, cascade.sample(["sun", "key"], make(**options)), strict=True):
         assert torch.equal(one, other)
     assert [entry[:3] for entry in heard] == [
         *((1, step, 4) for step in range(1, 5)), *((2, step, 3) for step in range(1, 4))
@@ -50,7 +57,7 @@ def test_tiles_and_parts_are_heard_too(run):
     cascade = TrainedStages.load(run)
     options = {"steps": 2, "tile": 16, "at_once": 1}
     made, heard = listened(cascade, **options)
-    for one, other in zip(made, cascade.sample(["sun", "key"], **options), strict=True):
+    for one, other in zip(made, cascade.sample(["sun", "key"], make(**options)), strict=True):
         assert torch.equal(one, other)
     assert [entry[0] for entry in heard] == [1] * 4 + [2] * 4
     assert all(len(entry[3]) == 1 for entry in heard)
@@ -58,9 +65,9 @@ def test_tiles_and_parts_are_heard_too(run):
 
 @pytest.mark.parametrize("runtime", ["onnx", "compile"])
 def test_every_runtime_tells(exported, runtime):
-    cascade = TrainedStages.load(exported, runtime=runtime, unet_limit=1)
+    cascade = TrainedStages.load(exported, runtime=RuntimeOptions(runtime=runtime), unet_limit=1)
     made, heard = listened(cascade, steps=2)
-    assert torch.equal(made[0], cascade.sample(["sun", "key"], steps=2)[0])
+    assert torch.equal(made[0], cascade.sample(["sun", "key"], make(steps=2))[0])
     assert torch.equal(heard[-1][3], made[0])
 
 
@@ -84,5 +91,5 @@ def test_a_listener_may_end_it_and_the_network_is_freed(run):
 
     cascade = TrainedStages.load(run)
     with pytest.raises(EnoughError):
-        cascade.sample(["sun"], steps=5, on_estimate=hear)
-    assert len(cascade.sample(["sun"], steps=1)) == 2
+        cascade.sample(["sun"], make(steps=5), Listener(on_estimate=hear))
+    assert len(cascade.sample(["sun"], make(steps=1))) == 2

@@ -25,6 +25,7 @@ from imagen_scale.sampling.measures import (
     retrieval_accuracy,
     ssim,
 )
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages
 
 
@@ -161,7 +162,7 @@ def test_kid_draws_the_same_subsets_every_time(monkeypatch):
 
 def test_distances_need_two_pictures():
     for distance in (frechet_distance, kernel_distance):
-        with pytest.raises(ShapeError, match="1 picture has no covariance.*--num"):
+        with pytest.raises(ShapeError, match="1 picture has no covariance.*num"):
             distance(torch.randn(1, 4), torch.randn(5, 4))
 
 
@@ -199,16 +200,16 @@ def test_clip_encodes_captions_of_any_length(models):
 
 def test_networks_that_are_not_to_be_had(models, tmp_path):
     vit = models[1]
-    with pytest.raises(DataError, match=r"--features 'no/such': is no folder.*give its folder"):
+    with pytest.raises(DataError, match=r"features 'no/such': is no folder.*give its folder"):
         open_extractor("no/such")
-    with pytest.raises(DataError, match=r"--clip 'no/such': is no folder"):
+    with pytest.raises(DataError, match=r"clip 'no/such': is no folder"):
         Clip("no/such")
     with pytest.raises(DataError, match="holds a vit model, which knows no captions"):
         Clip(str(vit))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match=r"cannot be loaded.*\*\.safetensors"):
         open_extractor(str(tmp_path))
-    with pytest.raises(DataError, match=r"--features weights.pth: no such file"):
+    with pytest.raises(DataError, match=r"features weights.pth: no such file"):
         open_extractor("weights.pth")
 
 
@@ -240,9 +241,9 @@ def cli(*arguments):
 def test_groups_and_stages_add_up_to_the_same_measures(run, monkeypatch):
     cascade = TrainedStages.load(run)
     prepared = prepare(cascade.files[0].config)
-    whole = evaluate(cascade, prepared, range(5), steps=2)
+    whole = evaluate(cascade, prepared, range(5), options=SamplingOptions(steps=2))
     monkeypatch.setattr("imagen_scale.evaluation.measurement.GROUP", 2)
-    parts = evaluate(cascade, prepared, range(5), steps=2)
+    parts = evaluate(cascade, prepared, range(5), options=SamplingOptions(steps=2))
     for one, other in zip(whole.stages, parts.stages, strict=True):
         assert one.retrieval_accuracy == other.retrieval_accuracy
         assert one.generated_colour.mean == pytest.approx(other.generated_colour.mean, abs=1e-5)

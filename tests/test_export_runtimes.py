@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from imagen_scale.diffusion.guidance import dynamic_threshold
-from imagen_scale.diffusion.sampler import sample, spaced_times
+from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.spacing import spaced_times
 from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.contract import Text
-from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_runtime
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
+from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
@@ -35,7 +36,7 @@ def random_text(batch):
 
 def lowres(number, batch, size):
     if number == 1:
-        return {"lowres_img": None, "lowres_t": None}
+        return {}
     generator = torch.Generator().manual_seed(7)
     return {
         "lowres_img": torch.randn(batch, 3, size, size, generator=generator),
@@ -43,7 +44,7 @@ def lowres(number, batch, size):
     }
 
 
-def torch_denoiser(unet, schedule, text, *, lowres_img, lowres_t, cond_scale=SCALE):
+def torch_denoiser(unet, schedule, text, *, lowres_img=None, lowres_t=None, cond_scale=SCALE):
     """The eager network with guidance in two passes."""
     cond = unet.condition_text(*text)
 
@@ -51,8 +52,7 @@ def torch_denoiser(unet, schedule, text, *, lowres_img, lowres_t, cond_scale=SCA
         with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
         without = unet.denoise(x_t, t, unet.null_text(len(x_t)), lowres_img, lowres_t)
         prediction = without + (with_text - without) * cond_scale
-        is_v = unet.config.pred_type == "v"
-        return schedule.v_to_eps(x_t, t, prediction) if is_v else prediction
+        return schedule.predicted_x_0(unet.config.pred_type, x_t, t, prediction)
 
     return denoiser
 
@@ -78,8 +78,8 @@ def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
     file, size, batch = open_file(exported, number), 16 * number, 3
     unet, schedule, text = load_unet(file), NoiseSchedule.linear(100), random_text(batch)
     low = lowres(number, batch, size)
-    runtime = open_runtime(kind, file, folder=None, device=CPU, precision="fp32")
-    bound = runtime.bind(text, cond_scale=cond_scale, **low)
+    runtime = open_exported(kind, file, folder=None, device=CPU, precision="fp32")
+    bound = runtime.bind(Conditioning(text, cond_scale, **low))
     reference = torch_denoiser(unet, schedule, text, cond_scale=cond_scale, **low)
     ours, theirs = (pictures(fn, schedule, batch, size) for fn in (bound, reference))
     assert list(runtime._executors) == [cond_scale != 1]  # only the graph that is needed
@@ -91,8 +91,8 @@ def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
 def test_fp16_pictures_are_close(exported):
     file = open_file(exported, 1)
     schedule, text = NoiseSchedule.linear(100), random_text(2)
-    runtime = open_runtime("onnx", file, folder=None, device=CPU, precision="fp16")
-    bound = runtime.bind(text, cond_scale=SCALE, **lowres(1, 2, 16))
+    runtime = open_exported("onnx", file, folder=None, device=CPU, precision="fp16")
+    bound = runtime.bind(Conditioning(text, SCALE))
     ours = pictures(bound, schedule, 2, 16)
     reference = torch_denoiser(load_unet(file), schedule, text, **lowres(1, 2, 16))
     error = (ours - pictures(reference, schedule, 2, 16)).square().mean().item()
@@ -103,13 +103,15 @@ def test_fp16_pictures_are_close(exported):
 def test_openvino_computes_bf16_unless_told_otherwise(exported):
     """Its error is stated in docs/export.md: some percent of the largest value."""
     file, schedule = open_file(exported, 1), NoiseSchedule.linear(100)
-    runtime = open_runtime("openvino", file, folder=None, device=CPU)
+    runtime = open_exported("openvino", file, folder=None, device=CPU)
     if "fp32" in runtime.name:
         pytest.skip("this processor does not compute in bf16")
     x_t, t, text = torch.randn(2, 3, 16, 16), torch.tensor([10, 90]), random_text(2)
-    none = {"lowres_img": None, "lowres_t": None}
-    found = runtime.bind(text, cond_scale=SCALE, **none)(x_t, t)
-    expected = torch_denoiser(load_unet(file), schedule, text, **none)(x_t, t)
+    found = runtime.bind(Conditioning(text, SCALE))(x_t, t)
+    expected = torch_denoiser(load_unet(file), schedule, text)(x_t, t)
+    sigma, alpha = schedule.sigma[t].view(-1, 1, 1, 1), schedule.alpha[t].view(-1, 1, 1, 1)
+    # Of the noise, which is what this network predicts.
+    found, expected = ((x_t - alpha * x_0) / sigma for x_0 in (found, expected))
     assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.08
 
 
@@ -125,10 +127,10 @@ def test_the_conditioner_needs_only_the_text_weights(exported):
 
 def test_images_that_the_export_does_not_take(exported):
     file = open_file(exported, 1)
-    runtime = open_runtime("onnx", file, folder=None, device=CPU)
+    runtime = open_exported("onnx", file, folder=None, device=CPU)
     with pytest.raises(ExportError, match=r"takes images of 16 px, not 8 x 16.*--dynamic-size"):
         runtime.check_shape(torch.Size((1, 3, 16, 8)))
-    dynamic = open_runtime("onnx", open_file(exported, 2), folder=None, device=CPU)
+    dynamic = open_exported("onnx", open_file(exported, 2), folder=None, device=CPU)
     dynamic.check_shape(torch.Size((5, 3, 16, 64)))
     with pytest.raises(ExportError, match="in multiples of 2 px, not 33 x 32"):
         dynamic.check_shape(torch.Size((1, 3, 32, 33)))
@@ -146,14 +148,14 @@ def test_images_that_the_export_does_not_take(exported):
 
 def test_inputs_that_do_not_belong_together(exported):
     base, large = (
-        open_runtime("onnx", open_file(exported, number), folder=None, device=CPU)
+        open_exported("onnx", open_file(exported, number), folder=None, device=CPU)
         for number in (1, 2)
     )
     with pytest.raises(ShapeError, match="go with super-resolution"):
-        base.bind(random_text(1), cond_scale=1.0, **lowres(2, 1, 16))
+        base.bind(Conditioning(random_text(1), 1.0, **lowres(2, 1, 16)))
     with pytest.raises(ShapeError, match="go with super-resolution"):
-        large.bind(random_text(1), cond_scale=1.0, lowres_img=None, lowres_t=None)
-    bound = base.bind(random_text(2), cond_scale=1.0, lowres_img=None, lowres_t=None)
+        large.bind(Conditioning(random_text(1), 1.0))
+    bound = base.bind(Conditioning(random_text(2), 1.0))
     with pytest.raises(ShapeError, match="3 images, but text of 2 is bound"):
         bound(torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3]))
 
@@ -162,7 +164,7 @@ def test_a_gpu_that_is_not_there_is_an_error_not_the_cpu(exported):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(EnvironmentProblem, match="needs an NVIDIA card"):
-        open_runtime("onnx", open_file(exported, 1), folder=None, device=torch.device("cuda"))
+        open_exported("onnx", open_file(exported, 1), folder=None, device=torch.device("cuda"))
 
 
 def test_onnx_runtime_may_not_fall_back_silently(exported):
@@ -180,13 +182,13 @@ def test_wrong_use(exported):
     file = open_file(exported, 1)
     folder = exported / "export" / "unet1" / "onnx-fp32"
     with pytest.raises(UsageError, match=r"'torch'.*onnx, tensorrt, openvino"):
-        open_runtime("torch", file, folder=None, device=CPU)
+        open_exported("torch", file, folder=None, device=CPU)
     with pytest.raises(UsageError, match="openvino computes on the CPU"):
-        open_runtime("openvino", file, folder=None, device=torch.device("cuda"))
+        open_exported("openvino", file, folder=None, device=torch.device("cuda"))
     with pytest.raises(UsageError, match="no tensorrt export"):
-        open_runtime("tensorrt", file, folder=None, device=CPU)
-    with pytest.raises(UsageError, match="an export for onnx; --runtime tensorrt needs"):
-        open_runtime("tensorrt", file, folder=folder, device=CPU)
+        open_exported("tensorrt", file, folder=None, device=CPU)
+    with pytest.raises(UsageError, match="an export for onnx; runtime tensorrt needs"):
+        open_exported("tensorrt", file, folder=folder, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from PIL import Image
 from imagen_scale.commands.main import main
 from imagen_scale.errors import ExportError
 from imagen_scale.files.pictures import to_uint8
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stages import TrainedStages
 
 
@@ -17,8 +19,8 @@ from imagen_scale.sampling.stages import TrainedStages
 def test_same_seed_same_pixels(exported, sampler):
     ours, theirs = (
         to_uint8(
-            TrainedStages.load(exported, runtime=name).sample(
-                ["sun", "key"], steps=5, sampler=sampler
+            TrainedStages.load(exported, runtime=RuntimeOptions(runtime=name)).sample(
+                ["sun", "key"], SamplingOptions(steps=5, sampler=sampler)
             )[1]
         )
         for name in ("onnx", "torch")
@@ -47,6 +49,5 @@ def test_tiles_through_a_graph_of_any_size_and_refused_by_a_static_one(exported,
         images.append(np.asarray(Image.open(out)).astype(int))
     assert np.abs(images[0] - images[1]).max() <= 1
     with pytest.raises(ExportError, match="takes images of 32 px"):
-        cascade = TrainedStages.load(exported, runtime="onnx")
-        cascade.options = cascade.options._replace(precision="fp16")
-        cascade.stage(2, tile=48)
+        half = RuntimeOptions(runtime="onnx", precision="fp16")
+        TrainedStages.load(exported, runtime=half).stage(2, tile=48)

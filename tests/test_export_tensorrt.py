@@ -125,7 +125,7 @@ def test_without_a_driver_the_engine_is_refused_in_one_sentence(run):
     for device in ("cpu", "cuda"):
         with pytest.raises(EnvironmentProblem, match="needs an NVIDIA card, its driver"):
             open_runtime("tensorrt", open_file(run, 1), folder=None, device=torch.device(device))
-        with pytest.raises(EnvironmentProblem, match=f"--runtime onnx on {device}"):
+        with pytest.raises(EnvironmentProblem, match=f"runtime onnx on {device}"):
             require_driver(torch.device(device), "onnx")
 
 

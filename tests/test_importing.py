@@ -20,7 +20,7 @@ from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.stage import Stage
 from imagen_scale.sampling.stages import TrainedStages
 
@@ -102,7 +102,7 @@ def test_it_samples_the_pixels_of_minimagen(run, golden):
             lowres = {"lowres_img": tensors["unet2/inputs/lowres_cond_img"],
                       "lowres_t": torch.tensor([3, 9])}  # fmt: skip
         ours = sample(
-            stage.runtime.bind(text, cond_scale=COND_SCALE, **lowres), drawn(), stage.schedule,
+            stage.runtime.bind(Conditioning(text, COND_SCALE, **lowres)), drawn(), stage.schedule,
             times=visited_times(stage.schedule, TIMESTEPS, "linear"), sampler="ddpm",
             threshold=lambda x_0: dynamic_threshold(x_0, 0.9), draw_noise=drawn,
         )  # fmt: skip

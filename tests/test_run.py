@@ -88,7 +88,7 @@ def test_unet_numbers():
     assert unet_numbers(config(), None) == [1, 2]
     assert unet_numbers(config(), 2) == [2]
     assert unet_numbers(config("imagen.only_train_unet_number=1"), None) == [1]
-    with pytest.raises(UsageError, match="--unet 3: this cascade has U-Nets 1 to 2"):
+    with pytest.raises(UsageError, match="unet 3: this cascade has U-Nets 1 to 2"):
         unet_numbers(config(), 3)
 
 

@@ -8,8 +8,10 @@ from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import ImagenScaleError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.contract import Options, Text
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime
 from imagen_scale.sampling.stage import Stage
 from imagen_scale.sampling.stages import TrainedStages
@@ -38,7 +40,7 @@ def inputs(file, batch=2):
         torch.randn(batch, 5, 384, generator=generator), torch.ones(batch, 5, dtype=torch.bool)
     )
     if file.unet_number == 1:
-        return text, x_t, {"lowres_img": None, "lowres_t": None}
+        return text, x_t, {}
     return text, x_t, {"lowres_img": lowres, "lowres_t": torch.full((batch,), 3)}
 
 
@@ -47,7 +49,7 @@ T = torch.tensor([10, 90])
 
 def predict(runtime, file, cond_scale=3.0):
     text, x_t, lowres = inputs(file)
-    return runtime.bind(text, cond_scale=cond_scale, **lowres)(x_t, T)
+    return runtime.bind(Conditioning(text, cond_scale, **lowres))(x_t, T)
 
 
 @torch.no_grad()
@@ -58,14 +60,13 @@ def by_hand(runtime, file, cond_scale=3.0):
     cond = unet(x_t, T, *text, **lowres)
     null = unet(x_t, T, *text, keep_mask=torch.zeros(2, dtype=torch.bool), **lowres)
     prediction = guide(cond, null, cond_scale)
-    is_v = unet.config.pred_type == "v"
-    return runtime.schedule.v_to_eps(x_t, T, prediction) if is_v else prediction
+    return runtime.schedule.predicted_x_0(unet.config.pred_type, x_t, T, prediction)
 
 
 @pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize(
     "options",
-    [Options(), Options(sequential=True), Options(channels_last=True)],
+    [RuntimeOptions(), RuntimeOptions(sequential=True), RuntimeOptions(channels_last=True)],
     ids=["eager", "sequential", "channels_last"],
 )
 def test_guidance_is_two_passes_by_hand(file, options, cond_scale):
@@ -77,7 +78,7 @@ def test_guidance_is_two_passes_by_hand(file, options, cond_scale):
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.06), ("fp16", 0.01)])
 def test_half_precision_is_close_and_gives_float32(file, precision, limit):
     expected = predict(TorchRuntime(file, CPU), file)
-    runtime = TorchRuntime(file, CPU, Options(precision=precision))
+    runtime = TorchRuntime(file, CPU, RuntimeOptions(precision=precision))
     found = predict(runtime, file)
     assert next(runtime.unet.parameters()).dtype.itemsize == 2
     assert found.dtype == torch.float32
@@ -86,7 +87,7 @@ def test_half_precision_is_close_and_gives_float32(file, precision, limit):
 
 def test_compiled_is_eager(run):
     file = read_inference(inference_path(run, 1))
-    compiled = open_runtime("compile", file, device=CPU)
+    compiled = open_runtime(file, CPU, RuntimeOptions(runtime="compile"))
     expected = predict(TorchRuntime(file, CPU), file)
     torch.testing.assert_close(predict(compiled, file), expected, atol=2e-5, rtol=0)
     compiled.close()
@@ -114,23 +115,25 @@ def test_short_memory_makes_two_passes_of_one_and_says_so(file):
 
 def test_auto_says_what_it_took_and_why_not_the_other(run):
     said = []
-    cascade = TrainedStages.load(run, runtime="auto", say=said.append)
-    auto = cascade.sample(["sun"], steps=2)
+    cascade = TrainedStages.load(run, runtime=RuntimeOptions(runtime="auto"), say=said.append)
+    auto = cascade.sample(["sun"], SamplingOptions(steps=2))
     assert [line.startswith(f"U-Net {n}: runtime torch fp32 on cpu; not onnx:")
             for n, line in enumerate(said, start=1)] == [True, True], said  # fmt: skip
-    torch.testing.assert_close(auto[1], TrainedStages.load(run).sample(["sun"], steps=2)[1])
+    torch.testing.assert_close(
+        auto[1], TrainedStages.load(run).sample(["sun"], SamplingOptions(steps=2))[1]
+    )
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino", "tensorrt"])
 def test_an_export_that_is_asked_for_and_missing_is_an_error(run, name):
     with pytest.raises(ImagenScaleError, match=r"export"):
-        open_runtime(name, read_inference(inference_path(run, 1)), device=CPU)
+        open_runtime(read_inference(inference_path(run, 1)), CPU, RuntimeOptions(runtime=name))
 
 
 def test_exports_take_no_options_of_torch(run):
     file = read_inference(inference_path(run, 1))
-    with pytest.raises(UsageError, match="neither --channels-last nor --sequential"):
-        open_runtime("onnx", file, device=CPU, options=Options(channels_last=True))
+    with pytest.raises(UsageError, match="neither channels_last nor sequential"):
+        open_runtime(file, CPU, RuntimeOptions(runtime="onnx", channels_last=True))
 
 
 def test_closing_frees_the_network(run):

@@ -11,8 +11,8 @@ from imagen_scale.diffusion.tiles import Tile, TiledDenoiser, _weights, tile_sta
 from imagen_scale.errors import ShapeError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
-from imagen_scale.sampling.settings import Settings
 from imagen_scale.sampling.stage import Stage
 
 T = torch.tensor([50, 50])
@@ -108,15 +108,15 @@ def test_a_real_unet_leaves_no_seam(stage):
 def test_upscaling_any_shape(stage):
     picture = torch.rand(3, 23, 41) * 2 - 1
     text = Text(torch.randn(1, 4, 384), torch.ones(1, 4).bool())
-    settings = Settings(steps=2)
-    image = stage.upscale(text, 3, picture, settings)
+    settings = StageSettings(steps=2)
+    image = stage.upscale(picture, text, 3, settings)
     assert image.shape == (3, 46, 82)
     assert image.abs().max() <= 1
-    assert torch.equal(image, stage.upscale(text, 3, picture, settings))
-    assert not torch.equal(image, stage.upscale(text, 4, picture, settings))
-    assert stage.upscale(text, 3, picture[:, :5, :9], settings).shape == (3, 10, 18)
+    assert torch.equal(image, stage.upscale(picture, text, 3, settings))
+    assert not torch.equal(image, stage.upscale(picture, text, 4, settings))
+    assert stage.upscale(picture[:, :5, :9], text, 3, settings).shape == (3, 10, 18)
 
 
 def test_a_tile_that_the_network_cannot_halve_is_refused(stage):
-    with pytest.raises(UsageError, match="--tile 31: U-Net 2 takes tiles in multiples of 2 px"):
+    with pytest.raises(UsageError, match="tile 31: U-Net 2 takes tiles in multiples of 2 px"):
         Stage(stage.file, stage.device, tile=31)

@@ -20,11 +20,11 @@ from conftest import ROOT
 from doc_commands import Checker, Command
 from hypothesis import given
 from hypothesis import strategies as st
+from imagen_scale.ui.command import sample_command
 from PIL import Image
 from tiny_run import write_run
 
 from imagen_scale.commands.main import main
-from imagen_scale.ui.command import sample_command
 from imagen_scale.ui.generation import (
     Failed,
     Generator,
@@ -56,7 +56,8 @@ def run(tmp_path):
 
 
 def request(prompt="sun", *, negative="", seed=0, settings=SETTINGS, runtime="torch"):
-    return Request(prompt, negative, seed, settings, runtime)
+    options = {"seed": seed, "negative_prompt": negative, **settings}
+    return Request(prompt, options, runtime)
 
 
 def events(run, asked):
@@ -120,7 +121,7 @@ def test_auto_says_what_it_took(run):
         (request(seed=-1), "seed: a whole number from 0 on"),
         (request(settings=SETTINGS | {"steps": [4, None]}), "steps: a number is needed"),
         (request(settings=SETTINGS | {"cond_scale": [None, 1]}), "guidance: a number is needed"),
-        (request(settings=SETTINGS | {"steps": [4, 0]}), "at least 1 step is needed"),
+        (request(settings=SETTINGS | {"steps": [4, 0]}), "steps (4, 0): it should be"),
         (request(settings=SETTINGS | {"cond_scale": [1, 1]}, negative="pizza"), "is none"),
         (request(runtime="onnx"), "has no onnx export"),
     ],
@@ -340,7 +341,7 @@ def page(tmp_path_factory):
 
 
 def values(prompt="sun", *, negative="", seed=0, steps=(3, 2), scales=(3.0, 1.0)):
-    return (prompt, negative, seed, "torch", "dpmpp_2m", "trailing", *steps, *scales)
+    return (prompt, "torch", negative, *steps, *scales, seed, "dpmpp_2m", "trailing", 0.0, None)
 
 
 @pytest.fixture
@@ -369,8 +370,8 @@ def test_an_error_is_a_message_of_the_page(page, client):
     before = len(page.pictures)
     for wrong, message in (
         (values(""), "no prompt: write what"),
-        (values(negative="key", scales=(1.0, 1.0)), "every --cond-scale is 1"),
-        (values(steps=(0, 2)), "at least 1 step is needed"),
+        (values(negative="key", scales=(1.0, 1.0)), "every guidance is 1"),
+        (values(steps=(0, 2)), "steps (4, 0): it should be"),
     ):
         (status, *_) = client.predict(*wrong, api_name="/generate")
         assert 'role="alert"' in status and message in status

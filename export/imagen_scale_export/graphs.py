@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from imagen_scale.diffusion.guidance import guide
 from imagen_scale.models.unet import TextCond, UNet
 
 
@@ -42,8 +43,8 @@ class GuidedDenoiser(nn.Module):
             None if lowres_t is None else _twice(lowres_t),
         )
         # `chunk` would fix the batch of the exported graph.
-        cond, null_prediction = pair.float().unflatten(0, (2, -1)).unbind()
-        return null_prediction + (cond - null_prediction) * cond_scale[:, None, None, None]
+        cond, without_text = pair.float().unflatten(0, (2, -1)).unbind()
+        return guide(cond, without_text, cond_scale[:, None, None, None])
 
 
 class PlainDenoiser(nn.Module):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.guidance import dynamic_threshold, guide
-from imagen_scale.diffusion.sampler import sample, spaced_times
+from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.spacing import spaced_times
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
-from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime
 from imagen_scale.sampling.runtimes.manifest import SamplerConstants, Verification
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
@@ -132,7 +133,7 @@ def _both(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> tuple[Tensor
     with_text = unet.denoise(inputs["x_t"], inputs["t"], cond, *rest)
     without = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond.tokens)), *rest)
     scales = inputs["cond_scale"][:, None, None, None]
-    return with_text, without + (with_text - without) * scales
+    return with_text, guide(with_text, without, scales)
 
 
 @torch.no_grad()
@@ -156,12 +157,10 @@ def _loop(
     def reference(x_t: Tensor, t: Tensor) -> Tensor:
         with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
         without = unet.denoise(x_t, t, unet.null_text(batch), lowres_img, lowres_t)
-        prediction = guide(with_text, without, LOOP_SCALE)
-        if constants.pred_type == "v":
-            return schedule.v_to_eps(x_t, t, prediction)
-        return prediction
+        guided = guide(with_text, without, LOOP_SCALE)
+        return schedule.predicted_x_0(constants.pred_type, x_t, t, guided)
 
-    bound = runtime.bind(text, cond_scale=LOOP_SCALE, lowres_img=lowres_img, lowres_t=lowres_t)
+    bound = runtime.bind(Conditioning(text, LOOP_SCALE, lowres_img, lowres_t))
 
     def exported(x_t: Tensor, t: Tensor) -> Tensor:
         return bound(x_t.to(runtime.device), t.to(runtime.device)).cpu()
@@ -187,7 +186,6 @@ def _loop(
 def _text(unet: UNet, batch: int, seed: int) -> Text:
     """Random features of captions of several lengths; the last is full."""
     length, width = unet.config.max_text_len, unet.config.text_embed_dim
-    assert width is not None
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.arange(1, batch + 1)[:, None] * length / batch
     return Text(

@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.errors import with_flags
+
 
 def say(sentence: str) -> None:
     """A line on stderr."""
-    click.echo(sentence, err=True)
+    click.echo(with_flags(sentence), err=True)
 
 
 def open_console() -> Any:

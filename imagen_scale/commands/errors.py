@@ -10,7 +10,12 @@ from typing import Any
 
 import click
 
-from imagen_scale.errors import ImagenScaleError
+from imagen_scale.errors import ImagenScaleError, spelled
+
+
+def with_flags(message: str) -> str:
+    """A message of the library with its options as this command line spells them."""
+    return spelled(message, lambda name: "--" + name.replace("_", "-"))
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -21,7 +26,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ImagenScaleError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {with_flags(error.message)}", err=True)
             sys.exit(error.exit_code)
         except BrokenPipeError:  # the reader has enough, as `head` does: click ends quietly
             raise

@@ -10,9 +10,11 @@ from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import (
     run_option,
     sampling_options,
-    seed_option,
+    unet_limit_option,
     unfinished_option,
 )
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 
 @click.command(short_help="Measure a trained run.")
@@ -31,12 +33,11 @@ from imagen_scale.commands.options import (
 )
 @click.option("--features", help="Network for FID and KID: see above.")
 @click.option("--clip", help="CLIP model for the CLIP score: a folder, or a name on the hub.")
-@click.option("--unet-limit", type=int, help="Measure only the first so many U-Nets.")
+@unet_limit_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@seed_option
 @unfinished_option
 @user_errors
-@sampling_options
+@sampling_options("num", "negative_prompt", "tile", "at_once")
 def evaluate(
     run: str | None,
     num: int,
@@ -45,11 +46,9 @@ def evaluate(
     clip: str | None,
     unet_limit: int | None,
     as_json: bool,
-    seed: int,
     allow_unfinished: bool,
-    runtime: Any,
-    settings: dict[str, Any],
-    how: dict[str, Any],
+    options: SamplingOptions,
+    runtime: RuntimeOptions,
 ) -> None:
     """Measure a trained run on captions of its data; writes evaluation.json into the run.
 
@@ -65,16 +64,14 @@ def evaluate(
     from imagen_scale.runs.folders import find_run
 
     run_dir = find_run(run)
-    from imagen_scale.evaluation.command import evaluate_run
     from imagen_scale.evaluation.report import print_table
-    from imagen_scale.sampling.runtimes.contract import Options
+    from imagen_scale.evaluation.run import evaluate_run
 
     with Progress() as progress:
         report = evaluate_run(
-            run_dir, num=num, seed=seed, split=split, features=features, clip=clip,
+            run_dir, num=num, split=split, features=features, clip=clip,
             unet_limit=unet_limit, allow_unfinished=allow_unfinished,
-            runtime=runtime, options=Options(**how),
-            settings=settings, progress=progress, say=say,
+            runtime=runtime, options=options, progress=progress, say=say,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report.facts, indent=1))

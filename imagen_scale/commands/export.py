@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.options import run_option, unfinished_option
 from imagen_scale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="What the graph computes in; default fp32 for onnx, fp16 for tensorrt.",
 )
-@click.option("--run", help="Folder of the run; default the newest under runs/.")
+@run_option
 @click.option(
     "--batch",
     default="1:2:8",
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
 @click.option("--dynamic-size", is_flag=True, help="Leave the picture's size free, for tiles.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the torch network.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
-@click.option(
-    "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
-)
+@unfinished_option
 @click.pass_context
 @user_errors
 def export(context: click.Context, **options: Any) -> None:

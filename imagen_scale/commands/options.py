@@ -6,14 +6,12 @@ from typing import Any
 
 import click
 
+from imagen_scale.sampling.option_facts import OptionFacts, facts_of
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+
 run_option = click.option("--run", help="Folder of the run; default the newest under runs/.")
-seed_option = click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Same seed, same picture.",
-)
+unet_limit_option = click.option("--unet-limit", type=int, help="Only the first so many U-Nets.")
 unfinished_option = click.option(
     "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
 )
@@ -46,66 +44,51 @@ class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
         return found
 
 
-# The names stand in imagen_scale.diffusion and sampling.runtimes.contract, which load torch.
-SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")
-SPACING_NAMES = ("linear", "trailing", "logsnr", "karras")
-RUNTIME_NAMES = ("auto", "torch", "compile", "onnx", "tensorrt", "openvino")
+def sampling_options(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What commands that sample take: `SamplingOptions` but for some, and `RuntimeOptions`.
 
-SETTING_OPTIONS = (
-    click.option(
-        "--steps", type=PerStage(click.IntRange(min=1)), help="Steps per stage; default 25."
-    ),
-    click.option(
-        "--cond-scale",
-        type=PerStage(click.FLOAT),
-        help="Guidance; a single value is the base stage's, the others take 1. Default 3.",
-    ),
-    click.option(
-        "--sampler",
-        type=PerStage(click.Choice(SAMPLER_NAMES)),
-        help=f"One of {', '.join(SAMPLER_NAMES)}; default dpmpp_2m.",
-    ),
-    click.option(
-        "--spacing",
-        type=PerStage(click.Choice(SPACING_NAMES)),
-        help=f"Which times are visited: {', '.join(SPACING_NAMES)}.",
-    ),
-    click.option("--eta", type=PerStage(click.FLOAT), help="Noise of --sampler ddim, 0 to 1."),
-    click.option(
-        "--threshold",
-        type=PerStage(click.FLOAT),
-        help="Percentile of dynamic thresholding, 0 to 1; default the configuration's.",
-    ),
-)
-RUNTIME_OPTIONS = (
-    click.option(
-        "--runtime",
-        type=click.Choice(RUNTIME_NAMES),
-        default="auto",
-        show_default=True,
-        help="What computes the U-Nets; auto says what it took and why.",
-    ),
-    click.option(
-        "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default by the device."
-    ),
-    click.option("--channels-last", is_flag=True, help="Memory layout for torch."),
-    click.option(
-        "--sequential", is_flag=True, help="Two passes for guidance: less memory, more time."
-    ),
-)
+    The command is called with `options` and `runtime`; an option that was not given keeps its
+    default.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        offered = [facts for facts in facts_of(SamplingOptions) if facts.name not in leave_out]
+
+        @wraps(command)
+        def sampled(**given: Any) -> None:
+            def taken(facts: list[OptionFacts]) -> dict[str, Any]:
+                values = {one.name: given.pop(one.name) for one in facts}
+                return {name: value for name, value in values.items() if value is not None}
+
+            options = SamplingOptions.make(**taken(offered))
+            command(options=options, runtime=RuntimeOptions.make(**taken(RUNTIME)), **given)
+
+        wrapped: Callable[..., None] = sampled
+        for facts in reversed([*offered, *RUNTIME]):
+            wrapped = option_of(facts)(wrapped)
+        return wrapped
+
+    return decorate
 
 
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What all commands that sample take; settings that are not given are left out."""
+def option_of(facts: OptionFacts) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option of the command line."""
+    flag = "--" + facts.name.replace("_", "-")
+    if facts.kind is bool:
+        return click.option(flag, is_flag=True, help=facts.description)
+    kind: Any = {int: click.INT, float: click.FLOAT, str: click.STRING}[facts.kind]
+    if facts.choices:
+        kind = click.Choice(facts.choices)
+    elif facts.kind is int and facts.least is not None:
+        kind = click.IntRange(min=int(facts.least))
+    # Of a single choice click itself shows the names.
+    words = [facts.sentence if facts.per_stage else facts.description]
+    if facts.default is not None:
+        words.append(f"Default {facts.default}.")
+    if facts.per_stage:
+        kind = PerStage(kind)
+    return click.option(flag, type=kind, help=" ".join(words))
 
-    @wraps(command)
-    def wrapped(**options: Any) -> None:
-        names = ("steps", "cond_scale", "sampler", "spacing", "eta", "threshold")
-        given = {name: options.pop(name) for name in names}
-        how = {name: options.pop(name) for name in ("precision", "channels_last", "sequential")}
-        settings = {name: value for name, value in given.items() if value is not None}
-        command(settings=settings, how=how, **options)
 
-    for option in reversed((*SETTING_OPTIONS, *RUNTIME_OPTIONS)):
-        wrapped = option(wrapped)
-    return wrapped
+RUNTIME = facts_of(RuntimeOptions)
+runtime_option = option_of(RUNTIME[0])

@@ -47,9 +47,9 @@ def plan(
 
     checked = load_config(config_path, overrides)
     card_bytes, ram_bytes = _size("--memory", memory), _size("--ram", ram)
-    numbers = [unet] if unet else list(range(1, len(checked.unets) + 1))
-    if unet is not None and unet > len(checked.unets):
-        raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(checked.unets)}.")
+    numbers = list(range(1, len(checked.unets) + 1))
+    if unet is not None:
+        numbers = [checked.check_number(unet, "unet")]
     from imagen_scale.planning.machine import SYSTEM_BYTES, calibration, this_machine
     from imagen_scale.planning.planner import Planner
     from imagen_scale.planning.report import as_dict, print_plan

@@ -11,10 +11,12 @@ from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import (
     run_option,
     sampling_options,
-    seed_option,
+    unet_limit_option,
     unfinished_option,
 )
 from imagen_scale.errors import UsageError
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 
 @click.command(short_help="Make pictures from prompts.")
@@ -22,32 +24,19 @@ from imagen_scale.errors import UsageError
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
 @click.option("--out", help="Folder for the pictures; default samples/ in the run.")
-@click.option(
-    "--num", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt."
-)
-@seed_option
-@click.option("--negative-prompt", help="What guidance leads away from; torch computes it.")
-@click.option("--unet-limit", type=int, help="Stop after this U-Net.")
-@click.option("--tile", type=click.IntRange(min=1), help="Compute stages above this in tiles.")
-@click.option("--at-once", type=click.IntRange(min=1), help="Pictures computed together.")
+@unet_limit_option
 @unfinished_option
 @user_errors
-@sampling_options
+@sampling_options()
 def sample(
     prompts: tuple[str, ...],
     run: str | None,
     from_file: str | None,
     out: str | None,
-    num: int,
-    seed: int,
-    negative_prompt: str | None,
     unet_limit: int | None,
-    tile: int | None,
-    at_once: int | None,
     allow_unfinished: bool,
-    runtime: Any,
-    settings: dict[str, Any],
-    how: dict[str, Any],
+    options: SamplingOptions,
+    runtime: RuntimeOptions,
 ) -> None:
     """Make pictures from PROMPTS with a trained run; each is written as soon as it is finished.
 
@@ -63,27 +52,21 @@ def sample(
     run_dir = find_run(run)
     from imagen_scale.files.pictures import GRID_LIMIT, save_grid, to_uint8
     from imagen_scale.sampling.folder import SampleFolder
-    from imagen_scale.sampling.runtimes.contract import Options
+    from imagen_scale.sampling.stage import Listener
     from imagen_scale.sampling.stages import TrainedStages
 
     cascade = TrainedStages.load(
-        run_dir, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
-        runtime=runtime, options=Options(**how), say=say,
+        run_dir, runtime=runtime, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
+        say=say,
     )  # fmt: skip
     folder = Path(out) if out else run_dir / "samples"
-    made = SampleFolder(
-        folder, cascade, cascade.settings(**settings), tile=tile, negative_prompt=negative_prompt
-    )
-    total = len(all_prompts) * num
+    made = SampleFolder(folder, cascade, options)
+    total = len(all_prompts) * options.num
     shown: list[tuple[str, list[Any]]] = []
     try:
         with Progress() as progress:
-            pictures = cascade.stream(
-                all_prompts, seed=seed, num=num, tile=tile, at_once=at_once,
-                on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
-                negative_prompt=negative_prompt, **settings,
-            )  # fmt: skip
-            for picture in pictures:
+            listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
+            for picture in cascade.stream(all_prompts, options, listener):
                 made.write(picture)
                 progress("pictures", made.written, total)
                 if len(shown) < GRID_LIMIT:

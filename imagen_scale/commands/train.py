@@ -56,8 +56,8 @@ def train(
     from imagen_scale.config import load_config
 
     config = load_config(path, overrides)
-    if unet is not None and unet > len(config.unets):
-        raise UsageError(f"--unet {unet}: this cascade has U-Nets 1 to {len(config.unets)}.")
+    if unet is not None:
+        config.check_number(unet, "unet")
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError(
             "training needs DeepSpeed, which is not installed: "

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.errors import with_flags
 from imagen_scale.errors import ImagenScaleError
 
 OPTIONS = (
@@ -68,7 +69,7 @@ def main(
               resume=resume, fresh=fresh, plan_check=plan_check)  # fmt: skip
     except ImagenScaleError as error:
         if is_first:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {with_flags(error.message)}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written
         click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)

@@ -6,24 +6,23 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.console import say
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.options import (
+    run_option,
+    runtime_option,
+    unet_limit_option,
+    unfinished_option,
+)
 
 
 @click.command(short_help="Sample in a page of the browser.")
-@click.option("--run", help="Folder of the run; default the newest under runs/.")
+@run_option
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True,
               help="On 127.0.0.1; 0 takes any that is free.")  # fmt: skip
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "torch", "compile", "onnx", "tensorrt", "openvino"]),
-    default="auto",
-    show_default=True,
-    help="What computes the U-Nets at first; the page can change it.",
-)
-@click.option("--unet-limit", type=int, help="Stop after this U-Net.")
-@click.option(
-    "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
-)
+@runtime_option
+@unet_limit_option
+@unfinished_option
 @click.option(
     "--open/--no-open", "opens", default=None, help="Show it; default where there is a display."
 )
@@ -54,10 +53,10 @@ def ui(
     folder = find_run(run)
     listener = listen(port)
     serve(
-        Opened(folder, runtime, unet_limit, allow_unfinished),
+        Opened(folder, runtime or "auto", unet_limit, allow_unfinished),
         listener,
         opens=_has_display() if opens is None else opens,
-        say=lambda sentence: click.echo(sentence, err=True),
+        say=say,
     )
 
 

@@ -1,7 +1,6 @@
 """`imagen-scale upscale`."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -10,10 +9,11 @@ from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import (
     run_option,
     sampling_options,
-    seed_option,
     unfinished_option,
 )
 from imagen_scale.errors import UsageError
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.version import __version__
 
 
@@ -22,24 +22,19 @@ from imagen_scale.version import __version__
 @run_option
 @click.option("--prompt", help="What the picture shows; without it the text is left out.")
 @click.option("--unet", type=int, help="Which super-resolution U-Net; default the last.")
-@click.option("--tile", type=click.IntRange(min=1), help="Default the U-Net's own size.")
 @click.option("--out", type=click.Path(), help="PNG file; default FILE_xN.png beside FILE.")
-@seed_option
 @unfinished_option
 @user_errors
-@sampling_options
+@sampling_options("num", "negative_prompt", "at_once")
 def upscale(
     file: str,
     run: str | None,
     prompt: str | None,
     unet: int | None,
-    tile: int | None,
     out: str | None,
-    seed: int,
     allow_unfinished: bool,
-    runtime: Any,
-    settings: dict[str, Any],
-    how: dict[str, Any],
+    options: SamplingOptions,
+    runtime: RuntimeOptions,
 ) -> None:
     """Enlarge the picture FILE, of any size and shape, with a super-resolution stage.
 
@@ -56,24 +51,21 @@ def upscale(
 
     picture = read_picture(Path(file))
     from imagen_scale.files.pictures import save_picture, to_uint8
-    from imagen_scale.sampling.runtimes.contract import Options
+    from imagen_scale.sampling.stage import Listener
 
-    upscaler = Upscaler(
-        run_dir, number, allow_unfinished=allow_unfinished, tile=tile,
-        runtime=runtime, options=Options(**how), say=say,
-    )  # fmt: skip
+    upscaler = Upscaler(run_dir, number, runtime, allow_unfinished=allow_unfinished, say=say)
     path = Path(out) if out else Path(file).with_name(f"{Path(file).stem}_x{upscaler.factor:g}.png")
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: pictures are written as PNG; name it {path.stem}.png.")
     if path.exists():
         raise UsageError(f"{path}: exists already; name another file with --out.")
     with Progress() as progress:
-        image, one, name = upscaler(
-            picture, prompt, seed=seed, settings=settings,
-            on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total),
-        )  # fmt: skip
-    facts = {"file": Path(file).name, "prompt": prompt, "seed": seed, "unet": number, "tile": tile,
-             **one._asdict(), "runtime": name, "version": __version__,
-             "model_sha256": sha256(upscaler.file.path)}  # fmt: skip
-    save_picture(path, to_uint8(image[None])[0], facts)
-    click.echo(f"{image.shape[2]} x {image.shape[1]} px: {path}")
+        listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
+        done = upscaler(picture, prompt, options, listener)
+    facts = {
+        "file": Path(file).name, "prompt": prompt, "seed": options.seed, "unet": number,
+        "tile": options.tile, **done.settings.model_dump(), "runtime": done.runtime,
+        "version": __version__, "model_sha256": sha256(upscaler.file.path),
+    }  # fmt: skip
+    save_picture(path, to_uint8(done.image[None])[0], facts)
+    click.echo(f"{done.image.shape[2]} x {done.image.shape[1]} px: {path}")

@@ -21,6 +21,7 @@ from imagen_scale.config.sections import (
     TrainingConfig,
 )
 from imagen_scale.config.stage import StageConfig, text_width
+from imagen_scale.errors import UsageError, option
 
 
 class Config(Section):
@@ -60,3 +61,19 @@ class Config(Section):
     def stages(self, text_embed_dim: int | None = None) -> list[StageConfig]:
         """Every U-Net, in order; see `stage`."""
         return [self.stage(number, text_embed_dim) for number in range(1, len(self.unets) + 1)]
+
+    def check_number(self, number: int, name: str) -> int:
+        """A U-Net's number as it is, if there is such a one.
+
+        Args:
+            number: From 1.
+            name: Of the option it comes from.
+
+        Raises:
+            UsageError: If there is none.
+        """
+        if not 1 <= number <= len(self.unets):
+            raise UsageError(
+                f"{option(name)} {number}: this cascade has U-Nets 1 to {len(self.unets)}."
+            )
+        return number

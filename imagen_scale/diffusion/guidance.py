@@ -1,24 +1,37 @@
 """Classifier-free guidance and thresholding of the predicted clean image."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
 # Up to this share of the values, sorting them alone is faster than selecting twice from all.
 TOP_SHARE = 0.01
 
+Branch = Literal["text", "null"]
 
-def guide(eps_cond: Tensor, eps_null: Tensor, cond_scale: float) -> Tensor:
+
+def branches(cond_scale: float) -> frozenset[Branch]:
+    """Which predictions a guidance scale needs: with the text, without it ("null"), or both."""
+    if cond_scale == 1:
+        return frozenset({"text"})
+    return frozenset({"null"}) if cond_scale == 0 else frozenset({"text", "null"})
+
+
+def guide(cond: Tensor, null: Tensor, cond_scale: float | Tensor) -> Tensor:
     """Extrapolates from the unconditional to the conditional prediction.
 
+    It is linear, so it may be done to the noise, to v or to the clean picture.
+
     Args:
-        eps_cond: Prediction with the text, (B, C, H, W).
-        eps_null: Prediction without it, same shape.
-        cond_scale: 0 is unconditional, 1 conditional, above 1 trades diversity for fidelity.
+        cond: Prediction with the text, (B, C, H, W).
+        null: Prediction without it, same shape.
+        cond_scale: 0 is unconditional, 1 conditional, above 1 trades diversity for fidelity;
+            a number, or one for each image as (B, 1, 1, 1).
 
     Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6, with cond_scale = 1 + w.
     """
-    return eps_null + (eps_cond - eps_null) * cond_scale
+    return null + (cond - null) * cond_scale
 
 
 def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:

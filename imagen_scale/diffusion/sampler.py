@@ -2,18 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.diffusion.names import Sampler
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
-from imagen_scale.diffusion.spacing import spaced_times as spaced_times
-
-Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"]
-SAMPLERS: tuple[Sampler, ...] = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun")
 
 
 def num_evaluations(sampler: Sampler, steps: int) -> int:
@@ -39,7 +35,7 @@ def sample(
     The last step goes from the last time to the clean image that was predicted there.
 
     Args:
-        denoiser: Predicts the noise.
+        denoiser: Predicts the clean picture.
         x_t: Standard normal start, (B, C, H, W) float32.
         schedule: Noise schedule.
         times: Falling times to visit, from `visited_times`.
@@ -55,30 +51,30 @@ def sample(
         Images in [-1, 1], (B, C, H, W).
     """
 
-    def predict_x0(x: Tensor, level: Level) -> Tensor:
+    def predict(x: Tensor, level: Level) -> Tensor:
         t = torch.full((len(x),), level.time, device=x.device, dtype=torch.int64)
-        return threshold((x - level.sigma * denoiser(x, t)) / level.alpha)
+        return threshold(denoiser(x, t))
 
     levels = levels_at(schedule, times)
     past: Past | None = None
-    for done, (now, then) in enumerate(pairwise(levels), start=1):
-        x_0 = predict_x0(x_t, now)
+    for done, (level, lower) in enumerate(pairwise(levels), start=1):
+        x_0 = predict(x_t, level)
         match sampler:
             case "ddpm":
-                x_t = ddim_step(x_t, x_0, now, then, eta=1.0, noise=draw_noise())
+                x_t = ddim_step(x_t, x_0, level, lower, eta=1.0, noise=draw_noise())
             case "ddim":
                 noise = draw_noise() if eta > 0 else None
-                x_t = ddim_step(x_t, x_0, now, then, eta=eta, noise=noise)
+                x_t = ddim_step(x_t, x_0, level, lower, eta=eta, noise=noise)
             case "dpmpp_2m":
-                x_t = dpmpp_2m_step(x_t, x_0, now, then, past=past, noise=None)
+                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=None)
             case "dpmpp_2m_sde":
-                x_t = dpmpp_2m_step(x_t, x_0, now, then, past=past, noise=draw_noise())
+                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=draw_noise())
             case "heun":
-                x_t = heun_step(x_t, x_0, now, then, predict_x0=predict_x0)
-        past = Past(now, x_0)
+                x_t = heun_step(x_t, x_0, level, lower, predict=predict)
+        past = Past(level, x_0)
         if on_step is not None:
             on_step(done, x_0)
-    x_0 = predict_x0(x_t, levels[-1])
+    x_0 = predict(x_t, levels[-1])
     if on_step is not None:
         on_step(len(levels), x_0)
     return x_0.clamp(-1, 1)

@@ -32,64 +32,64 @@ class Past(NamedTuple):
 
 
 def ddim_step(
-    x_t: Tensor, x_0: Tensor, now: Level, then: Level, *, eta: float, noise: Tensor | None
+    x_t: Tensor, x_0: Tensor, level: Level, lower: Level, *, eta: float, noise: Tensor | None
 ) -> Tensor:
     """DDIM; with eta = 1 the DDPM posterior of the two levels. First order.
 
     Args:
-        x_t: Noisy images at `now`, (B, C, H, W).
+        x_t: Noisy images at `level`, (B, C, H, W).
         x_0: Predicted clean images, (B, C, H, W).
-        now: Level of x_t.
-        then: A lower level.
+        level: Level of x_t.
+        lower: A lower level.
         eta: Share of the posterior's noise that is added, in [0, 1].
         noise: Standard normal, (B, C, H, W); unused when eta = 0.
 
     Source: Song et al. 2021 (DDIM), arXiv:2010.02502, equations 12 and 16.
     """
-    eps = (x_t - now.alpha * x_0) / now.sigma
-    kept = now.alpha / then.alpha
-    spread = eta * then.sigma / now.sigma * math.sqrt(now.sigma**2 - (kept * then.sigma) ** 2)
-    direction = math.sqrt(max(then.sigma**2 - spread**2, 0))
-    x_s = then.alpha * x_0 + direction * eps
+    eps = (x_t - level.alpha * x_0) / level.sigma
+    kept = level.alpha / lower.alpha
+    spread = eta * lower.sigma / level.sigma * math.sqrt(level.sigma**2 - (kept * lower.sigma) ** 2)
+    direction = math.sqrt(max(lower.sigma**2 - spread**2, 0))
+    x_s = lower.alpha * x_0 + direction * eps
     return x_s if eta == 0 or noise is None else x_s + spread * noise
 
 
 def dpmpp_2m_step(
-    x_t: Tensor, x_0: Tensor, now: Level, then: Level, *, past: Past | None, noise: Tensor | None
+    x_t: Tensor, x_0: Tensor, level: Level, lower: Level, *, past: Past | None, noise: Tensor | None
 ) -> Tensor:
     """DPM-Solver++(2M), or its SDE form where noise is given. Second order.
 
     Without a past it is first order: DDIM, and with noise the DDPM posterior.
 
     Args:
-        x_t: Noisy images at `now`, (B, C, H, W).
+        x_t: Noisy images at `level`, (B, C, H, W).
         x_0: Predicted clean images, (B, C, H, W).
-        now: Level of x_t.
-        then: A lower level.
+        level: Level of x_t.
+        lower: A lower level.
         past: The step before.
         noise: Standard normal, (B, C, H, W), for the SDE; None for the ODE.
 
     Source: Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2 and appendix B.
     """
-    h = then.half_log_snr - now.half_log_snr
+    h = lower.half_log_snr - level.half_log_snr
     if past is not None:
-        h_past = now.half_log_snr - past.level.half_log_snr
+        h_past = level.half_log_snr - past.level.half_log_snr
         x_0 = x_0 + h / (2 * h_past) * (x_0 - past.x_0)
-    ratio = then.sigma / now.sigma
+    ratio = lower.sigma / level.sigma
     if noise is None:
-        return ratio * x_t - then.alpha * math.expm1(-h) * x_0
+        return ratio * x_t - lower.alpha * math.expm1(-h) * x_0
     share = -math.expm1(-2 * h)
-    drift = ratio * math.exp(-h) * x_t + then.alpha * share * x_0
-    return drift + then.sigma * math.sqrt(share) * noise
+    drift = ratio * math.exp(-h) * x_t + lower.alpha * share * x_0
+    return drift + lower.sigma * math.sqrt(share) * noise
 
 
 def heun_step(
     x_t: Tensor,
     x_0: Tensor,
-    now: Level,
-    then: Level,
+    level: Level,
+    lower: Level,
     *,
-    predict_x0: Callable[[Tensor, Level], Tensor],
+    predict: Callable[[Tensor, Level], Tensor],
 ) -> Tensor:
     """Heun's step of EDM's ODE, with a second evaluation at the lower level. Second order.
 
@@ -97,17 +97,17 @@ def heun_step(
     here z = x_t / alpha and s = sigma / alpha.
 
     Args:
-        x_t: Noisy images at `now`, (B, C, H, W).
+        x_t: Noisy images at `level`, (B, C, H, W).
         x_0: Predicted clean images, (B, C, H, W).
-        now: Level of x_t.
-        then: A lower level.
-        predict_x0: Predicts the clean images at a level.
+        level: Level of x_t.
+        lower: A lower level.
+        predict: Predicts the clean images at a level.
 
     Source: Karras et al. 2022 (EDM), arXiv:2206.00364, algorithm 1.
     """
-    s_now, s_then = now.sigma / now.alpha, then.sigma / then.alpha
-    z = x_t / now.alpha
-    slope = (z - x_0) / s_now
-    euler = z + (s_then - s_now) * slope
-    slope_then = (euler - predict_x0(then.alpha * euler, then)) / s_then
-    return then.alpha * (z + (s_then - s_now) * (slope + slope_then) / 2)
+    s_level, s_lower = level.sigma / level.alpha, lower.sigma / lower.alpha
+    z = x_t / level.alpha
+    slope = (z - x_0) / s_level
+    euler = z + (s_lower - s_level) * slope
+    slope_lower = (euler - predict(lower.alpha * euler, lower)) / s_lower
+    return lower.alpha * (z + (s_lower - s_level) * (slope + slope_lower) / 2)

@@ -6,14 +6,12 @@ that was visited: rounding moves the steps a little, it adds no error to them.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from imagen_scale.diffusion.names import Spacing
 from imagen_scale.diffusion.schedule import NoiseSchedule
 
-Spacing = Literal["linear", "trailing", "logsnr", "karras"]
-SPACINGS: tuple[Spacing, ...] = ("linear", "trailing", "logsnr", "karras")
 KARRAS_RHO = 7.0
 
 

@@ -49,20 +49,20 @@ class TiledDenoiser:
         self.bind, self.tile, self.divisor = bind, tile, divisor
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predicts the noise, (B, C, H, W)."""
+        """Predicts the clean picture, (B, C, H, W)."""
         height, width = x_t.shape[-2:]
         rows = tile_starts(height, self.tile, self.divisor)
         columns = tile_starts(width, self.tile, self.divisor)
         row_weights = _weights(rows, self.tile, height, x_t)
         column_weights = _weights(columns, self.tile, width, x_t)
-        eps = torch.zeros_like(x_t)
+        x_0 = torch.zeros_like(x_t)
         for (row, down), (column, across) in itertools.product(
             zip(rows, row_weights, strict=True), zip(columns, column_weights, strict=True)
         ):
             tile = Tile(slice(row, row + self.tile), slice(column, column + self.tile))
             prediction = self.bind(tile)(tile.of(x_t).contiguous(), t)
-            tile.of(eps).add_(prediction * down[:, None] * across)
-        return eps
+            tile.of(x_0).add_(prediction * down[:, None] * across)
+        return x_0
 
 
 def tile_starts(side: int, tile: int, divisor: int) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import MissingExtraError, ShapeError
+from imagen_scale.errors import MissingExtraError, ShapeError, option
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -111,5 +111,7 @@ def _given(features: Tensor) -> torch.nn.Module:
 def _check_counts(generated: Tensor, real: Tensor) -> int:
     fewest = min(len(generated), len(real))
     if fewest < 2:
-        raise ShapeError(f"{fewest} picture has no covariance; give 2 at least with --num.")
+        raise ShapeError(
+            f"{fewest} picture has no covariance; give 2 at least with {option('num')}."
+        )
     return fewest

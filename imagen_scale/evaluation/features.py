@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import DataError, MissingExtraError
+from imagen_scale.errors import DataError, MissingExtraError, option
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.sampling.stage import default_device
 
@@ -45,7 +45,7 @@ def open_extractor(name: str) -> Extractor:
     """
     if name == INCEPTION or name.endswith(".pth"):
         return Inception(name)
-    return VisionModel(name, "--features")
+    return VisionModel(name, option("features"))
 
 
 class VisionModel:
@@ -113,11 +113,11 @@ class Clip(VisionModel):
     def __init__(self, name: str) -> None:
         import transformers
 
-        super().__init__(name, "--clip")
+        super().__init__(name, option("clip"))
         if not self.sees_text:
             raise DataError(
-                f"--clip {name!r}: holds a {self.model.config.model_type} model, which knows no "
-                f"captions; give one of CLIP or SigLIP."
+                f"{option('clip')} {name!r}: holds a {self.model.config.model_type} model, which "
+                f"knows no captions; give one of CLIP or SigLIP."
             )
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -125,8 +125,8 @@ class Clip(VisionModel):
             )
         except Exception as error:
             raise DataError(
-                f"--clip {name!r}: its tokenizer cannot be loaded: {first_line(error)}; download "
-                f"the model's folder again, whole."
+                f"{option('clip')} {name!r}: its tokenizer cannot be loaded: {first_line(error)}; "
+                f"download the model's folder again, whole."
             ) from error
 
     @torch.no_grad()
@@ -158,14 +158,14 @@ class Inception:
         self.name = name
         path = None if name == INCEPTION else Path(name).expanduser()
         if path is not None and not path.is_file():
-            raise DataError(f"--features {name}: no such file.")
+            raise DataError(f"{option('features')} {name}: no such file.")
         try:
             import torch_fidelity  # noqa: F401  # torchmetrics does not say why it fails
         except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
             raise MissingExtraError(
-                f"--features {name}: Inception needs torch-fidelity and a torchvision that fits "
-                f"torch ({first_line(error)}); run pip install torch-fidelity, or give a vision "
-                f"model of transformers, e.g. facebook/dinov2-base."
+                f"{option('features')} {name}: Inception needs torch-fidelity and a torchvision "
+                f"that fits torch ({first_line(error)}); run pip install torch-fidelity, or give a "
+                f"vision model of transformers, e.g. facebook/dinov2-base."
             ) from None
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -175,8 +175,9 @@ class Inception:
             )
         except Exception as error:
             raise DataError(
-                f"--features {name}: the weights cannot be loaded: {first_line(error)}; offline, "
-                f"download weights-inception-2015-12-05-6726825d.pth elsewhere and give its path."
+                f"{option('features')} {name}: the weights cannot be loaded: {first_line(error)}; "
+                f"offline, download weights-inception-2015-12-05-6726825d.pth elsewhere and give "
+                f"its path."
             ) from error
         self._device = default_device()
         self._network = metric.inception.to(self._device)

@@ -1,7 +1,7 @@
 """Measuring a cascade: pictures made from captions, beside the real ones of these captions."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from imagen_scale.sampling.measures import (
     retrieval_accuracy,
     ssim,
 )
-from imagen_scale.sampling.stage import OnStep
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.stage import Inputs, Listener
 from imagen_scale.sampling.stages import GROUP, TrainedStages
 
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
@@ -131,11 +132,10 @@ def evaluate(
     prepared: Prepared,
     indices: Sequence[int],
     *,
-    seed: int = 0,
+    options: SamplingOptions = SamplingOptions(),  # noqa: B008  # immutable
     extractor: Extractor | None = None,
     clip: Clip | None = None,
-    on_step: OnStep | None = None,
-    **settings: Any,
+    listener: Listener = Listener(),  # noqa: B008  # immutable
 ) -> Evaluation:
     """Generates a picture for each caption and compares it with the real ones.
 
@@ -151,39 +151,38 @@ def evaluate(
         cascade: The trained stages.
         prepared: Pictures and captions.
         indices: Which of them to use, two at least where an extractor is given.
-        seed: Of the first picture; the i-th uses seed + i.
+        options: How they are sampled; the i-th picture uses seed + i.
         extractor: For FID and KID; None leaves them out.
         clip: For the CLIP score; None leaves it out.
-        on_step: Told of each step.
-        settings: As for `TrainedStages.settings`.
+        listener: Told of each step.
     """
-    per_stage = cascade.settings(**settings)
-    sizes = cascade.files[0].config.imagen.image_sizes
-    tallies = [_StageTally(sizes[0], extractor, clip) for _ in per_stage]
-    together = max(1, min(GROUP, PIXELS_HELD // sizes[len(per_stage) - 1] ** 2))
+    settings, configs = cascade.settings(options), cascade.configs
+    tallies = [_StageTally(configs[0].size, extractor, clip) for _ in configs]
+    together = max(1, min(GROUP, PIXELS_HELD // configs[-1].size ** 2))
     for start in range(0, len(indices), together):
         group = indices[start : start + together]
         captions = [prepared.source.captions[i] for i in group]
         text = cascade.encode(captions)
-        seeds = [seed + start + i for i in range(len(group))]
+        seeds = [options.seed + start + i for i in range(len(group))]
         lowres = None
-        for number, (how, tally) in enumerate(zip(per_stage, tallies, strict=True), start=1):
-            stage = cascade.stage(number)
+        for config, of_stage, tally in zip(configs, settings, tallies, strict=True):
+            stage = cascade.stage(config.number)
             try:
-                real = real_pictures(prepared, group, stage.image_size)
-                options = {"on_step": on_step, **how._asdict()}
-                generated = stage.sample(text, seeds, lowres=lowres, **options)
+                real = real_pictures(prepared, group, config.size)
+                inputs = Inputs(text, seeds, lowres)
+                generated = stage.sample(inputs, of_stage, listener=listener)
                 tally.add(generated, real, captions)
                 if lowres is not None:
                     small = lowres.shape[-1]
-                    restored = stage.sample(text, seeds, lowres=resize(real, small), **options)
+                    inputs = inputs._replace(lowres=resize(real, small))
+                    restored = stage.sample(inputs, of_stage, listener=listener)
                     bicubic = shrink_and_enlarge(real, small)
                     tally.add_super_resolution(generated, lowres, restored, bicubic, real)
             finally:
                 stage.close()
             lowres = generated
     stages = [
-        tally.measures(number, size)
-        for number, (tally, size) in enumerate(zip(tallies, sizes, strict=False), start=1)
+        tally.measures(config.number, config.size)
+        for config, tally in zip(configs, tallies, strict=True)
     ]
     return Evaluation(len(indices), 1 / len(indices), stages)

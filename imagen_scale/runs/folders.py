@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import UsageError, option
 
 
 def unet_dir(run_dir: Path, unet_number: int) -> Path:
@@ -40,7 +40,7 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
     if not runs:
         raise UsageError(
             f"no run found under {root.resolve()}. Train one with `deepspeed launch/train.py "
-            f"--config configs/emoji_demo.json`, or name one with --run."
+            f"--config configs/emoji_demo.json`, or name one with {option('run')}."
         )
     return max(runs, key=_last_change)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.config import Config, StageConfig, dump_config, parse_config
-from imagen_scale.errors import CheckpointError
+from imagen_scale.errors import CheckpointError, option
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.tensors import write_tensors
 from imagen_scale.runs.folders import inference_path
@@ -107,7 +107,7 @@ def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> Inference
         raise CheckpointError(
             f"{run}: U-Net {unet_number} is not trained yet ({path} does not exist). Train it "
             f"with `deepspeed launch/train.py --unet {unet_number} --config ...`"
-            + (f", or sample the earlier stages with --unet-limit {unet_number - 1}."
+            + (f", or sample the earlier stages with {option('unet_limit')} {unet_number - 1}."
                if unet_number > 1 else ".")
         )  # fmt: skip
     file = read_inference(path)
@@ -115,6 +115,6 @@ def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> Inference
         raise CheckpointError(
             f"{run}: U-Net {unet_number} is half-trained ({file.step} of {file.steps} steps). "
             f"Run the training command again to finish it, or sample it as it is with "
-            f"--allow-unfinished."
+            f"{option('allow_unfinished')}."
         )
     return file

@@ -1,25 +1,26 @@
 """A trained run in Python: prompts in, PIL pictures out.
 
-The same sampling as `imagen-scale sample`: equal pixels for equal options. Messages of errors name
-options as the command line does; `--cond-scale` is the argument `cond_scale` here.
+The same sampling as `imagen-scale sample`: equal pixels for equal options.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from imagen_scale.diffusion.sampler import Sampler
-from imagen_scale.diffusion.spacing import Spacing
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import UsageError, spelled
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import find_run
-from imagen_scale.sampling.runtimes.contract import Options, Precision, RuntimeName
-from imagen_scale.sampling.stage import OnEstimate
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.signature import takes
+from imagen_scale.sampling.stage import Listener, OnEstimate, OnStep
 from imagen_scale.sampling.stages import Picture, TrainedStages
+
+OnImages = Callable[[int, int, int, list[Image.Image]], None]
 
 
 class Sample(NamedTuple):
@@ -46,6 +47,7 @@ class Cascade:
         self._stages = stages
 
     @classmethod
+    @takes(RuntimeOptions)
     def load(
         cls,
         run: str | Path | None = None,
@@ -53,11 +55,8 @@ class Cascade:
         unet_limit: int | None = None,
         allow_unfinished: bool = False,
         device: str | None = None,
-        runtime: RuntimeName = "auto",
-        precision: Precision | None = None,
-        channels_last: bool = False,
-        sequential: bool = False,
         say: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> "Cascade":
         """Opens a trained run.
 
@@ -67,80 +66,53 @@ class Cascade:
             allow_unfinished: Accept stages whose training has not ended.
             device: Where to compute, as torch names it ("cpu", "cuda:1"); None takes the first
                 GPU, else the CPU.
-            runtime: What computes the U-Nets: "auto" (the best that can be used), "torch",
-                "compile", or an export: "onnx", "tensorrt", "openvino".
-            precision: "fp32", "bf16" or "fp16"; None goes by the device.
-            channels_last: Memory layout for torch.
-            sequential: Two passes for guidance: less memory, more time.
             say: Told in sentences what "auto" chose and what was changed for want of memory, e.g.
                 `print`; None keeps quiet.
+            options: Of the runtime.
 
         Raises:
             UsageError: If there is no such run, or an option is wrong.
             CheckpointError: Naming the stage that is missing, damaged or not trained to its end.
         """
-        _one_of("runtime", runtime, RuntimeName)
-        if precision is not None:
-            _one_of("precision", precision, Precision)
+        runtime = RuntimeOptions.make(**options)
         stages = TrainedStages.load(
             find_run(run),
+            None if device is None else _device(device),
+            runtime,
             unet_limit=unet_limit,
             allow_unfinished=allow_unfinished,
-            device=None if device is None else _device(device),
-            runtime=runtime,
-            options=Options(precision, channels_last, sequential),
-            say=say or (lambda sentence: None),
+            say=lambda sentence: None if say is None else say(spelled(sentence)),
         )
         return cls(stages)
 
     @property
     def image_sizes(self) -> list[int]:
         """Side of each stage's square pictures in pixels, from the smallest on."""
-        files = self._stages.files
-        return list(files[0].config.imagen.image_sizes[: len(files)])
+        return [stage.size for stage in self._stages.configs]
 
+    @takes(SamplingOptions)
     def sample(
         self,
         prompts: str | Sequence[str],
+        options: SamplingOptions | None = None,
         *,
-        seed: int = 0,
-        num: int = 1,
-        steps: int | Sequence[int] = 25,
-        cond_scale: float | Sequence[float] = 3.0,
-        sampler: Sampler | Sequence[Sampler] = "dpmpp_2m",
-        spacing: Spacing | Sequence[Spacing] = "trailing",
-        eta: float | Sequence[float] = 0.0,
-        threshold: float | Sequence[float | None] | None = None,
-        tile: int | None = None,
-        at_once: int | None = None,
-        on_step: Callable[[int, int, int], None] | None = None,
-        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
-        negative_prompt: str | None = None,
+        on_step: OnStep | None = None,
+        on_estimate: OnImages | None = None,
+        **changes: Any,
     ) -> list[Image.Image]:
         """Makes pictures from prompts and holds them all.
 
-        A picture depends on its prompt, its seed and the settings, not on the others of the call.
-        Settings that take a list have one value per stage; a single value counts for all, but for
+        A picture depends on its prompt, its seed and the options, not on the others of the call.
+        Options that take a list have one value per stage; a single value counts for all, but for
         `cond_scale`: a single scale is the base stage's, and the others take 1.
 
         Args:
             prompts: One caption, or P of them.
-            seed: The j-th picture of each prompt uses seed + j; 0 or more.
-            num: Pictures per prompt.
-            steps: Sampling steps.
-            cond_scale: Guidance scale; 1 is none, above 1 follows the text more closely.
-            sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde" or "heun".
-            spacing: Which times are visited: "linear", "trailing", "logsnr" or "karras".
-            eta: Share of DDPM's noise in [0, 1]; for "ddim" only.
-            threshold: Percentile of dynamic thresholding in (0, 1]; None takes the
-                configuration's.
-            tile: Side in pixels of the tiles in which larger stages are computed; None for none.
-            at_once: Pictures computed together; None goes by their size.
+            options: A `SamplingOptions`; what stands beside it, changes it. None: the defaults.
             on_step: Told of each step: U-Net number from 1, steps done, steps in all.
             on_estimate: Told the same, and the clean pictures that the step expects: RGB, of
                 those that are computed together. What is made does not depend on it.
-            negative_prompt: What guidance leads away from, in place of no text at all; for the
-                runtimes "torch" and "compile", and "auto" takes torch.
+            changes: Of the options.
 
         Returns:
             P * num RGB pictures of the last stage, `image_sizes[-1]` pixels square; those of one
@@ -151,48 +123,27 @@ class Cascade:
             EnvironmentProblem: If the device's memory is too small.
             ImagenScaleError: If a runtime asked for by name cannot be used.
         """
-        made = self.stream(
-            prompts, seed=seed, num=num, steps=steps, cond_scale=cond_scale, sampler=sampler,
-            spacing=spacing, eta=eta, threshold=threshold, tile=tile, at_once=at_once,
-            on_step=on_step, on_estimate=on_estimate, negative_prompt=negative_prompt,
-        )  # fmt: skip
-        return [one.image for one in made]
+        made = self.stream(prompts, options, on_step=on_step, on_estimate=on_estimate, **changes)
+        return [sample.image for sample in made]
 
+    @takes(SamplingOptions)
     def stream(
         self,
         prompts: str | Sequence[str],
+        options: SamplingOptions | None = None,
         *,
-        seed: int = 0,
-        num: int = 1,
-        steps: int | Sequence[int] = 25,
-        cond_scale: float | Sequence[float] = 3.0,
-        sampler: Sampler | Sequence[Sampler] = "dpmpp_2m",
-        spacing: Spacing | Sequence[Spacing] = "trailing",
-        eta: float | Sequence[float] = 0.0,
-        threshold: float | Sequence[float | None] | None = None,
-        tile: int | None = None,
-        at_once: int | None = None,
-        on_step: Callable[[int, int, int], None] | None = None,
-        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
-        negative_prompt: str | None = None,
+        on_step: OnStep | None = None,
+        on_estimate: OnImages | None = None,
+        **changes: Any,
     ) -> Iterator[Sample]:
         """Makes pictures from prompts and gives each as soon as it is finished, all stages of it.
 
         Args:
             prompts: As for `sample`, and so is every option.
-            seed: See `sample`.
-            num: See `sample`.
-            steps: See `sample`.
-            cond_scale: See `sample`.
-            sampler: See `sample`.
-            spacing: See `sample`.
-            eta: See `sample`.
-            threshold: See `sample`.
-            tile: See `sample`.
-            at_once: See `sample`.
+            options: See `sample`.
             on_step: See `sample`.
             on_estimate: See `sample`.
-            negative_prompt: See `sample`.
+            changes: Of the options.
 
         Returns:
             One `Sample` after the other.
@@ -206,26 +157,9 @@ class Cascade:
         for i, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise UsageError(f"prompts[{i}]: {caption!r} is not a string.")
-        if not isinstance(negative_prompt, str | None):
-            raise UsageError(f"negative_prompt: {negative_prompt!r} is not a string.")
-        _at_least("seed", seed, 0)
-        for name, value in (("num", num), ("tile", tile), ("at_once", at_once)):
-            if value is not None:
-                _at_least(name, value, 1)
-        for one in [sampler] if isinstance(sampler, str) else sampler:
-            _one_of("sampler", one, Sampler)
-        for way in [spacing] if isinstance(spacing, str) else spacing:
-            _one_of("spacing", way, Spacing)
-        settings: dict[str, Any] = {
-            "steps": steps, "cond_scale": cond_scale, "sampler": sampler, "spacing": spacing,
-            "eta": eta, "threshold": threshold,
-        }  # fmt: skip
-        pictures = self._stages.stream(
-            captions, seed=seed, num=num, tile=tile, at_once=at_once, on_step=on_step,
-            on_estimate=None if on_estimate is None else _with_images(on_estimate),
-            negative_prompt=negative_prompt, **settings,
-        )  # fmt: skip
-        return map(_sample, pictures)
+        listener = Listener(on_step, None if on_estimate is None else _with_images(on_estimate))
+        options = (options or SamplingOptions()).changed(**changes)
+        return map(_sample, self._stages.stream(captions, options, listener))
 
 
 def _sample(picture: Picture) -> Sample:
@@ -237,21 +171,8 @@ def _images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in to_uint8(pictures)]
 
 
-def _with_images(
-    on_estimate: Callable[[int, int, int, list[Image.Image]], None],
-) -> OnEstimate:
+def _with_images(on_estimate: OnImages) -> OnEstimate:
     return lambda unet, step, steps, x_0: on_estimate(unet, step, steps, _images(x_0))
-
-
-def _one_of(argument: str, value: Any, names: Any) -> None:
-    if value not in get_args(names):
-        allowed = ", ".join(get_args(names))
-        raise UsageError(f"{argument}: {value!r} is not known; take one of {allowed}.")
-
-
-def _at_least(argument: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"{argument}: {value!r}; a whole number from {least} on is needed.")
 
 
 def _device(name: str) -> torch.device:

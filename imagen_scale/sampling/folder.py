@@ -1,12 +1,11 @@
 """Pictures of a cascade on disk: a PNG file each, and beside it what it was made from."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import next_number, save_sample, to_uint8
-from imagen_scale.sampling.settings import Settings
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import Picture, TrainedStages
 from imagen_scale.version import __version__
 
@@ -17,23 +16,16 @@ class SampleFolder:
     Args:
         folder: Where to; made if it is missing.
         cascade: What makes the pictures.
-        how: The settings of each stage.
-        tile: Side of the tiles in pixels, or None.
-        negative_prompt: What guidance leads away from, or None.
+        options: How.
+
+    Raises:
+        UsageError: If an option is wrong.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        cascade: TrainedStages,
-        how: Sequence[Settings],
-        *,
-        tile: int | None = None,
-        negative_prompt: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, cascade: TrainedStages, options: SamplingOptions) -> None:
+        self.settings, self.options = cascade.settings(options), options
         folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
-        self.folder, self.how, self.tile = folder, how, tile
-        self.negative_prompt = negative_prompt or None
+        self.folder = folder
         self.models = [_hash(file.path) for file in cascade.files]
         self.first = next_number(folder)
         self.written = 0
@@ -41,14 +33,16 @@ class SampleFolder:
     def write(self, picture: Picture) -> Path:
         """Writes one picture, its last stage; gives the PNG file."""
         stages = [
-            {**one._asdict(), "runtime": name, "model_sha256": model}
-            for one, name, model in zip(self.how, picture.runtimes, self.models, strict=True)
+            {**settings.model_dump(), "runtime": name, "model_sha256": model}
+            for settings, name, model in zip(
+                self.settings, picture.runtimes, self.models, strict=True
+            )
         ]
         facts = {
             "prompt": picture.prompt,
-            "negative_prompt": self.negative_prompt,
+            "negative_prompt": self.options.negative_prompt or None,
             "seed": picture.seed,
-            "tile": self.tile,
+            "tile": self.options.tile,
             "stages": stages,
             "version": __version__,
         }

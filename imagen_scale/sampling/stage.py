@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
-from imagen_scale.errors import EnvironmentProblem, UsageError
+from imagen_scale.errors import EnvironmentProblem, UsageError, option
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Options, RuntimeName, Say, Text
+from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
-from imagen_scale.sampling.settings import Settings
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 OnStep = Callable[[int, int, int], None]  # U-Net number, steps done, steps in all
 # The same, and the clean pictures that the step predicts: (B, 3, H, W) in [-1, 1] on the CPU, the
@@ -31,14 +32,45 @@ OnEstimate = Callable[[int, int, int, Tensor], None]
 PIXELS_AT_ONCE = 2**18
 
 
+class Listener(NamedTuple):
+    """Who is told of each step; what is made does not depend on it."""
+
+    on_step: OnStep | None = None
+    on_estimate: OnEstimate | None = None
+
+    def tell(self, unet_number: int, step: int, steps: int, x_0: Tensor) -> None:
+        """A step is done."""
+        if self.on_step is not None:
+            self.on_step(unet_number, step, steps)
+        if self.on_estimate is not None:  # a copy: the sampler still needs its own
+            self.on_estimate(unet_number, step, steps, x_0.clamp(-1, 1).cpu())
+
+
+class Inputs(NamedTuple):
+    """What a stage makes B pictures from."""
+
+    text: Text
+    seeds: Sequence[int]
+    lowres: Tensor | None = None  # of the stage before, (B, 3, h, w) in [-1, 1]; from U-Net 2 on
+    negative: Text | None = None  # one prompt that guidance leads away from
+
+    def part(self, start: int, end: int) -> "Inputs":
+        """Some of the pictures."""
+        part = slice(start, end)
+        return self._replace(
+            text=Text(self.text.embeds[part], self.text.mask[part]),
+            seeds=self.seeds[part],
+            lowres=None if self.lowres is None else self.lowres[part],
+        )
+
+
 class Stage:
     """One trained U-Net, loaded from its inference file.
 
     Args:
         file: The inference file.
         device: Where to compute.
-        runtime: What computes the U-Net.
-        options: How.
+        runtime: What computes the U-Net, and how.
         tile: Side of the tiles of a super-resolution stage in pixels; None computes whole images.
         negative: Whether it must take a negative prompt.
         say: Told what "auto" chose and what was changed for want of memory.
@@ -52,27 +84,24 @@ class Stage:
         self,
         file: InferenceFile,
         device: torch.device,
+        runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
-        runtime: RuntimeName = "torch",
-        options: Options = Options(),  # noqa: B008  # immutable
         tile: int | None = None,
         negative: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
         self.file, self.config, self.device = file, file.stage, device
-        self.image_size, self.divisor = self.config.size, self.config.unet.size_divisor
+        self.divisor = self.config.unet.size_divisor
         if tile is not None and (tile < 1 or tile % self.divisor):
             raise UsageError(
-                f"--tile {tile}: U-Net {file.unet_number} takes tiles in multiples of "
+                f"{option('tile')} {tile}: {self.config.name} takes tiles in multiples of "
                 f"{self.divisor} px."
             )
-        self.tile = tile if file.unet_number > 1 else None
-        self.schedule = NoiseSchedule.linear(self.config.timesteps)
-        self.schedule = self.schedule.to(device)
+        self.tile = tile if self.config.is_super_resolution else None
+        self.schedule = NoiseSchedule.linear(self.config.timesteps).to(device)
         self.runtime = open_runtime(
-            runtime, file, device=device, options=options, side=self.tile, negative=negative,
-            say=say,
-        )  # fmt: skip
+            file, device, runtime, side=self.tile, negative=negative, say=say
+        )
 
     def close(self) -> None:
         """Frees the network, before the next one is loaded."""
@@ -80,16 +109,11 @@ class Stage:
 
     def sample(
         self,
-        text: Text,
-        seeds: Sequence[int],
+        inputs: Inputs,
+        settings: StageSettings = StageSettings(),  # noqa: B008  # immutable
         *,
-        lowres: Tensor | None = None,
-        lowres_noise_level: float | None = None,
         at_once: int | None = None,
-        on_step: OnStep | None = None,
-        on_estimate: OnEstimate | None = None,
-        negative: Text | None = None,
-        **settings: Any,
+        listener: Listener = Listener(),  # noqa: B008  # immutable
     ) -> Tensor:
         """Samples this stage.
 
@@ -97,65 +121,44 @@ class Stage:
         on its prompt and seed alone: not on the other prompts of the call, nor on the device.
 
         Args:
-            text: Encoded prompts of B images.
-            seeds: One per image.
-            lowres: Pictures of the stage before, (B, 3, h, w) in [-1, 1]; needed from U-Net 2 on.
-            lowres_noise_level: Noise put on `lowres`, in [0, 1); None takes the configuration's.
+            inputs: What to make.
+            settings: How.
             at_once: Images computed together; None takes `PIXELS_AT_ONCE`.
-            on_step: Told of each step.
-            on_estimate: Told of each step and of the pictures as they are expected there.
-            negative: One encoded prompt that guidance leads away from, or None.
-            settings: Fields of `Settings`.
+            listener: Told of each step.
 
         Returns:
             (B, 3, size, size) in [-1, 1] on the CPU.
         """
-        parts = self.parts(
-            text, seeds, Settings(**settings), lowres=lowres,
-            lowres_noise_level=lowres_noise_level, at_once=at_once, on_step=on_step,
-            on_estimate=on_estimate, negative=negative,
-        )  # fmt: skip
-        return torch.cat(list(parts))
+        return torch.cat(list(self.parts(inputs, settings, at_once=at_once, listener=listener)))
 
     @torch.no_grad()
     def parts(
         self,
-        text: Text,
-        seeds: Sequence[int],
-        settings: Settings,
+        inputs: Inputs,
+        settings: StageSettings,
         *,
-        lowres: Tensor | None = None,
-        lowres_noise_level: float | None = None,
         at_once: int | None = None,
-        on_step: OnStep | None = None,
-        on_estimate: OnEstimate | None = None,
-        negative: Text | None = None,
+        listener: Listener = Listener(),  # noqa: B008  # immutable
     ) -> Iterator[Tensor]:
         """`sample`, a few images at a time, in order."""
-        at_once = at_once or max(1, PIXELS_AT_ONCE // self.image_size**2)
+        size = self.config.size
+        at_once = at_once or max(1, PIXELS_AT_ONCE // size**2)
         if self.runtime.max_batch is not None:
             at_once = min(at_once, self.runtime.max_batch)
-        side = (self.image_size, self.image_size)
-        for start in range(0, len(seeds), at_once):
-            part = slice(start, start + at_once)
-            enlarged = None
-            if lowres is not None:
-                enlarged = resize(lowres[part].to(self.device), self.image_size)
-            yield self._draw(
-                Text(text.embeds[part], text.mask[part]), seeds[part], settings, side,
-                enlarged, lowres_noise_level, on_step, on_estimate, negative,
-            )  # fmt: skip
+        for start in range(0, len(inputs.seeds), at_once):
+            part = inputs.part(start, start + at_once)
+            if part.lowres is not None:
+                part = part._replace(lowres=resize(part.lowres.to(self.device), size))
+            yield self._sample_part(part, settings, (size, size), self.tile, listener)
 
     @torch.no_grad()
     def upscale(
         self,
+        picture: Tensor,
         text: Text,
         seed: int,
-        picture: Tensor,
-        settings: Settings,
-        *,
-        lowres_noise_level: float | None = None,
-        on_step: OnStep | None = None,
+        settings: StageSettings,
+        listener: Listener = Listener(),  # noqa: B008  # immutable
     ) -> Tensor:
         """Enlarges one picture of any size and shape by this stage's factor.
 
@@ -163,12 +166,11 @@ class Stage:
         given another.
 
         Args:
+            picture: (3, h, w) in [-1, 1].
             text: One encoded prompt.
             seed: Same seed, same picture.
-            picture: (3, h, w) in [-1, 1].
             settings: How to sample.
-            lowres_noise_level: As for `sample`.
-            on_step: Told of each step.
+            listener: Told of each step.
 
         Returns:
             (3, h * factor, w * factor) in [-1, 1] on the CPU.
@@ -176,70 +178,54 @@ class Stage:
         Raises:
             UsageError: If this is not a super-resolution stage.
         """
-        number = self.file.unet_number
-        if number == 1:
+        smaller, size = self.config.small_size, self.config.size
+        if smaller is None:
             raise UsageError("U-Net 1 makes pictures from text; super-resolution begins at 2.")
-        self.tile = self.tile or self.image_size
-        smaller = self.config.small_size
-        assert smaller is not None
-        height, width = (round(s * self.image_size / smaller) for s in picture.shape[-2:])
+        tile = self.tile or size
+        height, width = (round(side * size / smaller) for side in picture.shape[-2:])
         enlarged = enlarge(picture[None].to(self.device), height, width)
         # The network's strides want whole multiples, and a tile wants to be full.
         below, right = (
-            max(self.tile, math.ceil(side / self.divisor) * self.divisor) - side
+            max(tile, math.ceil(side / self.divisor) * self.divisor) - side
             for side in (height, width)
         )
         padded = F.pad(enlarged, (0, right, 0, below), mode="replicate")
-        image = self._draw(
-            text, [seed], settings, (height + below, width + right),
-            padded, lowres_noise_level, on_step,
-        )  # fmt: skip
+        inputs = Inputs(text, [seed], padded)
+        sides = (height + below, width + right)
+        image = self._sample_part(inputs, settings, sides, tile, listener)
         return image[0, :, :height, :width]
 
-    def _draw(
+    def _sample_part(
         self,
-        text: Text,
-        seeds: Sequence[int],
-        settings: Settings,
-        side: tuple[int, int],
-        enlarged: Tensor | None,
-        lowres_noise_level: float | None,
-        on_step: OnStep | None,
-        on_estimate: OnEstimate | None = None,
-        negative: Text | None = None,
+        inputs: Inputs,
+        settings: StageSettings,
+        sides: tuple[int, int],
+        tile: int | None,
+        listener: Listener,
     ) -> Tensor:
-        """Samples images (B, 3, *side), given the low-resolution pictures at that size."""
-        imagen, number = self.file.config.imagen, self.file.unet_number
+        """Samples images (B, 3, *sides); `inputs.lowres` has been enlarged to that size."""
+        imagen, number = self.config.imagen, self.config.number
         generators = [
-            torch.Generator().manual_seed(seeded("sample", number, seed)) for seed in seeds
+            torch.Generator().manual_seed(seeded("sample", number, seed)) for seed in inputs.seeds
         ]
 
         def draw_noise() -> Tensor:
-            shape = (imagen.channels, *side)
+            shape = (imagen.channels, *sides)
             noise = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(noise).to(self.device)
 
-        lowres_img = lowres_t = None
-        if number > 1:
-            if enlarged is None:
-                raise UsageError(f"U-Net {number} needs the pictures of the stage before it.")
-            if lowres_noise_level is None:
-                lowres_noise_level = imagen.lowres_sample_noise_level
-            time = self.schedule.level_to_time(lowres_noise_level)
-            lowres_t = torch.full((len(seeds),), time, device=self.device)
-            lowres_img = self.schedule.q_sample(enlarged, lowres_t, draw_noise())
-
+        cond = Conditioning(inputs.text, settings.cond_scale, negative=inputs.negative)
+        if self.config.is_super_resolution:
+            if inputs.lowres is None:
+                raise UsageError(f"{self.config.name} needs the pictures of the stage before it.")
+            time = self.schedule.level_to_time(imagen.lowres_sample_noise_level)
+            lowres_t = torch.full((len(inputs.seeds),), time, device=self.device)
+            lowres_img = self.schedule.q_sample(inputs.lowres, lowres_t, draw_noise())
+            cond = cond._replace(lowres_img=lowres_img, lowres_t=lowres_t)
         percentile = settings.threshold or imagen.dynamic_thresholding_percentile
         times = visited_times(self.schedule, settings.steps, settings.spacing)
-
-        def tell(step: int, x_0: Tensor) -> None:
-            if on_step is not None:
-                on_step(number, step, len(times))
-            if on_estimate is not None:  # a copy: the sampler still needs its own
-                on_estimate(number, step, len(times), x_0.clamp(-1, 1).cpu())
-
         images = sample(
-            self._denoiser(text, settings.cond_scale, lowres_img, lowres_t, side, negative),
+            self._denoiser(cond, sides, tile),
             draw_noise(),
             self.schedule,
             times=times,
@@ -247,35 +233,19 @@ class Stage:
             eta=settings.eta,
             threshold=lambda x_0: dynamic_threshold(x_0, percentile),
             draw_noise=draw_noise,
-            on_step=tell,
+            on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
         )
         return images.cpu()
 
-    def _denoiser(
-        self,
-        text: Text,
-        cond_scale: float,
-        lowres_img: Tensor | None,
-        lowres_t: Tensor | None,
-        side: tuple[int, int],
-        negative: Text | None,
-    ) -> Denoiser:
-        if self.tile is None or lowres_img is None or max(side) <= self.tile:
-            return self.runtime.bind(
-                text, cond_scale=cond_scale, lowres_img=lowres_img, lowres_t=lowres_t,
-                negative=negative,
-            )  # fmt: skip
+    def _denoiser(self, cond: Conditioning, sides: tuple[int, int], tile: int | None) -> Denoiser:
+        lowres_img = cond.lowres_img
+        if tile is None or lowres_img is None or max(sides) <= tile:
+            return self.runtime.bind(cond)
 
-        def bind(tile: Tile) -> Denoiser:
-            return self.runtime.bind(
-                text,
-                cond_scale=cond_scale,
-                lowres_img=tile.of(lowres_img).contiguous(),
-                lowres_t=lowres_t,
-                negative=negative,
-            )
+        def bind(window: Tile) -> Denoiser:
+            return self.runtime.bind(cond._replace(lowres_img=window.of(lowres_img).contiguous()))
 
-        return TiledDenoiser(bind, tile=self.tile, divisor=self.divisor)
+        return TiledDenoiser(bind, tile=tile, divisor=self.divisor)
 
 
 def default_device() -> torch.device:
@@ -286,6 +256,6 @@ def default_device() -> torch.device:
 def out_of_memory(device: torch.device) -> EnvironmentProblem:
     """What to do when not even one pass fits."""
     return EnvironmentProblem(
-        f"{device}: its memory is too small. Make fewer pictures at once (--at-once 1), compute "
-        f"large ones in tiles (--tile 256), or take --precision bf16."
+        f"{device}: its memory is too small. Make fewer pictures at once ({option('at_once')} 1), "
+        f"compute large ones in tiles ({option('tile')} 256), or take {option('precision')} bf16."
     )

@@ -1,21 +1,29 @@
 """A super-resolution stage applied to any picture."""
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from imagen_scale.data.sources.images import load_whole_picture
-from imagen_scale.errors import DataError, UsageError
+from imagen_scale.errors import DataError, UsageError, option
 from imagen_scale.runs.inference import read_stage
-from imagen_scale.sampling.prompts import encode
-from imagen_scale.sampling.runtimes.contract import Text
-from imagen_scale.sampling.settings import Settings
-from imagen_scale.sampling.stage import OnStep, Stage, out_of_memory
+from imagen_scale.sampling.options import SamplingOptions, StageSettings
+from imagen_scale.sampling.runtimes.contract import Say, Text
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Listener, out_of_memory
 from imagen_scale.sampling.stages import TrainedStages
 
 MAX_PIXELS = 2**26  # of the result: float32 images of 0.8 GB each, several at a time
+
+
+class Upscaled(NamedTuple):
+    """An enlarged picture, and how it was made."""
+
+    image: Tensor  # (3, height, width) in [-1, 1]
+    settings: StageSettings
+    runtime: str  # its name
 
 
 class Upscaler:
@@ -24,9 +32,9 @@ class Upscaler:
     Args:
         run: The run's folder.
         unet_number: From 2 on.
+        runtime: What computes it, and how.
         allow_unfinished: Accept a stage whose training has not ended.
-        tile: Side of the tiles in pixels; None takes the size of training.
-        how: `runtime`, `options` and `say` of `TrainedStages`.
+        say: As for `TrainedStages`.
 
     Raises:
         CheckpointError: If the stage is not trained.
@@ -37,42 +45,37 @@ class Upscaler:
         self,
         run: Path,
         unet_number: int,
+        runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
         allow_unfinished: bool = False,
-        tile: int | None = None,
-        **how: Any,
+        say: Say = lambda sentence: None,
     ) -> None:
         if unet_number < 2:
             raise UsageError(
-                f"--unet {unet_number}: U-Net 1 makes pictures from text; super-resolution begins "
-                f"at 2."
+                f"{option('unet')} {unet_number}: U-Net 1 makes pictures from text; "
+                f"super-resolution begins at 2."
             )
         self.file = read_stage(run, unet_number, allow_unfinished)
-        sizes = self.file.config.imagen.image_sizes
-        self.factor = sizes[unet_number - 1] / sizes[unet_number - 2]
-        self.cascade = TrainedStages([self.file], **how)
-        self.tile = tile or sizes[unet_number - 1]
+        self.config = self.file.stage
+        assert self.config.small_size is not None
+        self.factor = self.config.size / self.config.small_size
+        self.stages = TrainedStages([self.file], runtime=runtime, say=say)
 
     def __call__(
         self,
         picture: Tensor,
         prompt: str | None,
-        *,
-        seed: int = 0,
-        settings: dict[str, Any],
-        on_step: OnStep | None = None,
-    ) -> tuple[Tensor, Settings, str]:
-        """Enlarges a picture.
+        options: SamplingOptions = SamplingOptions(),  # noqa: B008  # immutable
+        listener: Listener = Listener(),  # noqa: B008  # immutable
+    ) -> Upscaled:
+        """Enlarges a picture to (3, h * factor, w * factor).
 
         Args:
             picture: (3, h, w) in [-1, 1].
             prompt: What it shows; None leaves the text out, as in training with dropped captions.
-            seed: Same seed, same result.
-            settings: As for `TrainedStages.settings`; guidance is 1 unless given.
-            on_step: Told of each step.
-
-        Returns:
-            The picture, (3, h * factor, w * factor) in [-1, 1]; the settings; the runtime's name.
+            options: How; guidance is 1 unless given, and tiles are as large as the U-Net's own
+                pictures.
+            listener: Told of each step.
         """
         height, width = picture.shape[-2:]
         if height * width * self.factor**2 > MAX_PIXELS:
@@ -80,22 +83,26 @@ class Upscaler:
                 f"a picture of {width} x {height} px would become larger than {MAX_PIXELS:,} "
                 f"pixels; cut it or shrink it first."
             )
-        if prompt is None and "cond_scale" in settings:
-            raise UsageError("--cond-scale: guidance follows a text; give one with --prompt.")
-        scale = 1.0 if prompt else 0.0  # 0 is the branch without text
-        (one,) = self.cascade.settings(**{"cond_scale": scale} | settings)
+        if "cond_scale" not in options.model_fields_set:
+            options = options.changed(cond_scale=1.0 if prompt else 0.0)  # 0: without the text
+        elif not prompt:
+            raise UsageError(
+                f"{option('cond_scale')}: guidance follows a text; give one with "
+                f"{option('prompt')}."
+            )
+        (settings,) = self.stages.settings(options)
         if prompt:
-            text = encode(self.file, [prompt])
+            text = self.stages.encode([prompt])
         else:
             text = Text(torch.zeros(1, 1, self.file.text_embed_dim), torch.zeros(1, 1).bool())
-        stage: Stage = self.cascade.stage(1, tile=self.tile)
+        stage = self.stages.stage(self.config.number, tile=options.tile or self.config.size)
         try:
-            image = stage.upscale(text, seed, picture, one, on_step=on_step)
+            image = stage.upscale(picture, text, options.seed, settings, listener)
         except torch.OutOfMemoryError:
-            raise out_of_memory(self.cascade.device) from None
+            raise out_of_memory(self.stages.device) from None
         finally:
             stage.close()
-        return image, one, stage.runtime.name
+        return Upscaled(image, settings, stage.runtime.name)
 
 
 def read_picture(path: Path) -> Tensor:

@@ -71,10 +71,7 @@ class Objective:
             lowres = (noised, draws.lowres_t)
         text = batch.text_embeds.to(self.device), batch.text_mask.to(self.device)
         prediction = unet(x_t, draws.t, *text, draws.keep_mask, *lowres)
-        if self.pred_type == "v":
-            target = self.schedule.v_target(x_0, draws.t, draws.eps)
-        else:
-            target = draws.eps
+        target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
         return image_loss(prediction, target, self.stage.imagen.loss_type)
 
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:

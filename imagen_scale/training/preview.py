@@ -15,8 +15,9 @@ from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistency_db, psnr_db
+from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
-from imagen_scale.sampling.stage import Stage, default_device
+from imagen_scale.sampling.stage import Inputs, Stage, default_device
 
 GRID_COLUMNS = 8
 COLOURS_OF = 64  # real pictures whose colours the base stage's are compared with
@@ -51,20 +52,18 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
     stage = Stage(file, default_device())
     indices = split_indices(prepared.source.keys, config.data.val_fraction)[0][:GRID_COLUMNS]
     captions = [prepared.source.captions[i] for i in indices]
-    if unet_number == 1:
+    small_size = stage.config.small_size
+    if small_size is None:
         captions = list(training.sample_prompts) or captions
         lowres, cond_scale = None, training.sample_cond_scale
     else:
-        real = real_pictures(prepared, indices, stage.image_size)
-        lowres, cond_scale = resize(real, config.imagen.image_sizes[unet_number - 2]), 1.0
+        real = real_pictures(prepared, indices, stage.config.size)
+        lowres, cond_scale = resize(real, small_size), 1.0
     store = prepared.embeddings
     text = Text(*pad_embeddings([store[caption] for caption in captions], MAX_TOKENS))
     images = stage.sample(
-        text,
-        [0] * len(captions),
-        lowres=lowres,
-        steps=training.sample_steps,
-        cond_scale=cond_scale,
+        Inputs(text, [0] * len(captions), lowres),
+        StageSettings(steps=training.sample_steps, cond_scale=cond_scale),
     )
     rows = [to_uint8(images)]
     if lowres is not None:
@@ -72,13 +71,13 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
     path = run_dir / "samples" / f"unet{unet_number}_step_{step:08d}.png"
     save_grid(path, rows, captions)
     if lowres is None:
-        return Drawn(path, _drift(images, prepared, stage.image_size))
+        return Drawn(path, _drift(images, prepared, stage.config.size))
     decibels = {
         "lowres_consistency_db": lowres_consistency_db(images, lowres).mean().item(),
         "psnr_db": psnr_db(images, real).mean().item(),
     }
     measured = {name: value for name, value in decibels.items() if math.isfinite(value)}
-    return Drawn(path, _drift(images, prepared, stage.image_size, indices) | measured)
+    return Drawn(path, _drift(images, prepared, stage.config.size, indices) | measured)
 
 
 def _drift(

@@ -43,12 +43,9 @@ def unet_numbers(config: Config, asked: int | None) -> list[int]:
             f"imagen.channels: {config.imagen.channels}; training pictures are RGB: write 3."
         )
     number = asked or config.imagen.only_train_unet_number
-    num_unets = len(config.unets)
     if number is None:
-        return list(range(1, num_unets + 1))
-    if not 1 <= number <= num_unets:
-        raise UsageError(f"--unet {number}: this cascade has U-Nets 1 to {num_unets}.")
-    return [number]
+        return list(range(1, len(config.unets) + 1))
+    return [config.check_number(number, "unet")]
 
 
 def check_text_width(config: Config, dim: int) -> None:

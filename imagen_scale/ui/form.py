@@ -5,18 +5,20 @@ from typing import Any
 
 import gradio as gr
 
-from imagen_scale.diffusion.sampler import SAMPLERS
-from imagen_scale.diffusion.spacing import SPACINGS
-from imagen_scale.sampling.runtimes.contract import RUNTIMES, RuntimeName
+from imagen_scale.sampling.option_facts import OptionFacts, facts_of
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeName, RuntimeOptions
 from imagen_scale.ui.generation import Request
 from imagen_scale.ui.history import Facts
 
-DEFAULT_STEPS = 25
-DEFAULT_SCALE = 3.0  # of the base stage; the others take 1
+OPTIONS = {facts.name: facts for facts in facts_of(SamplingOptions)}
+# One picture is made at a time, whole where it can be; these are for calls that make many.
+NOT_OFFERED = ("num", "tile", "at_once")
+FIRST = ("steps", "cond_scale")  # a field for each stage, in sight; the others are folded away
 
 
 class Form:
-    """The fields, placed where they are made.
+    """The fields, placed where they are made: the options of sampling, and the prompt.
 
     Args:
         sizes: Side of each stage's pictures in pixels.
@@ -27,68 +29,102 @@ class Form:
         self.prompt = gr.Textbox(
             label="Prompt", placeholder="red heart", max_lines=4, autofocus=True, elem_id="prompt"
         )
-        self.negative = gr.Textbox(
-            label="Negative prompt", info="What guidance leads away from; torch computes it.",
-            max_lines=4, elem_id="negative",
-        )  # fmt: skip
-        self.steps, self.scales = [], []
+        negative = OPTIONS["negative_prompt"]
+        # Each option's fields: one, or one for each stage.
+        self.options: dict[str, list[Any]] = {
+            negative.name: [
+                gr.Textbox(
+                    label=negative.label, info=negative.description, max_lines=4,
+                    elem_id="negative",
+                )
+            ]
+        }  # fmt: skip
+        self.options |= {name: [] for name in FIRST}
         for unet, size in enumerate(sizes, start=1):
             with gr.Row(equal_height=True, elem_classes="is-pair"):
-                self.steps.append(
-                    gr.Number(
-                        DEFAULT_STEPS, label=f"Steps, {size} px", precision=0, min_width=110,
-                        elem_id=f"steps{unet}",
-                    )
-                )  # fmt: skip
-                self.scales.append(
-                    gr.Number(
-                        DEFAULT_SCALE if unet == 1 else 1.0, label=f"Guidance, {size} px",
-                        step=0.5, min_width=110, elem_id=f"scale{unet}",
-                    )
-                )  # fmt: skip
+                for name in FIRST:
+                    self.options[name].append(_number(OPTIONS[name], unet, size))
+        names = next(facts for facts in facts_of(RuntimeOptions) if facts.name == "runtime")
         with gr.Row(equal_height=True, elem_classes="is-pair"):
-            self.seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed")
+            self.options["seed"] = [
+                gr.Number(0, label=OPTIONS["seed"].label, precision=0, min_width=110,
+                          elem_id="seed")
+            ]  # fmt: skip
             self.runtime = gr.Dropdown(
-                list(RUNTIMES), value=runtime, label="Runtime", min_width=110, elem_id="runtime"
-            )
+                list(names.choices), value=runtime, label=names.label, min_width=110,
+                elem_id="runtime",
+            )  # fmt: skip
         with gr.Accordion("Sampler", open=False), gr.Row():
-            self.sampler = gr.Dropdown(
-                list(SAMPLERS), value="dpmpp_2m", label="Sampler", min_width=110
-            )
-            self.spacing = gr.Dropdown(
-                list(SPACINGS), value="trailing", label="Spacing", min_width=110
-            )
+            for facts in OPTIONS.values():
+                if facts.name not in (*self.options, *NOT_OFFERED):
+                    self.options[facts.name] = [_folded(facts)]
+
+    @property
+    def seed(self) -> Any:
+        """The field of the seed."""
+        return self.options["seed"][0]
+
+    @property
+    def negative(self) -> Any:
+        """The field of the negative prompt."""
+        return self.options["negative_prompt"][0]
 
     @property
     def fields(self) -> list[Any]:
         """All of them, in the order that `read` and `fill` use."""
         return [
-            self.prompt, self.negative, self.seed, self.runtime, self.sampler, self.spacing,
-            *self.steps, *self.scales,
+            self.prompt, self.runtime, *(field for fields in self.options.values()
+                                         for field in fields),
         ]  # fmt: skip
 
     def read(self, values: Sequence[Any]) -> Request:
         """The fields' values as a request."""
-        prompt, negative, seed, runtime, sampler, spacing, *numbers = values
-        stages = len(self.steps)
-        settings = {
-            "steps": numbers[:stages],
-            "cond_scale": numbers[stages:],
-            "sampler": sampler,
-            "spacing": spacing,
-        }
-        return Request((prompt or "").strip(), (negative or "").strip(), seed, settings, runtime)
+        prompt, runtime, *rest = values
+        options: dict[str, Any] = {}
+        for name, fields in self.options.items():
+            own, rest = rest[: len(fields)], rest[len(fields) :]
+            options[name] = own if name in FIRST else own[0]
+        options["negative_prompt"] = (options["negative_prompt"] or "").strip()
+        return Request((prompt or "").strip(), options, runtime)
 
     def fill(self, facts: Facts) -> dict[Any, Any]:
         """Values that ask for a picture again, as far as there are fields for it."""
-        first, stages = facts.stages[0], facts.stages[: len(self.steps)]
         values: dict[Any, Any] = {
             self.prompt: facts.prompt,
             self.negative: facts.negative_prompt or "",
             self.seed: facts.seed,
         }
-        if first.sampler in SAMPLERS and first.spacing in SPACINGS:
-            values |= {self.sampler: first.sampler, self.spacing: first.spacing}
-        for field, other, stage in zip(self.steps, self.scales, stages, strict=False):
-            values |= {field: stage.steps, other: stage.cond_scale}
+        for name, fields in self.options.items():
+            if not OPTIONS[name].per_stage:
+                continue
+            for field, stage in zip(fields, facts.stages, strict=False):
+                value, choices = getattr(stage, name), OPTIONS[name].choices
+                if not choices or value in choices:
+                    values[field] = value
         return values
+
+
+def _number(facts: OptionFacts, unet: int, size: int) -> Any:
+    """A field of one stage; guidance is the base stage's alone."""
+    value = 1.0 if facts.name == "cond_scale" and unet > 1 else facts.default
+    return gr.Number(
+        value,
+        label=f"{facts.label}, {size} px",
+        precision=0 if facts.kind is int else None,
+        step=1 if facts.kind is int else 0.5,
+        min_width=110,
+        elem_id=f"{facts.name}{unet}",
+    )
+
+
+def _folded(facts: OptionFacts) -> Any:
+    """A field for all stages together."""
+    if facts.choices:
+        return gr.Dropdown(
+            list(facts.choices), value=facts.default, label=facts.label, min_width=110,
+            elem_id=facts.name,
+        )  # fmt: skip
+    return gr.Number(
+        facts.default, label=facts.label, info=facts.description, min_width=110,
+        elem_id=facts.name,
+    )  # fmt: skip

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imagen_scale.errors import ImagenScaleError, UsageError
+from imagen_scale.errors import ImagenScaleError, UsageError, option, spelled
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.sampling.folder import SampleFolder
+from imagen_scale.sampling.option_facts import facts_of
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
 
 PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
@@ -19,9 +23,7 @@ class Request(NamedTuple):
     """What the page asks for."""
 
     prompt: str
-    negative_prompt: str
-    seed: int | None  # None: the field was emptied
-    settings: dict[str, Any]  # as for `TrainedStages.settings`
+    options: dict[str, Any]  # of `SamplingOptions`; None where a field was emptied
     runtime: Any  # a `RuntimeName`
 
 
@@ -119,7 +121,7 @@ class Generator:
         except _StopError:
             told.put(Stopped())
         except ImagenScaleError as error:
-            told.put(Failed(str(error)))
+            told.put(Failed(with_labels(error.message)))
         except OSError as error:  # a full disk, a folder that may not be written
             told.put(Failed(f"{error.filename or ''}: {error.strerror or error}"))
         except Exception as error:  # a fault of ours: the page goes on, the terminal says where
@@ -131,45 +133,57 @@ class Generator:
     def _make(
         self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
     ) -> Path:
-        check(request)
+        options = checked(request)
         cascade = TrainedStages.load(
-            self.run, unet_limit=self.unet_limit, allow_unfinished=self.allow_unfinished,
-            runtime=request.runtime, say=lambda sentence: told.put(Said(sentence)),
-        )  # fmt: skip
+            self.run,
+            runtime=RuntimeOptions.make(runtime=request.runtime),
+            unet_limit=self.unet_limit,
+            allow_unfinished=self.allow_unfinished,
+            say=lambda sentence: told.put(Said(with_labels(sentence))),
+        )
 
         def hear(unet: int, done: int, steps: int, x_0: Any) -> None:
             if stop.is_set():
                 raise _StopError
             told.put(Step(unet, done, steps, to_uint8(x_0)[0]))
 
-        pictures = cascade.stream(
-            [request.prompt], seed=request.seed or 0, on_estimate=hear,
-            negative_prompt=request.negative_prompt, **request.settings,
-        )  # fmt: skip
-        folder = SampleFolder(
-            self.run / "samples", cascade, cascade.settings(**request.settings),
-            negative_prompt=request.negative_prompt,
-        )  # fmt: skip
+        pictures = cascade.stream([request.prompt], options, Listener(on_estimate=hear))
+        folder = SampleFolder(self.run / "samples", cascade, options)
         if stop.is_set():
             raise _StopError
         (path,) = [folder.write(picture) for picture in pictures]
         return path
 
 
-def check(request: Request) -> None:
-    """What only a page can get wrong.
+def checked(request: Request) -> SamplingOptions:
+    """The options of a request, after what only a page can get wrong.
 
     Raises:
         UsageError: Naming the field.
     """
     if not request.prompt:
         raise UsageError("no prompt: write what the picture shows.")
-    if request.seed is None or request.seed < 0:
-        raise UsageError("seed: a whole number from 0 on is needed; same seed, same picture.")
-    for name in ("steps", "cond_scale"):
-        if any(value is None for value in request.settings[name]):
-            label = "guidance" if name == "cond_scale" else name
-            raise UsageError(f"{label}: a number is needed for every stage.")
+    seed = request.options.get("seed")
+    if seed is None or seed < 0:
+        raise UsageError(
+            f"{option('seed')}: a whole number from 0 on is needed; same seed, same picture."
+        )
+    for name, value in request.options.items():
+        if isinstance(value, list | tuple) and None in value:
+            raise UsageError(f"{option(name)}: a number is needed for every stage.")
+    given = {name: value for name, value in request.options.items() if value is not None}
+    return SamplingOptions.make(**given)
+
+
+def with_labels(message: str) -> str:
+    """A message of the library with its options as the page labels them."""
+    return spelled(message, lambda name: LABELS.get(name, name))
+
+
+LABELS = {
+    facts.name: facts.label.lower()
+    for facts in [*facts_of(SamplingOptions), *facts_of(RuntimeOptions)]
+}
 
 
 def _newest(told: "queue.SimpleQueue[Event | None]", stop: threading.Event) -> Iterator[Event]:

@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagen_scale.runs.records import Record, read_record
+from imagen_scale.sampling.options import StageSettings
 
 MOST_SHOWN = 60
 
 
-class StageFacts(Record):
-    """How one stage was sampled."""
+class StageFacts(StageSettings):
+    """How one stage was sampled, and what computed it."""
 
-    steps: int
-    cond_scale: float
-    sampler: str
-    spacing: str
-    eta: float = 0.0
-    threshold: float | None = None
+    # Of any version: a name that is not known here is shown all the same.
+    sampler: str = "dpmpp_2m"  # type: ignore[assignment]
+    spacing: str = "trailing"  # type: ignore[assignment]
     runtime: str = ""
 
 

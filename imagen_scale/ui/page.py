@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from imagen_scale.config import load_config
-from imagen_scale.sampling.runtimes.contract import RuntimeName
+from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
-from imagen_scale.ui.command import sample_command
 from imagen_scale.ui.form import Form
 from imagen_scale.ui.generation import Failed, Generator, Made, Said, Step, Stopped, Stopping
 from imagen_scale.ui.history import Entry, read_history
+from imagen_scale.ui.shell_line import sample_command
 
 
 class Opened(NamedTuple):
@@ -39,7 +39,7 @@ class Page:
         self.run = run
         self.num_unets = len(config.unets)
         self.threshold = config.imagen.dynamic_thresholding_percentile
-        self.sizes = list(config.imagen.image_sizes[: run.unet_limit or self.num_unets])
+        self.sizes = [stage.size for stage in config.stages()][: run.unet_limit]
         self.samples = run.folder / "samples"
         self.generator = Generator(
             run.folder, unet_limit=run.unet_limit, allow_unfinished=run.allow_unfinished

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.errors import EnvironmentProblem, option
 from imagen_scale.sampling.runtimes.ports import DENOISER, UNGUIDED
 
 
@@ -87,8 +87,9 @@ def require_driver(device: torch.device, runtime: str) -> None:
     """Raises EnvironmentProblem unless `device` is a CUDA device that torch can use."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise EnvironmentProblem(
-            f"--runtime {runtime} on {device.type}: needs an NVIDIA card, its driver and a CUDA "
-            f"build of torch, and torch finds none here. Use --runtime torch or onnx on the CPU."
+            f"{option('runtime')} {runtime} on {device.type}: needs an NVIDIA card, its driver and "
+            f"a CUDA build of torch, and torch finds none here. Use {option('runtime')} torch or "
+            f"onnx on the CPU."
         )
 
 

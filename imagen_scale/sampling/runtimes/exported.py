@@ -1,7 +1,7 @@
 """Exported U-Nets as runtimes of the sampling loop.
 
 A runtime takes encoded text and the low-resolution picture and gives a `Denoiser`; what the
-network predicts (noise or v) is turned into noise here, outside the graph.
+network predicts (noise or v) is turned into the clean picture here, outside the graph.
 """
 
 from pathlib import Path
@@ -12,11 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.diffusion.guidance import branches
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.errors import ExportError, ShapeError, UsageError
+from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Text, no_negative_prompt
+from imagen_scale.sampling.runtimes.contract import Conditioning, no_negative_prompt
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
 from imagen_scale.sampling.runtimes.manifest import (
     MANIFEST,
@@ -67,37 +68,18 @@ class ExportedRuntime:
         self._dynamic_size = dynamic_size
         self._schedule = NoiseSchedule.linear(file.stage.timesteps).to(self.device)
 
-    def bind(
-        self,
-        text: Text,
-        *,
-        cond_scale: float,
-        lowres_img: Tensor | None,
-        lowres_t: Tensor | None,
-        negative: Text | None = None,
-    ) -> Denoiser:
-        """Fixes all that does not change from step to step.
-
-        Args:
-            text: Encoded prompts of B images.
-            cond_scale: Guidance scale; 1 takes the graph without guidance, half the work.
-            lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
-            lowres_t: Their noise times, (B,) int64, or None.
-            negative: None: the branch without text is part of the graph.
-
-        Raises:
-            ShapeError: If the low-resolution images are missing, or not wanted.
-            UsageError: If there is a negative prompt.
-        """
-        if negative is not None:
+    @torch.no_grad()
+    def bind(self, cond: Conditioning) -> Denoiser:
+        """See `Runtime`; the graph without guidance does half the work."""
+        if cond.negative is not None:
             raise no_negative_prompt(self.name)
-        if self._stage.is_super_resolution != (lowres_img is not None and lowres_t is not None):
+        has_lowres = cond.lowres_img is not None and cond.lowres_t is not None
+        if self._stage.is_super_resolution != has_lowres:
             raise ShapeError(
                 "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
             )
-        with torch.no_grad():
-            cond = self._conditioner.condition_text(text.embeds.cpu(), text.mask.cpu())
-        return _BoundDenoiser(self, cond, cond_scale, lowres_img, lowres_t)
+        text = self._conditioner.condition_text(cond.text.embeds.cpu(), cond.text.mask.cpu())
+        return _BoundDenoiser(self, text, cond)
 
     @property
     def max_batch(self) -> int | None:
@@ -149,36 +131,27 @@ class ExportedRuntime:
                 f"{profile.side[2]} px, not {sides[1]} x {sides[0]}."
             )
 
-    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that the graph's prediction implies, (B, C, H, W)."""
-        if self._stage.unet.pred_type == "v":
-            return self._schedule.v_to_eps(x_t, t, prediction)
-        return prediction
+    def predicted_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean pictures that the graph's prediction implies, (B, C, H, W)."""
+        return self._schedule.predicted_x_0(self._stage.unet.pred_type, x_t, t, prediction)
 
 
 class _BoundDenoiser:
     """An exported graph with everything but x_t and t bound to it."""
 
-    def __init__(
-        self,
-        runtime: ExportedRuntime,
-        text: TextCond,
-        cond_scale: float,
-        lowres_img: Tensor | None,
-        lowres_t: Tensor | None,
-    ) -> None:
-        guided = cond_scale != 1
+    def __init__(self, runtime: ExportedRuntime, text: TextCond, cond: Conditioning) -> None:
+        guided = "null" in branches(cond.cond_scale)  # no graph computes the null branch alone
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
             # A whole number, as Python and pages give it, would make integers.
-            inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond_scale))
-        if lowres_img is not None and lowres_t is not None:
-            inputs |= {"lowres_img": lowres_img.float(), "lowres_t": lowres_t.float()}
+            inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond.cond_scale))
+        if cond.lowres_img is not None and cond.lowres_t is not None:
+            inputs |= {"lowres_img": cond.lowres_img.float(), "lowres_t": cond.lowres_t.float()}
         self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predicts the noise, (B, C, H, W) float32."""
+        """Predicts the clean picture, (B, C, H, W) float32."""
         if len(x_t) != len(self._inputs["text_tokens"]):
             raise ShapeError(
                 f"{len(x_t)} images, but text of {len(self._inputs['text_tokens'])} is bound."
@@ -186,10 +159,10 @@ class _BoundDenoiser:
         self._runtime.check_shape(x_t.shape)
         x_t = x_t.float()
         prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
-        return self._runtime.to_eps(prediction, x_t, t)
+        return self._runtime.predicted_x_0(prediction, x_t, t)
 
 
-def open_runtime(
+def open_exported(
     kind: str,
     file: InferenceFile,
     *,
@@ -216,7 +189,7 @@ def open_runtime(
     if kind not in KINDS:
         raise UsageError(f"runtime {kind!r}: exported U-Nets run on {', '.join(KINDS)}.")
     if kind == "openvino" and device.type != "cpu":
-        raise UsageError(f"--runtime openvino computes on the CPU, not on {device.type}.")
+        raise UsageError(f"{option('runtime')} openvino computes on the CPU, not on {device.type}.")
     format: Format = "tensorrt" if kind == "tensorrt" else "onnx"
     if folder is None:
         wanted: tuple[Precision, ...] = (precision,) if precision else _preferred(kind, device)
@@ -224,8 +197,8 @@ def open_runtime(
     manifest = open_export(folder, file)
     if manifest.format != format:
         raise UsageError(
-            f"{folder}: holds an export for {manifest.format}; --runtime {kind} needs one for "
-            f"{format}."
+            f"{folder}: holds an export for {manifest.format}; {option('runtime')} {kind} needs "
+            f"one for {format}."
         )
     if kind == "tensorrt":
         assert manifest.engine is not None  # `read_manifest` checked it
@@ -306,5 +279,7 @@ def _preferred(kind: str, device: torch.device) -> tuple[Precision, ...]:
 def _openvino_bf16(precision: Precision | None) -> bool:
     capabilities: Any = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and "BF16" not in capabilities:
-        raise UsageError("--precision bf16: this processor computes bf16 no faster; use fp32.")
+        raise UsageError(
+            f"{option('precision')} bf16: this processor computes bf16 no faster; use fp32."
+        )
     return precision in (None, "bf16") and "BF16" in capabilities

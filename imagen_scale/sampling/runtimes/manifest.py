@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from imagen_scale.config.section import Section
-from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.schedule import PredType, linear_betas
 from imagen_scale.errors import ExportError
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED, Port, Precision
@@ -60,7 +60,7 @@ class Profile(Section):
 class SamplerConstants(Section):
     """What the sampling loop must agree on with the network's training."""
 
-    pred_type: str
+    pred_type: PredType
     timesteps: int
     betas_sha256: str
     image_size: int
@@ -155,7 +155,7 @@ def onnx_sha256(folder: Path) -> str:
 def sampler_constants(file: InferenceFile) -> SamplerConstants:
     """What sampling with this inference file uses."""
     stage, imagen = file.stage, file.config.imagen
-    betas = NoiseSchedule.linear(stage.timesteps).betas
+    betas = linear_betas(stage.timesteps).float()
     return SamplerConstants(
         pred_type=stage.unet.pred_type,
         timesteps=stage.timesteps,

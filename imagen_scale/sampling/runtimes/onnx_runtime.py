@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraError
+from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraError, option
 from imagen_scale.sampling.runtimes.executors import (
     Backend,
     OnStream,
@@ -65,7 +65,7 @@ def onnx_session(path: Path, provider: str, options: dict[str, str] | None = Non
         raise EnvironmentProblem(
             f"ONNX Runtime would compute {path.name} with {session.get_providers()[0]} instead of "
             f"{provider}. Install onnxruntime-gpu in place of onnxruntime, with a driver and CUDA "
-            f"libraries that fit it, or use --runtime torch."
+            f"libraries that fit it, or use {option('runtime')} torch."
         )
     if not is_cpu:
         _refuse_heavy_nodes_elsewhere(session, provider)
@@ -83,7 +83,7 @@ def _refuse_heavy_nodes_elsewhere(session: Any, provider: str) -> None:
     if stray:
         raise EnvironmentProblem(
             f"ONNX Runtime would compute {', '.join(sorted(stray))} on the CPU instead of with "
-            f"{provider}. Use onnxruntime-gpu 1.27 or later, or --runtime torch."
+            f"{provider}. Use onnxruntime-gpu 1.27 or later, or {option('runtime')} torch."
         )
 
 

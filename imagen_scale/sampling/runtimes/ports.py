@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imagen_scale.config import Network
+from imagen_scale.sampling.runtimes.options import Precision as Precision
 
-Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 
 # fp32 keeps attention in its parts: TensorRT-RTX 1.7 refuses the Attention operator in float32.

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from imagen_scale.diffusion.guidance import guide
+from imagen_scale.diffusion.guidance import branches, guide
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
-from imagen_scale.sampling.runtimes.contract import Options, Say, Text
+from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,9 +19,8 @@ class TorchRuntime:
     Args:
         file: Its inference file.
         device: Where to compute.
-        options: How to compute.
-        compiled: Compile it at first use: a minute or more, worth it from some hundred
-            evaluations on.
+        options: How to compute. The runtime "compile" compiles it at first use: a minute or more,
+            worth it from some hundred evaluations on.
         say: Told when guidance falls back to two passes because memory is short.
     """
 
@@ -30,48 +30,38 @@ class TorchRuntime:
         self,
         file: InferenceFile,
         device: torch.device,
-        options: Options = Options(),  # noqa: B008  # immutable
+        options: RuntimeOptions = RuntimeOptions(),  # noqa: B008  # immutable
         *,
-        compiled: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
-        precision = options.precision
+        stage, precision = file.stage, options.precision
         if precision is None:
-            is_bf16 = file.stage.training.precision == "bf16" and device.type == "cuda"
+            is_bf16 = stage.training.precision == "bf16" and device.type == "cuda"
             precision = "bf16" if is_bf16 else "fp32"
-        self.device, self.sequential, self.compiled = device, options.sequential, compiled
-        self.name = f"{'torch.compile' if compiled else 'torch'} {precision} on {device.type}"
-        self.say = say
-        self.schedule = NoiseSchedule.linear(file.stage.timesteps).to(device)
+        self.device, self.sequential, self.say = device, options.sequential, say
+        self.compiled = options.runtime == "compile"
+        kind = "torch.compile" if self.compiled else "torch"
+        self.name = f"{kind} {precision} on {device.type}"
+        self.schedule = NoiseSchedule.linear(stage.timesteps).to(device)
         # Built without memory and then given the tensors of the file.
-        with torch.device("meta"):
-            unet = UNet(file.stage.network)
+        unet = empty_unet(file)
         unet.load_state_dict(load_weights(file.path), assign=True)
-        self.unet: UNet = unet.to(device, _DTYPES[precision]).eval().requires_grad_(False)
+        self.unet: UNet = unet.to(device, _DTYPES[precision]).requires_grad_(False)
         if options.channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.denoise = self.unet.denoise
-        if compiled:
+        if self.compiled:
             # On a card this mode records CUDA graphs; on the CPU it is the ordinary one.
             self.denoise = torch.compile(self.unet.denoise, mode="reduce-overhead")
 
-    def bind(
-        self,
-        text: Text,
-        *,
-        cond_scale: float,
-        lowres_img: Tensor | None,
-        lowres_t: Tensor | None,
-        negative: Text | None = None,
-    ) -> "UNetDenoiser":
+    @torch.no_grad()
+    def bind(self, cond: Conditioning) -> "UNetDenoiser":
         """See `Runtime`."""
-        with torch.no_grad():
-            cond = self._condition(text)
-            null = None
-            if negative is not None:
-                null = TextCond(*(part.expand_as(one) for part, one in
-                                  zip(self._condition(negative), cond, strict=True)))  # fmt: skip
-        return UNetDenoiser(self, cond, cond_scale, lowres_img, lowres_t, null=null)
+        text, null = self._condition(cond.text), None
+        if cond.negative is not None:
+            pairs = zip(self._condition(cond.negative), text, strict=True)
+            null = TextCond(*(part.expand_as(of_text) for part, of_text in pairs))
+        return UNetDenoiser(self, text, null, cond)
 
     def _condition(self, text: Text) -> TextCond:
         return self.unet.condition_text(text.embeds.to(self.device), text.mask.to(self.device))
@@ -91,40 +81,30 @@ class UNetDenoiser:
     Args:
         runtime: Holds the network.
         text: What depends on the text, computed once, for B images.
-        cond_scale: Guidance scale; 1 (text alone) and 0 (no text) compute one branch only.
-        lowres_img: Enlarged and noised low-resolution images, (B, C, H, W), or None.
-        lowres_t: Their noise times, (B,), or None.
         null: What guidance leads away from; None takes the branch without text.
+        cond: The rest.
     """
 
     def __init__(
-        self,
-        runtime: TorchRuntime,
-        text: TextCond,
-        cond_scale: float,
-        lowres_img: Tensor | None = None,
-        lowres_t: Tensor | None = None,
-        *,
-        null: TextCond | None = None,
+        self, runtime: TorchRuntime, text: TextCond, null: TextCond | None, cond: Conditioning
     ) -> None:
-        self.runtime, self.cond_scale = runtime, cond_scale
-        self.text, self.lowres_img, self.lowres_t = text, lowres_img, lowres_t
-        self.guided = cond_scale not in (0, 1)
-        if cond_scale == 0:
-            self.text = null or runtime.unet.null_text(len(text.tokens))
-        if self.guided:
+        self.runtime, self.cond_scale = runtime, cond.cond_scale
+        self.text, self.lowres_img, self.lowres_t = text, cond.lowres_img, cond.lowres_t
+        needed = branches(cond.cond_scale)
+        self.guided = len(needed) == 2
+        if "null" in needed:
             self.null = null or runtime.unet.null_text(len(text.tokens))
+        if "text" not in needed:
+            self.text = self.null
+        if self.guided:
             self.both = TextCond(*(torch.cat(pair) for pair in zip(text, self.null, strict=True)))
-            self.lowres_both = _twice(lowres_img), _twice(lowres_t)
+            self.lowres_both = _twice(self.lowres_img), _twice(self.lowres_t)
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predicts the noise, (B, C, H, W) float32."""
-        prediction = self._predict(x_t, t)
-        # Guidance is linear, so guiding v and guiding the noise are the same.
-        if self.runtime.unet.config.pred_type == "v":
-            return self.runtime.schedule.v_to_eps(x_t, t, prediction)
-        return prediction
+        """Predicts the clean picture, (B, C, H, W) float32."""
+        pred_type = self.runtime.unet.config.pred_type
+        return self.runtime.schedule.predicted_x_0(pred_type, x_t, t, self._predict(x_t, t))
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         runtime = self.runtime

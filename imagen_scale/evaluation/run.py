@@ -8,13 +8,16 @@ from imagen_scale.config import Config
 from imagen_scale.data.prepared import Prepared, prepare
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.data.storage import Progress
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import UsageError, option
 from imagen_scale.evaluation.distances import require_torchmetrics
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import Evaluation, evaluate
 from imagen_scale.evaluation.report import as_dict
 from imagen_scale.files.atomic import write_atomically
-from imagen_scale.sampling.runtimes.contract import Options, RuntimeName, Say
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.runtimes.contract import Say
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
 
 Split = Literal["held-out", "train"]
@@ -32,15 +35,13 @@ def evaluate_run(
     run: Path,
     *,
     num: int,
-    seed: int,
     split: Split | None,
     features: str | None,
     clip: str | None,
     unet_limit: int | None,
     allow_unfinished: bool,
-    runtime: RuntimeName,
-    options: Options,
-    settings: dict[str, Any],
+    runtime: RuntimeOptions,
+    options: SamplingOptions,
     progress: Progress,
     say: Say,
 ) -> Report:
@@ -49,16 +50,14 @@ def evaluate_run(
     Args:
         run: The run's folder.
         num: Captions used at most.
-        seed: Of the first picture.
         split: Which pictures; None takes the held-out ones where there are any, and says so
             where there are none.
         features: Network for FID and KID; see `open_extractor`.
         clip: CLIP model for the CLIP score.
         unet_limit: Measure only the first so many U-Nets.
         allow_unfinished: Accept stages whose training has not ended.
-        runtime: What computes the U-Nets.
-        options: How.
-        settings: As for `TrainedStages.settings`.
+        runtime: What computes the U-Nets, and how.
+        options: How pictures are sampled.
         progress: Told of the work.
         say: Told in a sentence what was chosen.
 
@@ -72,24 +71,24 @@ def evaluate_run(
     extractor = None if features is None else open_extractor(features)
     known_captions = None if clip is None else Clip(clip)
     cascade = TrainedStages.load(
-        run, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
-        runtime=runtime, options=options, say=say,
-    )  # fmt: skip
-    per_stage = cascade.settings(**settings)
+        run, runtime=runtime, unet_limit=unet_limit, allow_unfinished=allow_unfinished, say=say
+    )
+    settings = cascade.settings(options)
     config = cascade.files[0].config
     prepared = prepare(config, progress=progress)
     chosen, indices = _choose(config, prepared, split, say)
     if features is not None and min(num, len(indices)) < 2:
         raise UsageError(
-            f"--features: {min(num, len(indices))} picture has no FID; take 2 or more."
+            f"{option('features')}: {min(num, len(indices))} picture has no FID; take 2 or more."
         )
     result = evaluate(
-        cascade, prepared, indices[:num], seed=seed, extractor=extractor, clip=known_captions,
-        on_step=lambda unet, done, total: progress(f"U-Net {unet}", done, total), **settings,
+        cascade, prepared, indices[:num], options=options, extractor=extractor,
+        clip=known_captions,
+        listener=Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total)),
     )  # fmt: skip
     facts = {
-        **as_dict(result), "split": chosen, "seed": seed, "features": features, "clip": clip,
-        "settings": [one._asdict() for one in per_stage],
+        **as_dict(result), "split": chosen, "seed": options.seed, "features": features,
+        "clip": clip, "settings": [of_stage.model_dump() for of_stage in settings],
     }  # fmt: skip
     file = run / "evaluation.json"
     text = json.dumps(facts, indent=1) + "\n"
@@ -112,7 +111,7 @@ def _choose(
     indices = held_out if split == "held-out" else train
     if not indices:
         raise UsageError(
-            f"--split {split}: no picture is in it (data.val_fraction "
+            f"{option('split')} {split}: no picture is in it (data.val_fraction "
             f"{config.data.val_fraction:g}); take the other."
         )
     return split, indices

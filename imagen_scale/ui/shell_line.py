@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.ui.history import Facts
 
 # By the first word of what a runtime calls itself.
@@ -47,15 +48,14 @@ def sample_command(
     words += _option("--seed", str(facts.seed))
     words += _option("--steps", _per_stage([stage.steps for stage in stages]))
     words += _option("--cond-scale", ",".join(_text(stage.cond_scale) for stage in stages))
-    if any(stage.sampler != "dpmpp_2m" for stage in stages):
-        words += _option("--sampler", _per_stage([stage.sampler for stage in stages]))
-    if any(stage.spacing != "trailing" for stage in stages):
-        words += _option("--spacing", _per_stage([stage.spacing for stage in stages]))
-    if any(stage.eta for stage in stages):
-        words += _option("--eta", _per_stage([stage.eta for stage in stages]))
-    thresholds = [threshold if stage.threshold is None else stage.threshold for stage in stages]
-    if any(one != threshold for one in thresholds):
-        words += _option("--threshold", _per_stage(thresholds))
+    for name in StageSettings.model_fields:
+        values = [getattr(stage, name) for stage in stages]
+        default: Any = SamplingOptions.model_fields[name].default
+        if name == "threshold":
+            default = threshold
+            values = [threshold if value is None else value for value in values]
+        if name not in ("steps", "cond_scale") and any(value != default for value in values):
+            words += _option("--" + name, _per_stage(values))
     if facts.tile is not None:
         words += _option("--tile", str(facts.tile))
     if len(stages) < num_unets:

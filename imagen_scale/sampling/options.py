@@ -1,0 +1,106 @@
+"""How pictures are sampled: every option once, with its meaning, its default and its range.
+
+The command line's options, `Cascade.sample`'s signature and docstring, the fields of the page and
+the table of docs/sampling.md are made from `SamplingOptions`. Needs no torch.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from imagen_scale.config import StageConfig
+from imagen_scale.config.section import PerUnet
+from imagen_scale.diffusion.names import Sampler, Spacing
+from imagen_scale.errors import UsageError, option
+from imagen_scale.sampling.option_model import OptionModel
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class StageSettings(BaseModel):
+    """How one stage is sampled: what `SamplingOptions.for_stages` makes of the options."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int = 25
+    cond_scale: float = 1.0
+    sampler: Sampler = "dpmpp_2m"
+    spacing: Spacing = "trailing"
+    eta: float = 0.0
+    threshold: float | None = None  # None: the configuration's
+
+
+class SamplingOptions(OptionModel):
+    """Options of a call; those of stages take one value for all, or a list with one for each."""
+
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Same seed, same picture; the j-th picture of a prompt uses seed + j."
+    )
+    num: Positive = Field(1, description="Pictures per prompt.")
+    negative_prompt: str | None = Field(
+        None,
+        description="What guidance leads away from, in place of no text at all; torch computes it.",
+    )
+    steps: PerUnet[Positive] = Field(25, description="Sampling steps.")
+    cond_scale: PerUnet[float] = Field(
+        3.0,
+        title="Guidance",
+        description="Guidance scale: 1 is none, above 1 follows the text more closely. A single "
+        "value is the base stage's, and the others take 1.",
+    )
+    sampler: PerUnet[Sampler] = Field("dpmpp_2m", description="Solver of the reverse process.")
+    spacing: PerUnet[Spacing] = Field("trailing", description="Which times are visited.")
+    eta: PerUnet[Annotated[float, Field(ge=0, le=1)]] = Field(
+        0.0, description="Share of DDPM's noise, 0 to 1; for the sampler ddim only."
+    )
+    threshold: PerUnet[Annotated[float, Field(gt=0, le=1)] | None] = Field(
+        None,
+        description="Percentile of dynamic thresholding, above 0 and at most 1; by default the "
+        "configuration's.",
+    )
+    tile: Positive | None = Field(
+        None, description="Compute stages larger than this in tiles of this side, in pixels."
+    )
+    at_once: Positive | None = Field(
+        None, description="Pictures computed together; by default as many as their size allows."
+    )
+
+    def for_stages(self, stages: Sequence[StageConfig]) -> list[StageSettings]:
+        """The settings of each stage, checked against each other.
+
+        Args:
+            stages: The stages that are sampled, in order.
+
+        Raises:
+            UsageError: Naming the option that is wrong.
+        """
+        columns: dict[str, list[Any]] = {}
+        for name in StageSettings.model_fields:
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                columns[name] = [value] * len(stages)
+            elif len(value) == len(stages):
+                columns[name] = list(value)
+            else:
+                raise UsageError(
+                    f"{option(name)}: {len(value)} values for {len(stages)} stage(s). Give one "
+                    f"per stage, or a single one."
+                )
+        if not isinstance(self.cond_scale, tuple):
+            # The low-resolution picture already says what to draw.
+            columns["cond_scale"][1:] = [1.0] * (len(stages) - 1)
+        for i, stage in enumerate(stages):
+            if columns["threshold"][i] is None:
+                columns["threshold"][i] = stage.imagen.dynamic_thresholding_percentile
+        settings = [
+            StageSettings(**dict(zip(columns, row, strict=True)))
+            for row in zip(*columns.values(), strict=True)
+        ]
+        for of_stage in settings:
+            if of_stage.eta and of_stage.sampler != "ddim":
+                raise UsageError(
+                    f"{option('eta')} {of_stage.eta}: goes with {option('sampler')} ddim, not "
+                    f"{of_stage.sampler}."
+                )
+        return settings
