@@ -10,8 +10,9 @@ from imagen_scale.version import __version__
 
 if TYPE_CHECKING:
     from imagen_scale.sampling.cascade import Cascade, Sample
+    from imagen_scale.sampling.options import SamplingOptions
 
-__all__ = ["Cascade", "ImagenScaleError", "Sample", "__version__"]
+__all__ = ["Cascade", "ImagenScaleError", "Sample", "SamplingOptions", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from imagen_scale.sampling import cascade
 
         return getattr(cascade, name)
+    if name == "SamplingOptions":
+        from imagen_scale.sampling import options
+
+        return options.SamplingOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -23,8 +23,9 @@ from imagen_scale.config import Config
 from imagen_scale.config.reference import reference
 from imagen_scale.config.section import Section
 from imagen_scale.errors import UsageError
-from imagen_scale.runs.folders import find_run
-from imagen_scale.runs.progress import find_runs, read_metrics
+from imagen_scale.runs.folders import find_run, metrics_path
+from imagen_scale.runs.progress import find_runs
+from imagen_scale.runs.records import read_metrics
 
 COMMAND = [sys.executable, "-c", "from imagen_scale.commands.main import main; main()"]
 
@@ -230,7 +231,7 @@ def test_no_runs(tmp_path):
     done = cli("runs", "--root", tmp_path / "none")
     assert (done.exit_code, "no such folder" in done.stderr) == (2, True)
     assert find_runs(tmp_path) == []
-    assert read_metrics(tmp_path, 1) == []
+    assert read_metrics(metrics_path(tmp_path, 1), []).values == {}
 
 
 # Training.
@@ -414,7 +415,7 @@ def test_training_is_interrupted_and_continued(tmp_path, private_folders):
     done = subprocess.run([*command, "--resume", "--set", "training.steps=1"], env=environment,
                           text=True, capture_output=True)  # fmt: skip
     assert done.returncode == 2  # warm-up does not fit: refused before anything starts
-    more = max(row["step"] for row in read_metrics(run, 1)) + 10
+    more = read_metrics(metrics_path(run, 1), []).last_step + 10
     done = subprocess.run([*command, "--resume", "--set", f"training.steps={more}"],
                           env=environment, text=True, capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

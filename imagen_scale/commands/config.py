@@ -60,9 +60,9 @@ def config_show(file: str | None, run: str | None, overrides: tuple[str, ...]) -
     if (file is None) == (run is None):
         raise UsageError("give a FILE, or a run with --run; one of the two.")
     if run is not None:
-        from imagen_scale.runs.folders import find_run
+        from imagen_scale.runs.folders import config_path, find_run
 
-        file = str(find_run(run) / "config.json")
+        file = str(config_path(find_run(run)))
     click.echo(dump_config(load_config(str(file), overrides)), nl=False)
 
 

@@ -47,7 +47,7 @@ def sample(
     all_prompts = [*prompts, *(_read_prompts(from_file) if from_file else [])]
     if not all_prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
-    from imagen_scale.runs.folders import find_run
+    from imagen_scale.runs.folders import find_run, samples_dir
 
     run_dir = find_run(run)
     from imagen_scale.files.pictures import GRID_LIMIT, save_grid, to_uint8
@@ -59,7 +59,7 @@ def sample(
         run_dir, runtime=runtime, unet_limit=unet_limit, allow_unfinished=allow_unfinished,
         say=say,
     )  # fmt: skip
-    folder = Path(out) if out else run_dir / "samples"
+    folder = Path(out) if out else samples_dir(run_dir)
     made = SampleFolder(folder, cascade, options)
     total = len(all_prompts) * options.num
     shown: list[tuple[str, list[Any]]] = []

@@ -43,10 +43,10 @@ def upscale(
     """
     from imagen_scale.config import load_config
     from imagen_scale.files.atomic import sha256
-    from imagen_scale.runs.folders import find_run
+    from imagen_scale.runs.folders import config_path, find_run
 
     run_dir = find_run(run)
-    number = unet or len(load_config(run_dir / "config.json").unets)
+    number = unet or len(load_config(config_path(run_dir)).unets)
     from imagen_scale.sampling.upscale import Upscaler, read_picture
 
     picture = read_picture(Path(file))

@@ -14,6 +14,7 @@ from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import Evaluation, evaluate
 from imagen_scale.evaluation.report import as_dict
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.runs.folders import evaluation_path
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
@@ -90,7 +91,7 @@ def evaluate_run(
         **as_dict(result), "split": chosen, "seed": options.seed, "features": features,
         "clip": clip, "settings": [of_stage.model_dump() for of_stage in settings],
     }  # fmt: skip
-    file = run / "evaluation.json"
+    file = evaluation_path(run)
     text = json.dumps(facts, indent=1) + "\n"
     write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return Report(result, facts, file)

@@ -13,7 +13,7 @@ from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.importing.parameters import convert, read_parameters
 from imagen_scale.models.unet import UNet
-from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.folders import config_path, inference_path
 from imagen_scale.runs.inference import InferenceFile, save_inference
 
 
@@ -64,7 +64,7 @@ def import_minimagen(folder: Path, run: Path, *, text_encoder: str | None = None
         save_inference(file, state)
     # Last: a folder with a config.json is a run.
     write_atomically(
-        run / "config.json",
+        config_path(run),
         lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
     )
     notes.append("the run can be sampled, exported and evaluated; training cannot continue it")

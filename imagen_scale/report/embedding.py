@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from imagen_scale.runs.folders import grid_paths, samples_dir
 from imagen_scale.runs.records import SampleFacts, read_record
 
 MOST_GRIDS = 40  # of a stage, evenly chosen over training
@@ -55,7 +56,7 @@ def embed(path: Path, *, width: int = MOST_WIDTH) -> str:
 def read_grids(run: Path, unet_number: int, problems: list[str]) -> tuple[list[Grid], int]:
     """The grids of a stage over time, and how many there are in all."""
     found = []
-    for path in (run / "samples").glob(f"unet{unet_number}_step_*.png"):
+    for path in grid_paths(run, unet_number):
         if match := re.fullmatch(r"unet\d+_step_(\d+)\.png", path.name):
             found.append((int(match[1]), path))
     found.sort()
@@ -70,7 +71,7 @@ def read_grids(run: Path, unet_number: int, problems: list[str]) -> tuple[list[G
 
 def read_samples(run: Path, problems: list[str]) -> list[Made]:
     """The newest pictures made from prompts."""
-    paths = [path for path in (run / "samples").glob("*_*.png")
+    paths = [path for path in samples_dir(run).glob("*_*.png")
              if re.fullmatch(r"\d+_[0-9a-f]+\.png", path.name)]  # fmt: skip
     made = []
     for path in sorted(paths, reverse=True)[:MOST_SAMPLES]:

@@ -10,7 +10,16 @@ from imagen_scale.errors import CheckpointError, ConfigError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.report.embedding import Grid, Made, read_grids, read_samples
 from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
-from imagen_scale.runs.folders import inference_path, unet_dir
+from imagen_scale.runs.folders import (
+    config_path,
+    data_report_path,
+    evaluation_path,
+    export_dirs,
+    inference_path,
+    metrics_path,
+    setup_path,
+    unet_dir,
+)
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.runs.records import (
     DataReport,
@@ -107,13 +116,13 @@ def read_run(run: Path, *, check: bool, progress: Progress) -> RunFacts:
     """
     problems: list[str] = []
     try:
-        text = (run / "config.json").read_text(encoding="utf-8", errors="replace")
+        text = config_path(run).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         text = ""
         problems.append(f"{run / 'config.json'}: cannot be read: {error.strerror}.")
     config = None
     try:
-        config = parse_config(text, source=str(run / "config.json"))
+        config = parse_config(text, source=str(config_path(run)))
     except ConfigError as error:
         problems.append(str(error))
     numbers = {_number(path) for path in run.glob("unet*") if path.is_dir()} - {None}
@@ -126,8 +135,8 @@ def read_run(run: Path, *, check: bool, progress: Progress) -> RunFacts:
         config=config,
         config_text=text,
         stages=stages,
-        data=read_record(run / "data_report.json", DataReport, problems),
-        evaluation=read_record(run / "evaluation.json", Evaluation, problems),
+        data=read_record(data_report_path(run), DataReport, problems),
+        evaluation=read_record(evaluation_path(run), Evaluation, problems),
         exports=_read_exports(run, problems, check),
         samples=read_samples(run, problems),
         problems=problems,
@@ -148,8 +157,8 @@ def _read_stage(
     progress: Progress,
 ) -> Stage:
     folder = unet_dir(run, number)
-    metrics = read_metrics(folder / "metrics.jsonl", problems)
-    setup = read_record(folder / "setup.json", SetupFile, problems)
+    metrics = read_metrics(metrics_path(run, number), problems)
+    setup = read_record(setup_path(run, number), SetupFile, problems)
     weights = _read_weights(run, number, problems)
     checkpoints = _read_checkpoints(folder, check, progress)
     problems += [f"{folder / one.name}/{one.verdict}" for one in checkpoints
@@ -169,7 +178,7 @@ def _read_stage(
         step=step,
         steps=steps,
         state="finished" if is_finished else "under way" if step else "not started",
-        last_report=_written(folder / "metrics.jsonl"),
+        last_report=_written(metrics_path(run, number)),
         metrics=metrics,
         setup=setup.setup if setup else None,
         weights=weights,
@@ -216,7 +225,7 @@ def _read_checkpoints(folder: Path, check: bool, progress: Progress) -> list[Che
 
 def _read_exports(run: Path, problems: list[str], check: bool) -> list[Export]:
     read = []
-    for path in sorted((run / "export").glob("unet*/*/manifest.json")):
+    for path in [folder / "manifest.json" for folder in export_dirs(run)]:
         manifest = read_record(path, ExportManifest, problems)
         if manifest is None:
             continue

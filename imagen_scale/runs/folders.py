@@ -1,4 +1,12 @@
-"""Where things lie in a run's folder."""
+"""Where things lie in a run's folder: every name is here and nowhere else.
+
+```
+RUN/config.json  data_report.json  evaluation.json
+    unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
+    samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
+    export/unetN/onnx-fp32/...
+```
+"""
 
 import difflib
 from pathlib import Path
@@ -6,17 +14,70 @@ from pathlib import Path
 from imagen_scale.errors import UsageError, option
 
 
-def unet_dir(run_dir: Path, unet_number: int) -> Path:
-    """Folder of one U-Net's checkpoints and inference file inside a run."""
-    return run_dir / f"unet{unet_number}"
+def config_path(run: Path) -> Path:
+    """The run's configuration; a folder that has one is a run."""
+    return run / "config.json"
 
 
-def inference_path(run_dir: Path, unet_number: int) -> Path:
+def data_report_path(run: Path) -> Path:
+    """Which pictures were used and which left out."""
+    return run / "data_report.json"
+
+
+def evaluation_path(run: Path) -> Path:
+    """What `evaluate` measured."""
+    return run / "evaluation.json"
+
+
+def unet_dir(run: Path, unet_number: int) -> Path:
+    """Folder of one U-Net's checkpoints and files."""
+    return run / f"unet{unet_number}"
+
+
+def inference_path(run: Path, unet_number: int) -> Path:
     """The file that sampling reads."""
-    return unet_dir(run_dir, unet_number) / "inference.safetensors"
+    return unet_dir(run, unet_number) / "inference.safetensors"
 
 
-# Runs -------------------------------------------------------------------------------------------
+def metrics_path(run: Path, unet_number: int) -> Path:
+    """What training reports, a JSON line for each time."""
+    return unet_dir(run, unet_number) / "metrics.jsonl"
+
+
+def setup_path(run: Path, unet_number: int) -> Path:
+    """How the U-Net is trained: what was planned, or learned by running out of memory."""
+    return unet_dir(run, unet_number) / "setup.json"
+
+
+def samples_dir(run: Path) -> Path:
+    """Pictures: of training, of `sample` and of the page."""
+    return run / "samples"
+
+
+def grid_path(run: Path, unet_number: int, step: int) -> Path:
+    """The grid that training draws after a step."""
+    return samples_dir(run) / f"unet{unet_number}_step_{step:08d}.png"
+
+
+def grid_paths(run: Path, unet_number: int) -> list[Path]:
+    """Every grid of one U-Net, in the order of steps."""
+    return sorted(samples_dir(run).glob(f"unet{unet_number}_step_*.png"))
+
+
+def export_dir(run: Path, unet_number: int, kind: str) -> Path:
+    """An export of one U-Net; `kind` is "<format>-<precision>"."""
+    return run / "export" / f"unet{unet_number}" / kind
+
+
+def export_dirs(run: Path) -> list[Path]:
+    """Every folder that an export was made in."""
+    return sorted((run / "export").glob("unet*/*"))
+
+
+def last_change(run: Path) -> float:
+    """When training last wrote into a run, seconds since 1970; 0 where nothing is there."""
+    files = [config_path(run), *run.glob("unet*/*")]
+    return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
 
 def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
@@ -28,7 +89,7 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
     runs = [path.parent for path in root.glob("*/config.json")]
     if run is not None:
         for folder in (Path(run), root / run):
-            if (folder / "config.json").is_file():
+            if config_path(folder).is_file():
                 return folder
         names = [folder.name for folder in runs]
         close = difflib.get_close_matches(Path(run).name, names, n=1)
@@ -42,10 +103,4 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
             f"no run found under {root.resolve()}. Train one with `deepspeed launch/train.py "
             f"--config configs/emoji_demo.json`, or name one with {option('run')}."
         )
-    return max(runs, key=_last_change)
-
-
-def _last_change(run: Path) -> float:
-    """When training last wrote into a run."""
-    files = [run / "config.json", *run.glob("unet*/*")]
-    return max(path.stat().st_mtime for path in files)
+    return max(runs, key=last_change)

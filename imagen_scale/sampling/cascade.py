@@ -17,10 +17,8 @@ from imagen_scale.runs.folders import find_run
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.signature import takes
-from imagen_scale.sampling.stage import Listener, OnEstimate, OnStep
+from imagen_scale.sampling.stage import Listener, OnEstimate
 from imagen_scale.sampling.stages import Picture, TrainedStages
-
-OnImages = Callable[[int, int, int, list[Image.Image]], None]
 
 
 class Sample(NamedTuple):
@@ -96,8 +94,8 @@ class Cascade:
         prompts: str | Sequence[str],
         options: SamplingOptions | None = None,
         *,
-        on_step: OnStep | None = None,
-        on_estimate: OnImages | None = None,
+        on_step: Callable[[int, int, int], None] | None = None,
+        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
         """Makes pictures from prompts and holds them all.
@@ -132,8 +130,8 @@ class Cascade:
         prompts: str | Sequence[str],
         options: SamplingOptions | None = None,
         *,
-        on_step: OnStep | None = None,
-        on_estimate: OnImages | None = None,
+        on_step: Callable[[int, int, int], None] | None = None,
+        on_estimate: Callable[[int, int, int, list[Image.Image]], None] | None = None,
         **changes: Any,
     ) -> Iterator[Sample]:
         """Makes pictures from prompts and gives each as soon as it is finished, all stages of it.
@@ -171,7 +169,9 @@ def _images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in to_uint8(pictures)]
 
 
-def _with_images(on_estimate: OnImages) -> OnEstimate:
+def _with_images(
+    on_estimate: Callable[[int, int, int, list[Image.Image]], None],
+) -> OnEstimate:
     return lambda unet, step, steps, x_0: on_estimate(unet, step, steps, _images(x_0))
 
 

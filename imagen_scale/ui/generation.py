@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from imagen_scale.errors import ImagenScaleError, UsageError, option, spelled
 from imagen_scale.files.pictures import to_uint8
+from imagen_scale.runs.folders import samples_dir
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.option_facts import facts_of
 from imagen_scale.sampling.options import SamplingOptions
@@ -148,7 +149,7 @@ class Generator:
             told.put(Step(unet, done, steps, to_uint8(x_0)[0]))
 
         pictures = cascade.stream([request.prompt], options, Listener(on_estimate=hear))
-        folder = SampleFolder(self.run / "samples", cascade, options)
+        folder = SampleFolder(samples_dir(self.run), cascade, options)
         if stop.is_set():
             raise _StopError
         (path,) = [folder.write(picture) for picture in pictures]

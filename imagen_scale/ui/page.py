@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from imagen_scale.config import load_config
+from imagen_scale.runs.folders import config_path, samples_dir
 from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.form import Form
@@ -35,12 +36,12 @@ class Page:
     """
 
     def __init__(self, run: Opened) -> None:
-        config = load_config(run.folder / "config.json")
+        config = load_config(config_path(run.folder))
         self.run = run
         self.num_unets = len(config.unets)
         self.threshold = config.imagen.dynamic_thresholding_percentile
         self.sizes = [stage.size for stage in config.stages()][: run.unet_limit]
-        self.samples = run.folder / "samples"
+        self.samples = samples_dir(run.folder)
         self.generator = Generator(
             run.folder, unet_limit=run.unet_limit, allow_unfinished=run.allow_unfinished
         )

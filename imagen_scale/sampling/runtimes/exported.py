@@ -16,6 +16,7 @@ from imagen_scale.diffusion.guidance import branches
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale.runs.folders import export_dir
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Conditioning, no_negative_prompt
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
@@ -222,7 +223,7 @@ def open_exported(
 def export_folder(file: InferenceFile, format: Format, precision: Precision) -> Path:
     """Where an export of this inference file lies: runs/X/export/unetN/<format>-<precision>."""
     run = file.path.parent.parent
-    return run / "export" / f"unet{file.unet_number}" / f"{format}-{precision}"
+    return export_dir(run, file.unet_number, f"{format}-{precision}")
 
 
 def find_export(file: InferenceFile, format: Format, precisions: tuple[Precision, ...]) -> Path:
