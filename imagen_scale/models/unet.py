@@ -7,20 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_scale.config import Network
-from imagen_scale.config.network import NORM_GROUPS
 from imagen_scale.errors import ShapeError
 from imagen_scale.models.layers import (
     Attention,
     CrossEmbedLayer,
     OverPixels,
-    Parallel,
     Residual,
-    ResnetBlock,
     TimeEmbedding,
-    TransformerBlock,
-    Upsample,
-    downsample,
 )
+from imagen_scale.models.levels import Levels
 
 NUM_TIME_TOKENS = 2
 
@@ -33,7 +28,7 @@ class TextCond(NamedTuple):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t from the time, the text and, for super-resolution, a small image.
+    """Predicts noise or v from x_t, the time, the text and, for super-resolution, a small image.
 
     Args:
         config: What to build (`StageConfig.network`).
@@ -74,72 +69,21 @@ class UNet(nn.Module):
             nn.Linear(time_cond_dim, time_cond_dim),
         )
 
-        # Convolutional path. A level is, in MinImagen's order of parameters:
-        # down: [downsample before], block with text, blocks, attention, [downsample after]
-        # up:   block with text, blocks, attention, upsample
+        levels = Levels(config)
+        coarsest, numbers = levels.dims[-1][1], range(config.num_levels)
         self.init_conv = CrossEmbedLayer(config.channels * (2 if lowres_cond else 1), dim)
-        dims = [dim, *(dim * mult for mult in config.dim_mults)]
-        levels = list(
-            zip(
-                dims[:-1],
-                dims[1:],
-                config.num_resnet_blocks,
-                config.layer_attns,
-                config.layer_cross_attns,
-                strict=True,
-            )
-        )
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
-
-        def block(dim_in: int, dim_out: int, cross: bool) -> ResnetBlock:
-            return ResnetBlock(
-                dim_in,
-                dim_out,
-                time_cond_dim=time_cond_dim,
-                groups=NORM_GROUPS,
-                cond_dim=cond_dim if cross else None,
-            )
-
-        def attention(dim: int, wanted: bool) -> nn.Module:
-            return TransformerBlock(dim, heads=config.attn_heads) if wanted else nn.Identity()
-
-        skip_dims = []
-        for level, (dim_in, dim_out, num_blocks, attn, cross) in enumerate(levels):
-            is_last = level == len(levels) - 1
-            if config.memory_efficient:
-                before, after, width = downsample(dim_in, dim_out), None, dim_out
-            else:
-                before, width = None, dim_in
-                after = (
-                    Parallel(
-                        nn.Conv2d(dim_in, dim_out, 3, padding=1), nn.Conv2d(dim_in, dim_out, 1)
-                    )
-                    if is_last
-                    else downsample(dim_in, dim_out)
-                )
-            skip_dims.append(width)
-            blocks = nn.ModuleList(block(width, width, False) for _ in range(num_blocks))
-            down = [before, block(width, width, cross), blocks, attention(width, attn), after]
-            self.downs.append(nn.ModuleList(down))  # type: ignore[arg-type]  # None keeps numbering
-
-        self.mid_block1 = block(dims[-1], dims[-1], True)
+        self.downs.extend(levels.down(level) for level in numbers)
+        self.mid_block1 = levels.block(coarsest, coarsest, cross=True)
         self.mid_attn = (
-            OverPixels(Residual(Attention(dims[-1], heads=config.attn_heads)))
+            OverPixels(Residual(Attention(coarsest, heads=config.attn_heads)))
             if config.attend_at_middle
             else None
         )
-        self.mid_block2 = block(dims[-1], dims[-1], True)
-
-        for level, (dim_in, dim_out, num_blocks, attn, cross) in reversed(list(enumerate(levels))):
-            joined = dim_out + skip_dims[level]
-            blocks = nn.ModuleList(block(joined, dim_out, False) for _ in range(num_blocks))
-            grows = level > 0 or config.memory_efficient
-            grow = Upsample(dim_out, dim_in) if grows else nn.Identity()
-            up = [block(joined, dim_out, cross), blocks, attention(dim_out, attn), grow]
-            self.ups.append(nn.ModuleList(up))
-
-        self.final_res_block = block(dim, dim, False)
+        self.mid_block2 = levels.block(coarsest, coarsest, cross=True)
+        self.ups.extend(levels.up(level) for level in reversed(numbers))
+        self.final_res_block = levels.block(dim, dim, cross=False)
         self.final_conv = nn.Conv2d(dim, config.channels_out, 3, padding=1)
 
     def condition_text(
@@ -199,7 +143,7 @@ class UNet(nn.Module):
             lowres_t: Their noise times, (B,); super-resolution only.
 
         Returns:
-            Predicted noise, (B, C, H, W).
+            What `pred_type` says, (B, C, H, W).
         """
         time_hidden = self.to_time_hiddens(t)
         cond = self.to_time_cond(time_hidden) + text.hidden
@@ -253,6 +197,6 @@ class UNet(nn.Module):
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
-        """Predicts the noise, (B, C, H, W); arguments as in `condition_text` and `denoise`."""
+        """Predicts noise or v, (B, C, H, W); arguments of `condition_text` and `denoise`."""
         text = self.condition_text(text_embeds, text_mask, keep_mask)
         return self.denoise(x_t, t, text, lowres_img, lowres_t)

@@ -1,24 +1,21 @@
 """The cheapest way to train each U-Net within a memory budget."""
 
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from imagen_scale.config import StageConfig
-from imagen_scale.config.section import CheckpointingLevel, OptimizerName, per_level
-from imagen_scale.errors import ConfigError
+from imagen_scale.config.section import CheckpointingLevel, OptimizerName
 from imagen_scale.planning.activations import Activations
 from imagen_scale.planning.cache import cached_flops, cached_measure
+from imagen_scale.planning.choices import Choices, Mode, mode_of
 from imagen_scale.planning.cost import Cost, step_cost
 from imagen_scale.planning.machine import Machine
-from imagen_scale.planning.setup import OFFLOAD, Setup, accumulation, is_offloaded
+from imagen_scale.planning.setup import Setup
 from imagen_scale.planning.speed import step_seconds
+from imagen_scale.planning.warnings import warnings
+from imagen_scale.planning.words import gb
 
-MAX_MICRO_BATCH = 256
 # Batches at which activations are measured; between them a straight line is an upper bound.
 MEASURED_BATCHES = (1, 8)
-# Self-attention over more pixels than this is said aloud: 128 x 128.
-MANY_TOKENS = 128**2
 # How the optimizers differ from exact AdamW; a lower tier is preferred whatever it costs.
 TIERS: dict[OptimizerName, int] = {"adamw": 0, "adafactor": 0, "adamw_8bit": 1, "adamw_bf16": 2}
 
@@ -42,15 +39,6 @@ class UnetPlan(NamedTuple):
     warnings: list[str]
 
 
-class Mode(NamedTuple):
-    """The part of a setup that decides where weights, gradients and moments live."""
-
-    zero: dict[str, Any]
-    optimizer: OptimizerName
-    in_backward: bool
-    ema_offload: bool
-
-
 class Planner:
     """Plans one U-Net.
 
@@ -71,7 +59,7 @@ class Planner:
         ratio: float = 1.0,
     ) -> None:
         self.stage, self.machine, self.ratio = stage, machine, ratio
-        self.levels = stage.unet.num_levels
+        self.choices = Choices(stage, machine)
 
     def plan(self, keep: Setup | None = None) -> UnetPlan:
         """Finds the cheapest candidate that fits.
@@ -80,10 +68,10 @@ class Planner:
             keep: A setup whose checkpoints exist: where things live stays as it is.
         """
         best = []
-        for mode in [_mode_of(keep)] if keep else self._modes():
+        for mode in [mode_of(keep)] if keep else self.choices.modes():
             found = [
                 candidate
-                for checkpointing, offload in self._checkpointings()
+                for checkpointing, offload in self.choices.checkpointings()
                 if (candidate := self._largest(mode, checkpointing, offload)) is not None
             ]
             if found:
@@ -96,7 +84,11 @@ class Planner:
             choice = best[0]
             fault = self._fault(choice)
         return UnetPlan(
-            self.stage.number, choice, fault, [c for c in best if c is not choice], self._warnings()
+            self.stage.number,
+            choice,
+            fault,
+            [c for c in best if c is not choice],
+            warnings(self.stage),
         )
 
     def card_bytes(self, cost: Cost) -> int:
@@ -126,85 +118,13 @@ class Planner:
             candidate.seconds,
         )
 
-    def _modes(self) -> Iterator[Mode]:
-        for optimizer in self._optimizers:
-            for in_backward in self._in_backwards(optimizer):
-                for zero in self._zeros(optimizer, in_backward):
-                    on_host = is_offloaded(zero, "offload_optimizer")
-                    written = self.stage.memory.ema_offload
-                    for ema in (False,) if on_host else (False, True):
-                        if on_host or written in (None, ema):
-                            yield Mode(zero, optimizer, in_backward, ema)
-
-    @cached_property
-    def _optimizers(self) -> tuple[OptimizerName, ...]:
-        written = self.stage.optimizer
-        if written is not None:
-            return (written,)
-        is_bf16 = self.stage.training.precision == "bf16"
-        return ("adamw", "adamw_8bit", "adamw_bf16") if is_bf16 else ("adamw", "adamw_8bit")
-
-    def _in_backwards(self, optimizer: OptimizerName) -> tuple[bool, ...]:
-        written = self.stage.optimizer_in_backward
-        if written is not None:
-            return (written,)
-        training = self.stage.training
-        micro_batch = self.stage.micro_batch
-        is_possible = (
-            self.machine.ranks == 1
-            and training.precision == "fp32"
-            and training.grad_clip is None
-            and micro_batch in (None, self.stage.global_batch)
-            and not (self.stage.zero_optimization or {}).get("stage")
-            and optimizer != "adamw_bf16"
-        )
-        return (False, True) if is_possible else (False,)
-
-    def _zeros(self, optimizer: OptimizerName, in_backward: bool) -> list[dict[str, Any]]:
-        written = self.stage.zero_optimization
-        if written is not None:
-            return [written]
-        if in_backward or optimizer == "adafactor":
-            return [{"stage": 0}]
-        offloads: list[dict[str, Any]] = [{"stage": 2, "offload_optimizer": OFFLOAD}]
-        if self.machine.ranks > 1:
-            offloads.append({"stage": 3, "offload_optimizer": OFFLOAD})
-        offloads.append({"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD})
-        if optimizer == "adamw_bf16":
-            return offloads
-        plain: list[dict[str, Any]] = [{"stage": 1}]
-        if self.machine.ranks > 1:
-            plain = [{"stage": 2}, {"stage": 3}]
-        if self.stage.training.precision == "fp32":
-            plain.insert(0, {"stage": 0})
-        if self.machine.card is None:
-            return plain[:1]  # host memory is all there is: nothing to offload from
-        return plain + offloads
-
-    def _checkpointings(self) -> list[tuple[tuple[CheckpointingLevel, ...], bool]]:
-        """Levels of checkpointing, from the fastest to the smallest."""
-        levels: list[tuple[CheckpointingLevel, ...]]
-        if self.stage.checkpointing is not None:
-            levels = [self.stage.checkpointing]
-        else:
-            blocks, norms = cast(tuple[CheckpointingLevel, ...], ("blocks", "norms"))
-            # Blocks where the pictures are largest hold the most; more mixtures gain little.
-            levels = [
-                (blocks,) * finest + (norms,) * (self.levels - finest)
-                for finest in sorted({0, 1, self.levels})
-            ]
-        offload = self.stage.offload_activations
-        if offload is not None:
-            return [(level, offload) for level in levels]
-        return [*((level, False) for level in levels), (levels[-1], True)]
-
     def _largest(
         self, mode: Mode, checkpointing: tuple[CheckpointingLevel, ...], offload: bool
     ) -> Candidate | None:
         """The fastest micro-batch of one mode that fits, else the smallest there is."""
         candidates = [
             self._candidate(mode, checkpointing, offload, micro_batch)
-            for micro_batch in self._micro_batches(mode)
+            for micro_batch in self.choices.micro_batches(mode)
         ]
         fitting = [c for c in candidates if self.fits(c.cost)]
         # The line between measured batches is a bound; the choice is measured itself.
@@ -215,22 +135,6 @@ class Planner:
             if self.fits(exact.cost):
                 return exact
         return min(candidates, key=lambda c: self.excess(c.cost), default=None)
-
-    def _micro_batches(self, mode: Mode) -> list[int]:
-        ranks = self.machine.ranks
-        written = self.stage.micro_batch
-        if self.stage.global_batch % ranks:
-            raise ConfigError(
-                f"training.global_batch: {self.stage.global_batch} is not a multiple of the "
-                f"{ranks} processes; change it."
-            )
-        share = self.stage.global_batch // ranks
-        if mode.in_backward:
-            return [share]
-        if written is not None:
-            accumulation(self.stage, written, ranks)  # refused here
-            return [written]
-        return [b for b in range(1, min(share, MAX_MICRO_BATCH) + 1) if share % b == 0]
 
     def _candidate(
         self,
@@ -303,30 +207,3 @@ class Planner:
         if self.machine.card is None:
             needed += self.card_bytes(cost) * self.machine.ranks
         return f"host memory: {gb(needed)} needed, {gb(self.machine.ram)} there"
-
-    def _warnings(self) -> list[str]:
-        """Traps that a table of bytes does not show."""
-        unet, side = self.stage.unet, self.stage.train_size
-        warnings = []
-        for level, attends in enumerate(per_level(unet.layer_attns, self.levels)):
-            pixels = (side // 2 ** (level + unet.memory_efficient)) ** 2
-            if attends and pixels > MANY_TOKENS:
-                scores = unet.attn_heads * pixels**2 * 4
-                warnings.append(
-                    f"unets.{self.stage.number - 1}.layer_attns.{level}: every pixel of a "
-                    f"{side // 2 ** (level + unet.memory_efficient)} px level attends to every "
-                    f"other ({pixels} tokens): {gb(scores)} of scores per picture and layer if "
-                    f"they were kept. They are not, but the time is spent: set it to false."
-                )
-        return warnings
-
-
-def _mode_of(setup: Setup) -> Mode:
-    return Mode(setup.zero, setup.optimizer, setup.in_backward, setup.ema_offload)
-
-
-def gb(nbytes: float) -> str:
-    """Bytes in words, 1 GB = 10^9."""
-    if abs(nbytes) >= 1e12:
-        return f"{nbytes / 1e12:.1f} TB"
-    return f"{nbytes / 1e9:.2f} GB"

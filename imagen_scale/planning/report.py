@@ -7,8 +7,9 @@ from rich.table import Table
 
 from imagen_scale.config import Config
 from imagen_scale.planning.machine import Machine
-from imagen_scale.planning.planner import Candidate, UnetPlan, gb
+from imagen_scale.planning.planner import Candidate, UnetPlan
 from imagen_scale.planning.setup import Setup
+from imagen_scale.planning.words import gb
 
 TERMS = ("weights", "gradients", "optimizer", "ema", "activations", "buckets", "workspace")
 

@@ -12,8 +12,8 @@ from imagen_scale.config import StageConfig
 from imagen_scale.planning.cache import cached_measure
 from imagen_scale.planning.cost import process_bytes, step_cost
 from imagen_scale.planning.machine import keep_calibration, this_machine
-from imagen_scale.planning.planner import gb
 from imagen_scale.planning.setup import Setup
+from imagen_scale.planning.words import gb
 
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 # What allocators say when there is no more: torch's on the CPU, and CUDA outside torch's own.

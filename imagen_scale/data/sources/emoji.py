@@ -14,6 +14,7 @@ from imagen_scale.data.storage import fingerprint
 from imagen_scale.errors import DataError, MissingExtraError
 
 OPENMOJI_ATTRIBUTION = "Emoji by OpenMoji (https://openmoji.org), CC BY-SA 4.0."
+# Smaller pictures are shrunk from this: a small stage's are then the large stage's, shrunken.
 MIN_RENDER_SIZE = 256
 
 _VARIATION_SELECTOR = 0xFE0F

@@ -60,6 +60,8 @@ def onnx_session(path: Path, provider: str, options: dict[str, str] | None = Non
             )
     except Exception as error:  # its errors share no base class
         raise ExportError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
+    # Not `disable_cpu_ep_fallback`: it refuses every node on the CPU (onnxruntime pull request
+    # 16016), and the shape arithmetic of a free batch belongs there.
     session.disable_fallback()
     if session.get_providers()[0] != provider:
         raise EnvironmentProblem(
