@@ -5,20 +5,38 @@ import inspect
 import textwrap
 from typing import get_args
 
+from pydantic import BaseModel
+
 import imagen_scale
 from imagen_scale import errors
 from imagen_scale.diffusion.names import Sampler, Spacing
+from imagen_scale.sampling.option_facts import OptionFacts, facts_of
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import Precision, RuntimeName
 
 MARKS = ("<!-- names: written by tests/refresh_docs.py -->\n", "<!-- end of names -->\n")
+OPTION_MARKS = ("<!-- options: written by tests/refresh_docs.py -->\n", "<!-- end of options -->\n")
 NAMES = {"RuntimeName": RuntimeName, "Precision": Precision, "Sampler": Sampler, "Spacing": Spacing}
 
 
 def refreshed(page: str) -> str:
-    """The page with the list as it should be."""
-    before, _, rest = page.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    return before + MARKS[0] + reference() + MARKS[1] + after
+    """The page with its list of names, or its table of options, as it should be."""
+    for marks, make in ((MARKS, reference), (OPTION_MARKS, options_table)):
+        if marks[0] in page:
+            before, _, rest = page.partition(marks[0])
+            page = before + marks[0] + make() + marks[1] + rest.partition(marks[1])[2]
+    return page
+
+
+def options_table() -> str:
+    """Every option of sampling, as the command line spells it."""
+    rows = [f"| `--{one.name.replace('_', '-')}` | {_default(one)} | {one.sentence} |\n"
+            for one in facts_of(SamplingOptions)]  # fmt: skip
+    return "\n| option | default | |\n|---|---|---|\n" + "".join(rows) + "\n"
+
+
+def _default(facts: OptionFacts) -> str:
+    return "" if facts.default is None else f"`{facts.default}`"
 
 
 def reference() -> str:
@@ -28,6 +46,8 @@ def reference() -> str:
         value = getattr(imagen_scale, name)
         if name == "ImagenScaleError":
             parts.append(f"### `{name}`\n\n{_sentence(value)}\n\n{_table_of_errors()}\n")
+        elif inspect.isclass(value) and issubclass(value, BaseModel):
+            parts.append(f"### `{name}`\n\n{_sentence(value)}\n\n{_table_of_options(value)}\n")
         elif inspect.isclass(value):
             parts.append(f"### `{name}`\n\n{_sentence(value)}\n\n")
             parts += [_member(name, member, value) for member in _members(value)]
@@ -74,6 +94,14 @@ def _syntax(value: object) -> ast.AST:
 
 def _plain(argument: ast.arg) -> str:
     return f"{argument.arg}: {ast.unparse(argument.annotation)}"
+
+
+def _table_of_options(model: type[BaseModel]) -> str:
+    rows = []
+    for one in facts_of(model):
+        kind = one.annotation.replace("|", "or")
+        rows.append(f"| `{one.name}` | {kind} | {_default(one)} | {one.sentence} |\n")
+    return "| option | type | default | |\n|---|---|---|---|\n" + "".join(rows)
 
 
 def _values() -> str:

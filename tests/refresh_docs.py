@@ -46,8 +46,9 @@ def refresh(document: Path) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    api = ROOT / "docs" / "api.md"
-    api.write_text(api_reference.refreshed(api.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in ("api.md", "sampling.md"):
+        page = ROOT / "docs" / name
+        page.write_text(api_reference.refreshed(page.read_text("utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["IMAGEN_SCALE_CACHE"] = cache  # no card's measured ratio
         for path in DOCUMENTS:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noise import implied_noise
 from test_cascade import write_stage
 
 from imagen_scale.diffusion.guidance import guide
@@ -49,7 +50,8 @@ T = torch.tensor([10, 90])
 
 def predict(runtime, file, cond_scale=3.0):
     text, x_t, lowres = inputs(file)
-    return runtime.bind(Conditioning(text, cond_scale, **lowres))(x_t, T)
+    x_0 = runtime.bind(Conditioning(text, cond_scale, **lowres))(x_t, T)
+    return implied_noise(runtime.schedule, x_t, T, x_0)
 
 
 @torch.no_grad()
@@ -60,7 +62,8 @@ def by_hand(runtime, file, cond_scale=3.0):
     cond = unet(x_t, T, *text, **lowres)
     null = unet(x_t, T, *text, keep_mask=torch.zeros(2, dtype=torch.bool), **lowres)
     prediction = guide(cond, null, cond_scale)
-    return runtime.schedule.predicted_x_0(unet.config.pred_type, x_t, T, prediction)
+    x_0 = runtime.schedule.predicted_x_0(unet.config.pred_type, x_t, T, prediction)
+    return implied_noise(runtime.schedule, x_t, T, x_0)
 
 
 @pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3.0])
