@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, TypeAlias
 # they take on one rank: building, saving, drawing pictures, and the first step.
 PACED = ("loading data", "step")
 
-
 State: TypeAlias = Literal["running", "leaving", "done", "failed", "left"]
 PRESENT: tuple[State, ...] = ("running", "leaving")  # it can still hear and speak
 LEAVING_S = 60.0  # more patience with one that an exception ends: it may be closing its logs
@@ -96,25 +95,25 @@ def faults(
     """
     others = list(others)
     furthest = max(seen.beat.progress for seen in [*others, Seen(own, now, now)])
-    found, passed_on = {}, {}
+    at_fault, passed_on = {}, {}
     for seen in others:
         beat = seen.beat
         heard = now if beat.rank == 0 else answered
         silent = heard - max(seen.beaten, awake_since)
         stood = heard - max(seen.moved, awake_since)
         if beat.state == "failed":
-            found[beat.rank] = f"{beat} failed in {beat.where}: {beat.reason.rstrip('.')}."
+            at_fault[beat.rank] = f"{beat} failed in {beat.where}: {beat.reason.rstrip('.')}."
         elif beat.state == "left":
             passed_on[beat.rank] = beat.reason
         elif beat.state == "done":
             continue
         elif is_gone(beat) or (is_store_lost and beat.rank == 0):
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} is gone: killed or crashed in {beat.where}. Its own output says more; "
                 f"without a word the machine's memory was full (see `imagen-scale plan`)."
             )
         elif timeout is not None and silent >= timeout:
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} has given no sign of life for {silent:.0f} s; it was in {beat.where}. "
                 f"Its process was stopped, or its machine stands still or is out of reach "
                 f"(training.hang_timeout is {timeout:g} s)."
@@ -125,15 +124,15 @@ def faults(
             and beat.progress < furthest
             and stood >= timeout + (LEAVING_S if beat.state == "leaving" else 0)
         ):
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} hangs: it has been in {beat.where} for {stood:.0f} s while others wait "
                 f"for it. Look at its disk and at its card; if it may take that long, raise "
                 f"training.hang_timeout (now {timeout:g} s)."
             )
-    return found or passed_on
+    return at_fault or passed_on
 
 
-def this_machine() -> str:
+def pid_namespace() -> str:
     """A name for what process numbers belong to: a running system, and a container in it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"

@@ -77,7 +77,7 @@ def smaller(setup: Setup) -> Setup | None:
     return setup._replace(micro_batch=micro_batch, accumulation=share // micro_batch)
 
 
-def remember(stage: StageConfig, run_dir: Path, setup: Setup) -> None:
+def keep_setup(stage: StageConfig, run_dir: Path, setup: Setup) -> None:
     """Keeps a setup that was found by running out of memory."""
     _write(run_dir, stage.number, _asked(stage, setup.ranks), setup)
 
