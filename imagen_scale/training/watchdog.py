@@ -123,8 +123,8 @@ class Watchdog:
         if isinstance(error, Exception) and not own:  # maybe of an exchange that a lost rank broke
             since = time.monotonic()
             while time.monotonic() < since + self._patience():
-                if at_fault := self._faults():
-                    self._leave(at_fault)
+                if found := self._faults():
+                    self._leave(found)
                 time.sleep(BEAT_S / 4)
         lines = str(error).splitlines() or [""]
         self._end("failed", lines[0] if own else f"{type(error).__name__}: {lines[0]}")
@@ -192,11 +192,11 @@ class Watchdog:
             if now - last > ASLEEP_S:
                 self._awake_since = now
             last = now
-            at_fault = self._faults()
-            since = (since or now) if at_fault else None
+            found = self._faults()
+            since = (since or now) if found else None
             grace = LEAVING_S if self._is_leaving else GRACE_S
             if since is not None and now - since >= grace:
-                self._leave(at_fault)
+                self._leave(found)
 
     def _faults(self) -> dict[int, str]:
         return faults(
@@ -210,13 +210,13 @@ class Watchdog:
             is_gone=self._is_gone,
         )
 
-    def _leave(self, at_fault: dict[int, str]) -> None:
+    def _leave(self, found: dict[int, str]) -> None:
         """Says who is at fault, lets the others know, and ends this process."""
         with self._leaving_lock:  # once
-            reason = " ".join(at_fault[number] for number in sorted(at_fault))
+            reason = " ".join(found[number] for number in sorted(found))
             # The first rank that can. One that left before this one has said it.
             before = {n: seen.beat.state for n, seen in self._seen.items() if n < rank()}
-            if not any(s == "left" or (s in PRESENT and n not in at_fault)
+            if not any(s == "left" or (s in PRESENT and n not in found)
                        for n, s in before.items()):  # fmt: skip
                 print(f"error: {reason} {ADVICE}", file=sys.stderr, flush=True)
             self._end("left", reason)
