@@ -34,7 +34,8 @@ from imagen_scale.planning.machine import this_machine
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup
-from imagen_scale.training import distributed, ranks
+from imagen_scale.training import ranks
+from imagen_scale.training.building import make_engine
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.memory_use import (
     forget_peaks,
@@ -136,7 +137,7 @@ def train(
     unet = UNet(config.stage(index + 1, text_embed_dim).network)
     hold = in_host_memory if setup.offload_activations else nullcontext
     apply_checkpointing(unet, setup.checkpointing, hold=hold).train()
-    engine = distributed.make_engine(unet, config.stage(index + 1, 384), setup)
+    engine = make_engine(unet, config.stage(index + 1, 384), setup)
     ema = Ema(engine, config.training.ema_decay, offload=setup.ema_offload)
     objective = Objective(config.stage(index + 1), engine.device)
     batch = random_batch(config, index, setup.micro_batch, text_embed_dim)

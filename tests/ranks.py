@@ -54,7 +54,8 @@ class Small:
         from imagen_scale.config import parse_config
         from imagen_scale.models.unet import UNet
         from imagen_scale.planning.setup import written_setup
-        from imagen_scale.training import distributed, ranks
+        from imagen_scale.training import ranks
+        from imagen_scale.training.building import make_engine
         from imagen_scale.training.ema import Ema
         from imagen_scale.training.objective import Objective
         from imagen_scale.training.stepping import Stepper
@@ -74,9 +75,7 @@ class Small:
         torch.manual_seed(0)
         self.optimizer = optimizer
         setup = written_setup(config.stage(1), self.ranks, on_card=False)
-        self.engine = distributed.make_engine(
-            UNet(config.stage(1, 384).network), config.stage(1, 384), setup
-        )
+        self.engine = make_engine(UNet(config.stage(1, 384).network), config.stage(1, 384), setup)
         self.ema = Ema(self.engine, 0.9)
         self.objective = Objective(config.stage(1), torch.device("cpu"))
         self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
@@ -125,21 +124,19 @@ class Small:
     def save(self, folder):
         from imagen_scale.training.shards import file_name, save_shard
 
-        if self.rank == 0 or self.engine.zero_optimization_stage() > 0:
+        if self.rank == 0 or self.engine.zero_stage > 0:
             save_shard(self.engine, self.ema, self.optimizer, folder / file_name(self.rank))
         torch.distributed.barrier()
 
     def load(self, folder, done):
-        from imagen_scale.training.shards import load_shards, publish
+        from imagen_scale.training.shards import load_shards
 
         load_shards(self.engine, self.ema, self.optimizer, folder)
-        publish(self.engine)
+        self.engine.publish()
         self.done = done
 
     def release(self):
-        from imagen_scale.training.distributed import release_engine
-
-        release_engine(self.engine)
+        self.engine.release()
 
 
 def equal(a, b):

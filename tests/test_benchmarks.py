@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import click
 import gpu_memory
@@ -117,7 +118,7 @@ def test_the_networks_are_those_of_the_comparison():
 
 def test_ours_shares_the_weights_it_is_given():
     stage = training_memory.config().stage(1, training_memory.TEXT_DIM).network
-    stage = stage.model_copy(update={"dim": 16, "cond_dim": 16})
+    stage = replace(stage, dim=16, cond_dim=16)
     first = UNet(stage)
     ours = training_memory.build_ours(stage, "blocks", first.state_dict())
     pairs = zip(first.parameters(), ours.parameters(), strict=True)

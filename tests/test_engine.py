@@ -11,8 +11,8 @@ from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.setup import written_setup
-from imagen_scale.training import distributed, operators, ranks
-from imagen_scale.training.ema import Ema, master_shards
+from imagen_scale.training import building, operators, ranks, zero_engine
+from imagen_scale.training.ema import Ema
 from imagen_scale.training.loop import learning_rate
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -36,7 +36,7 @@ def make_config(zero, precision="fp32", **training):
 
 def make_engine(config):
     setup = written_setup(config.stage(1), 1, on_card=False)
-    return distributed.make_engine(UNet(config.stage(1, 384).network), config.stage(1, 384), setup)
+    return building.make_engine(UNet(config.stage(1, 384).network), config.stage(1, 384), setup)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -66,16 +66,16 @@ def test_ema_is_the_average_of_a_full_copy_and_leaves_the_masters_alone(name, pr
         for key, value in masters().items():
             average[key] = torch.lerp(average[key], value, 1 - decay)
 
-    before = [shard.detach().clone() for shard in master_shards(engine)]
+    before = [shard.detach().clone() for shard in engine.masters()]
     found = dict(ema.named_weights())
     assert found.keys() == dict(UNet(config.stage(1, 384).network).state_dict()).keys()
     for key, value in average.items():
         torch.testing.assert_close(found[key], value, atol=1e-7, rtol=0)
-    for shard, kept in zip(master_shards(engine), before, strict=True):
+    for shard, kept in zip(engine.masters(), before, strict=True):
         assert torch.equal(shard, kept)
     moved = sum((found[key] - masters()[key]).abs().sum() for key in found)
     assert moved > 0
-    engine.destroy()
+    engine.release()
 
 
 def test_locks_of_killed_builds_are_removed_and_those_in_use_are_kept(tmp_path):
@@ -120,7 +120,7 @@ def test_a_failure_on_one_rank_is_raised_with_its_cause(process_group, capsys):
 def test_batches_are_stated_once():
     config = make_config({"stage": 2})
     setup = written_setup(config.stage(1), 2, on_card=False)
-    settings = distributed.engine_config(config.stage(1), setup, num_parameters=5000)
+    settings = zero_engine.engine_config(config.stage(1), setup, num_parameters=5000)
     assert settings["train_batch_size"] == 8
     assert settings["train_micro_batch_size_per_gpu"] == 4
     assert settings["gradient_accumulation_steps"] == 1
@@ -175,7 +175,7 @@ def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a
         monkeypatch.setattr(operators, "operators", lambda: as_if)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         setup = written_setup(make_config(zero).stage(1), 1, on_card=False)
-        distributed._start_deepspeed(setup, told.append)
+        zero_engine._start_deepspeed(setup, told.append)
         found, built[:] = list(built), []
         return found
 

@@ -15,10 +15,11 @@ from imagen_scale.planning.activations import measure
 from imagen_scale.planning.cost import process_bytes, step_cost
 from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.planning.setup import written_setup
-from imagen_scale.training import distributed, optimizers
+from imagen_scale.training import optimizers
+from imagen_scale.training.building import make_engine
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
 from imagen_scale.training.objective import Objective
-from imagen_scale.training.shards import load_shards, publish, save_shard
+from imagen_scale.training.shards import load_shards, save_shard
 
 CPU = {"device": "cpu"}
 BUCKET = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
@@ -70,7 +71,7 @@ class Trained:
         unet = apply_checkpointing(
             UNet(config.stage(1, 384).network), self.setup.checkpointing
         ).train()
-        self.engine = distributed.make_engine(unet, config.stage(1, 384), self.setup)
+        self.engine = make_engine(unet, config.stage(1, 384), self.setup)
         self.ema = Ema(self.engine, 0.9)
         self.objective = Objective(config.stage(1), torch.device("cpu"))
         self.done = 0
@@ -103,11 +104,11 @@ class Trained:
 
     def load(self, folder):
         load_shards(self.engine, self.ema, self.setup.optimizer, folder)
-        publish(self.engine)
+        self.engine.publish()
         self.done = int((folder / "done").read_text())
 
     def release(self):
-        distributed.release_engine(self.engine)
+        self.engine.release()
         del self.engine, self.ema
         gc.collect()
 

@@ -17,7 +17,7 @@ from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.planning.activations import _Parked
 from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.training.objective import Objective, crop_at
-from imagen_scale.training.optimizers import GROUP_ELEMENTS, MatrixAdafactor, _groups
+from imagen_scale.training.optimizers import GROUP_ELEMENTS, MatrixAdafactor, bounded_groups
 
 LEVELS = [("norms", "norms"), ("blocks", "blocks"), ("blocks", "norms"), ("none", "blocks")]
 
@@ -111,7 +111,7 @@ def test_parameters_are_grouped_in_order_and_bounded():
     sizes = [GROUP_ELEMENTS // 2, GROUP_ELEMENTS // 2, 1, 3 * GROUP_ELEMENTS, 5]
     with torch.device("meta"):
         parameters = [torch.nn.Parameter(torch.empty(size)) for size in sizes]
-    groups = _groups(parameters)
+    groups = bounded_groups(parameters)
     assert [p for group in groups for p in group["params"]] == parameters
     assert [len(group["params"]) for group in groups] == [2, 2, 1]
 

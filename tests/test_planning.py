@@ -17,7 +17,7 @@ from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.planning.machine import Machine, calibration, keep_calibration
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.setup import Setup, default_zero, written_setup
-from imagen_scale.training.choice import choose_setup, remember, smaller
+from imagen_scale.training.choice import choose_setup, keep_setup, smaller
 
 GB = 10**9
 SMALL_CARD = Machine("a 12 GB card", 12 * GB, 62 * GB, 1)
@@ -290,7 +290,7 @@ def test_a_setup_is_chosen_once_and_kept(tmp_path):
     assert choose_setup(config.stage(1), tmp_path, 1, told.append) == first
     assert len(told) == 1
     halved = smaller(first)
-    remember(config.stage(1), tmp_path, halved)
+    keep_setup(config.stage(1), tmp_path, halved)
     assert choose_setup(config.stage(1), tmp_path, 1, told.append) == halved
     other = choose_setup(tiny("training.micro_batch=4").stage(1), tmp_path, 1, told.append)
     assert other.micro_batch == 4

@@ -67,14 +67,14 @@ def test_moments_survive_a_change_of_precision(process_group, tmp_path):
     exact.release()
 
 
-def test_a_checkpoint_of_another_network_is_refused(process_group, tmp_path):
+def test_a_checkpoint_of_another_network_is_refused(process_group, tmp_path, monkeypatch):
     small = ranks.Small(0)
     small.step()
     small.save(tmp_path)
     other = ranks.Small(2)
-    parameter = next(iter(other.engine.module.named_parameters()))[1]
-    parameter._hp_mapping.hp_fragment_address.numel += 1  # as one of other sizes would say
-    parameter._hp_mapping.lp_fragment_address.numel += 1
+    ((first, *others),) = other.engine.fragments()
+    larger = first._replace(numel=first.numel + 1)  # as one of other sizes would say
+    monkeypatch.setattr(other.engine, "fragments", lambda: [[larger, *others]])
     with pytest.raises(CheckpointError, match="other sizes than the network"):
         other.load(tmp_path, 1)
     small.release()

@@ -7,7 +7,7 @@ from conftest import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, DataError, UsageError
-from imagen_scale.training.run import (
+from imagen_scale.training.may_continue import (
     check_run,
     check_split,
     check_text_width,

@@ -100,13 +100,13 @@ def test_crops_train(config, launch, reference, tmp_path):
 LIMITED = """
 import resource, runpy, sys
 import torch, deepspeed  # their libraries take address space of their own
-from imagen_scale.training import trainer
-build = trainer.UnetTraining._build
-def limited(self):
-    build(self)
+from imagen_scale.training.session import Session
+build = Session.__init__
+def limited(self, *arguments):
+    build(self, *arguments)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
-trainer.UnetTraining._build = limited
+Session.__init__ = limited
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

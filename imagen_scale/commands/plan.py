@@ -90,7 +90,7 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _write_deepspeed(folder: Path, checked: Any, plans: list[Any]) -> None:
-    from imagen_scale.training.distributed import engine_config
+    from imagen_scale.training.zero_engine import engine_config
 
     folder.mkdir(parents=True, exist_ok=True)
     for plan in plans:

@@ -1,4 +1,10 @@
-"""What ranks tell each other about themselves, and which of them are at fault."""
+"""What ranks tell each other about themselves, and which of them are at fault.
+
+A rank is judged hung only behind another: ranks that stand at the same place may all be in one slow
+step. A thread's beats say nothing about the main thread, hence the count of micro-batches and
+steps. A process is gone by its number and its start, read only where boot and process namespace are
+the same: numbers are used again, and containers share host names.
+"""
 
 import json
 from collections.abc import Callable, Iterable
@@ -8,7 +14,6 @@ from typing import Literal, NamedTuple, TypeAlias
 # Parts of training that every rank goes through at the same pace. All others may take as long as
 # they take on one rank: building, saving, drawing pictures, and the first step.
 PACED = ("loading data", "step")
-
 
 State: TypeAlias = Literal["running", "leaving", "done", "failed", "left"]
 PRESENT: tuple[State, ...] = ("running", "leaving")  # it can still hear and speak
@@ -96,25 +101,25 @@ def faults(
     """
     others = list(others)
     furthest = max(seen.beat.progress for seen in [*others, Seen(own, now, now)])
-    found, passed_on = {}, {}
+    at_fault, passed_on = {}, {}
     for seen in others:
         beat = seen.beat
         heard = now if beat.rank == 0 else answered
         silent = heard - max(seen.beaten, awake_since)
         stood = heard - max(seen.moved, awake_since)
         if beat.state == "failed":
-            found[beat.rank] = f"{beat} failed in {beat.where}: {beat.reason.rstrip('.')}."
+            at_fault[beat.rank] = f"{beat} failed in {beat.where}: {beat.reason.rstrip('.')}."
         elif beat.state == "left":
             passed_on[beat.rank] = beat.reason
         elif beat.state == "done":
             continue
         elif is_gone(beat) or (is_store_lost and beat.rank == 0):
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} is gone: killed or crashed in {beat.where}. Its own output says more; "
                 f"without a word the machine's memory was full (see `imagen-scale plan`)."
             )
         elif timeout is not None and silent >= timeout:
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} has given no sign of life for {silent:.0f} s; it was in {beat.where}. "
                 f"Its process was stopped, or its machine stands still or is out of reach "
                 f"(training.hang_timeout is {timeout:g} s)."
@@ -125,15 +130,15 @@ def faults(
             and beat.progress < furthest
             and stood >= timeout + (LEAVING_S if beat.state == "leaving" else 0)
         ):
-            found[beat.rank] = (
+            at_fault[beat.rank] = (
                 f"{beat} hangs: it has been in {beat.where} for {stood:.0f} s while others wait "
                 f"for it. Look at its disk and at its card; if it may take that long, raise "
                 f"training.hang_timeout (now {timeout:g} s)."
             )
-    return found or passed_on
+    return at_fault or passed_on
 
 
-def this_machine() -> str:
+def pid_namespace() -> str:
     """A name for what process numbers belong to: a running system, and a container in it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"

@@ -7,17 +7,18 @@ from imagen_scale.config import Config
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
-from imagen_scale.training.preemption import StopRequest
-from imagen_scale.training.ranks import from_rank_0, rank, world_size
-from imagen_scale.training.run import (
+from imagen_scale.training.job import Job
+from imagen_scale.training.may_continue import (
     check_run,
     check_split,
     check_text_width,
     open_run,
     unet_numbers,
 )
-from imagen_scale.training.telemetry import say
-from imagen_scale.training.unet import UnetTraining
+from imagen_scale.training.preemption import StopRequest
+from imagen_scale.training.ranks import from_rank_0, rank, world_size
+from imagen_scale.training.telemetry import say as say_aloud
+from imagen_scale.training.unet import train_unet
 from imagen_scale.training.watchdog import Watchdog
 
 
@@ -47,18 +48,18 @@ def train(
         ImagenScaleError: With what to do next.
     """
     ranks.fill_environment()
-    quiet = say if rank() == 0 else _silent
+    say = say_aloud if rank() == 0 else _silent
     # On every rank: one that went on alone would wait for the others for ever. And all before
     # anything is written.
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
-    check_run(config, run_dir, quiet, resume=resume, fresh=fresh)
+    check_run(config, run_dir, say, resume=resume, fresh=fresh)
     ranks.check_machine()
     # Prepared before the group is joined: it may take longer than any collective may wait.
     size = config.stage(numbers[0]).size if len(numbers) == 1 else None
-    prepared = prepare(config, progress=_progress(quiet), size=size)
+    prepared = prepare(config, progress=_progress(say), size=size)
     check_text_width(config, prepared.embeddings.dim)
     check_split(config, prepared.source.keys)
     ranks.join()
@@ -70,13 +71,16 @@ def train(
                 )
             )
             if prepared.source.attribution:
-                quiet(f"pictures: {prepared.source.attribution}")
+                say(f"pictures: {prepared.source.attribution}")
             with StopRequest() as request:
                 for number in numbers:
-                    UnetTraining(
-                        config, run_dir, number, prepared, quiet, request, watchdog, plan_check
-                    ).run()
-            quiet(f"run: {run_dir}")
+                    train_unet(
+                        Job(
+                            config, number, run_dir, prepared,
+                            say=say, request=request, watchdog=watchdog, plan_check=plan_check,
+                        )
+                    )  # fmt: skip
+            say(f"run: {run_dir}")
     finally:
         ranks.stop()
 

@@ -17,7 +17,7 @@ from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words, why
 from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.runs.checkpoint import list_checkpoints
-from imagen_scale.runs.folders import unet_dir
+from imagen_scale.runs.folders import setup_path, unet_dir
 
 
 def choose_setup(
@@ -77,7 +77,7 @@ def smaller(setup: Setup) -> Setup | None:
     return setup._replace(micro_batch=micro_batch, accumulation=share // micro_batch)
 
 
-def remember(stage: StageConfig, run_dir: Path, setup: Setup) -> None:
+def keep_setup(stage: StageConfig, run_dir: Path, setup: Setup) -> None:
     """Keeps a setup that was found by running out of memory."""
     _write(run_dir, stage.number, _asked(stage, setup.ranks), setup)
 
@@ -104,13 +104,9 @@ def _setup_of(fields: dict[str, Any]) -> Setup:
     return Setup(**fields | {"checkpointing": tuple(fields["checkpointing"])})
 
 
-def _file(run_dir: Path, unet_number: int) -> Path:
-    return unet_dir(run_dir, unet_number) / "setup.json"
-
-
 def _read(run_dir: Path, unet_number: int) -> dict[str, Any] | None:
     try:
-        kept = json.loads(_file(run_dir, unet_number).read_text())
+        kept = json.loads(setup_path(run_dir, unet_number).read_text())
         _setup_of(kept["setup"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or of another version: chosen anew
@@ -119,7 +115,7 @@ def _read(run_dir: Path, unet_number: int) -> dict[str, Any] | None:
 
 def _write(run_dir: Path, unet_number: int, asked: dict[str, Any], setup: Setup) -> None:
     text = json.dumps({"asked": asked, "setup": setup._asdict()}, indent=1)
-    write_atomically(_file(run_dir, unet_number), lambda temporary: temporary.write_text(text))
+    write_atomically(setup_path(run_dir, unet_number), lambda temporary: temporary.write_text(text))
 
 
 def _has_card() -> bool:

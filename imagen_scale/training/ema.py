@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from imagen_scale.training.engine import Engine
 
 EXCHANGE_ELEMENTS = 2**20  # 4 MiB at a time
 
@@ -19,15 +19,15 @@ class Ema:
     is below bf16's resolution.
 
     Args:
-        engine: DeepSpeed's, or one like it.
+        engine: Whose weights.
         decay: Of the average, once it has grown to it.
         offload: Keep the average in host memory wherever the masters are.
     """
 
-    def __init__(self, engine: Any, decay: float, *, offload: bool = False) -> None:
+    def __init__(self, engine: Engine, decay: float, *, offload: bool = False) -> None:
         self.engine = engine
         self.decay = decay
-        self.masters = master_shards(engine)
+        self.masters = engine.masters()
         self.shards = [
             master.detach().to("cpu" if offload else master.device, torch.float32, copy=True)
             for master in self.masters
@@ -51,23 +51,17 @@ class Ema:
 
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Type and shape of what `named_weights` yields, in its order."""
-        module = self.engine.module
-        named = {
-            name: (torch.float32, getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in module.named_parameters()
-        }
-        return named | {name: (torch.float32, b.shape) for name, b in module.named_buffers()}
+        named = {name: (torch.float32, shape) for name, shape in self.engine.shapes().items()}
+        buffers = self.engine.module.named_buffers()
+        return named | {name: (torch.float32, buffer.shape) for name, buffer in buffers}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every averaged parameter and buffer, whole, in fp32 on the CPU.
 
         All ranks must iterate together; parameters are gathered one at a time.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
-
         module = self.engine.module
-        has_zero = self.engine.zero_optimization_stage() > 0
-        place = {p: i for i, group in enumerate(parameter_groups(self.engine)) for p in group}
+        place = {p: i for i, group in enumerate(self.engine.groups()) for p in group}
         shown = None
         with ExitStack() as exchanged:
             for name, parameter in module.named_parameters():
@@ -75,10 +69,14 @@ class Ema:
                     shown = place[parameter]
                     exchanged.close()
                     exchanged.enter_context(self._in_place_of_master(shown))
-                full = safe_get_full_fp32_param(parameter) if has_zero else parameter
-                yield name, full.detach().float().cpu().clone()
+                yield name, self.engine.gather(parameter).detach().float().cpu().clone()
         for name, buffer in module.named_buffers():
             yield name, buffer.detach().float().cpu()
+
+    def release(self) -> None:
+        """Lets go of masters and average; the end of it."""
+        self.masters.clear()
+        self.shards.clear()
 
     def is_finite(self) -> bool:
         """Whether this rank's shards hold numbers only."""
@@ -119,25 +117,3 @@ def _pieces(flat: Tensor) -> Iterator[slice]:
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
     return a.device == b.device and a.dtype == b.dtype
-
-
-def master_shards(engine: Any) -> list[Tensor]:
-    """This rank's fp32 master weights as DeepSpeed 0.19 keeps them.
-
-    ZeRO-3 and ZeRO-1/2 hold flat tensors under different names; without ZeRO (fp32 only) the
-    parameters are their own masters.
-    """
-    optimizer = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def parameter_groups(engine: Any) -> list[list[Parameter]]:
-    """The parameters behind each of `master_shards`."""
-    optimizer = engine.optimizer
-    for name in ("fp16_groups", "bit16_groups"):  # ZeRO-3, ZeRO-1/2; whatever their type
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
-    return [[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -5,19 +5,18 @@ bytes a parameter on the card and none on the host. What needs all gradients at 
 their norm, accumulation) is refused by the configuration.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from imagen_scale.config import StageConfig
 from imagen_scale.planning.setup import Setup
+from imagen_scale.training.engine import Fragment
 from imagen_scale.training.optimizers import make_optimizer
 
 
 class InBackwardEngine:
-    """The part of DeepSpeed's engine that training uses, for one process without ZeRO.
+    """An `Engine` for one process, without ZeRO and without DeepSpeed.
 
     Args:
         unet: The network.
@@ -26,40 +25,24 @@ class InBackwardEngine:
         device: Where.
     """
 
-    def __init__(self, unet: Any, stage: StageConfig, setup: Setup, device: torch.device) -> None:
-        self.module, self.device = unet.to(device), device
-        self.optimizers = {
-            name: make_optimizer([parameter], stage, setup)
-            for name, parameter in self.module.named_parameters()
-        }
-        self.optimizer = _Groups(self.optimizers)
-        self._of_parameter = dict(
-            zip(self.module.parameters(), self.optimizers.values(), strict=True)
-        )
-        for parameter in self.module.parameters():
-            parameter.register_post_accumulate_grad_hook(self._apply)
+    zero_stage = 0
+    updates_in_backward = True
 
-    def _apply(self, parameter: Parameter) -> None:
-        assert parameter.grad is not None
-        # From the first bad gradient on nothing of this step is applied.
-        if not self.optimizer.overflow and bool(parameter.grad.isfinite().all()):
-            self._of_parameter[parameter].step()
-        else:
-            self.optimizer.overflow = True
-        parameter.grad = None
+    def __init__(
+        self, unet: nn.Module, stage: StageConfig, setup: Setup, device: torch.device
+    ) -> None:
+        self.module, self.device = unet.to(device), device
+        self._optimizers: dict[Parameter, torch.optim.Optimizer] = {
+            parameter: make_optimizer([parameter], stage, setup)
+            for parameter in self.module.parameters()
+        }
+        self._is_finite = True
+        for parameter in self._optimizers:
+            parameter.register_post_accumulate_grad_hook(self._apply)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Runs the network."""
         return self.module(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward and update in one; nothing when the loss is not finite."""
-        self.optimizer.overflow = not bool(loss.isfinite())
-        if not self.optimizer.overflow:
-            loss.backward()
-
-    def step(self) -> None:
-        """Nothing is left to do after backward."""
 
     def train(self, mode: bool = True) -> None:
         """As `nn.Module.train`."""
@@ -69,27 +52,67 @@ class InBackwardEngine:
         """As `nn.Module.eval`."""
         self.module.eval()
 
-    def zero_optimization_stage(self) -> int:
-        """No ZeRO."""
-        return 0
+    def set_lr(self, lr: float) -> None:
+        """Tells every parameter's optimizer."""
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-    def get_global_grad_norm(self) -> None:
-        """The gradients never exist together."""
+    def backward(self, loss: Tensor) -> None:
+        """Backward and update in one; nothing when the loss is not finite.
 
-    def destroy(self) -> None:
-        """Frees the moments."""
-        self.optimizers.clear()
-        self._of_parameter.clear()
+        A gradient that is not finite though the loss is ends the updates of this step there.
+        """
+        self._is_finite = bool(loss.isfinite())
+        if self._is_finite:
+            loss.backward()
 
+    def step(self) -> bool:
+        """Tells how `backward` went; nothing is left to do."""
+        return self._is_finite
 
-class _Groups:
-    """Every optimizer's groups in one list: where the learning rate is set."""
+    def grad_norm(self) -> None:
+        """None: the gradients never exist together."""
 
-    def __init__(self, optimizers: dict[str, Any]) -> None:
-        self._optimizers = optimizers
-        self.overflow = False  # as ZeRO's optimizers call a step that was left out
+    def masters(self) -> list[Tensor]:
+        """The parameters: each is its own master."""
+        return list(self._optimizers)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """As they are now: loading a state replaces them."""
-        return [group for o in self._optimizers.values() for group in o.param_groups]
+    def fragments(self) -> list[list[Fragment]]:
+        """One whole parameter each."""
+        return [[Fragment(name, 0, p.numel(), 0)] for name, p in self.module.named_parameters()]
+
+    def groups(self) -> list[list[Parameter]]:
+        """One parameter each."""
+        return [[parameter] for parameter in self._optimizers]
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """By name, in the module's order."""
+        return {name: parameter.shape for name, parameter in self.module.named_parameters()}
+
+    def gather(self, parameter: Parameter) -> Tensor:
+        """The parameter itself, which is whole."""
+        return parameter
+
+    def optimizer_of(self, index: int) -> torch.optim.Optimizer:
+        """Each parameter has its own."""
+        return list(self._optimizers.values())[index]
+
+    def publish(self) -> None:
+        """Does nothing: the network computes with the masters."""
+
+    def release(self) -> None:
+        """Frees weights and moments."""
+        for parameter in self._optimizers:
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+        self._optimizers.clear()
+
+    def _apply(self, parameter: Parameter) -> None:
+        assert parameter.grad is not None
+        # From the first bad gradient on nothing of this step is applied.
+        if self._is_finite and bool(parameter.grad.isfinite().all()):
+            self._optimizers[parameter].step()
+        else:
+            self._is_finite = False
+        parameter.grad = None

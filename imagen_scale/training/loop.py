@@ -1,8 +1,133 @@
-"""Learning rates."""
+"""The steps of one attempt, and what happens between them."""
 
 import math
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from imagen_scale.config import StageConfig
+from imagen_scale.data.loading import batches
+from imagen_scale.data.sequence import Batch
+from imagen_scale.errors import ImagenScaleError
+from imagen_scale.training.job import Job
+from imagen_scale.training.memory_use import check_plan
+from imagen_scale.training.preemption import Preempted
+from imagen_scale.training.preview import show_grid
+from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, world_size
+from imagen_scale.training.session import Session
+from imagen_scale.training.skipped_steps import SkippedSteps
+from imagen_scale.training.telemetry import Telemetry, open_telemetry
+from imagen_scale.training.validation import validation_loss
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last step is done."""
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Training is to start again from the newest checkpoint."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Due:
+    """What happens after a step, in the order of the fields.
+
+    The report comes first: it looks for weights that are not finite, so that nothing is saved of a
+    diverged state, and it ends the mean of the losses there, so that a resumed run reports the same
+    means. The file for sampling comes after the checkpoint, for it is what says that all is done;
+    pictures are drawn from that file.
+
+    A request to stop makes report and checkpoint due, puts off pictures, and ends training last.
+    """
+
+    report: bool
+    validation: bool
+    checkpoint: bool
+    inference: bool  # the file for sampling
+    pictures: bool
+
+    @classmethod
+    def after(
+        cls, step: int, stage: StageConfig, *, log_every: int, is_stopping: bool = False
+    ) -> "Due":
+        """What is due after optimizer step `step`, from 1; at the last one everything is.
+
+        Args:
+            step: The step that was done.
+            stage: Says how often.
+            log_every: Steps between reports.
+            is_stopping: Whether somebody asked to stop.
+        """
+        training = stage.training
+
+        def every(steps: int | None) -> bool:
+            return steps is not None and (step % steps == 0 or step == stage.steps)
+
+        checkpoint, pictures = every(training.checkpoint_every), every(training.sample_every)
+        inference = checkpoint or pictures
+        return cls(
+            report=every(log_every) or inference or is_stopping,
+            validation=every(training.val_every),
+            checkpoint=checkpoint or is_stopping,
+            inference=inference,
+            pictures=pictures and not is_stopping,
+        )
+
+
+def train_steps(session: Session, job: Job) -> Finished | GoBack:
+    """Trains from where the session stands to the last step; all ranks together.
+
+    Raises:
+        Preempted: If somebody asked to stop.
+        ImagenScaleError: If the weights are not finite.
+    """
+    stage, watchdog, first = session.stage, job.watchdog, session.step
+    loaded = watchdog.loading(_micro_batches(session, job))
+    skipped = SkippedSteps(job)
+    losses: list[Tensor] = []  # of this rank since the last report
+    with open_telemetry(job.run_dir, job.config, stage, first) as telemetry, watchdog.phase("step"):
+        while session.step < stage.steps:
+            lr = learning_rate(stage, session.step)
+            # The first one may be slow on one rank only: it allocates and compiles.
+            with watchdog.phase("first step" if session.step == first else "step"):
+                stepped = session.stepper.step(loaded, lr)
+            session.step += 1
+            watchdog.stepped(session.step)
+            if stepped.applied:
+                session.ema.update(session.step)
+                losses.append(stepped.loss)
+                skipped.end_of_row()
+            elif (reason := skipped.tell(session.step, stepped, telemetry)) is not None:
+                return GoBack(reason)
+            if session.step == job.plan_check:
+                check_plan(stage, session.setup, session.baseline, job.say)
+            if telemetry is not None:
+                telemetry.advance(session.step)
+            signum = job.request.agreed(session.engine.device)
+            due = Due.after(
+                session.step, stage,
+                log_every=job.config.logging.log_every, is_stopping=bool(signum),
+            )  # fmt: skip
+            if due.report:
+                _report(session, telemetry, lr, losses)
+                losses = []
+            _carry_out(due, session, job, telemetry)
+            if signum:
+                raise _preempted(session, signum)
+    return Finished()
+
+
+def save_checkpoint(session: Session, job: Job) -> None:
+    """Saves where the session stands; one that fails is said, and training goes on."""
+    with job.watchdog.phase("saving"):
+        job.saver.save(session)
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -14,3 +139,75 @@ def learning_rate(stage: StageConfig, step: int) -> float:
         return peak
     done = (step - training.warmup_steps) / (steps - training.warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _micro_batches(session: Session, job: Job) -> Iterator[Batch]:
+    """This rank's share of all steps that are left."""
+    return batches(
+        job.samples.train,
+        start_step=session.step,
+        steps=session.stage.steps - session.step,
+        global_batch=session.setup.global_batch,
+        micro_batch=session.setup.micro_batch,
+        rank=rank(),
+        world_size=world_size(),
+        num_workers=job.config.data.num_workers,
+    )
+
+
+def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None) -> None:
+    """Everything due but the report."""
+    step, phase = session.step, job.watchdog.phase
+    if due.validation and job.samples.held_out is not None:
+        with phase("validating"):
+            loss = validation_loss(session, job.samples.held_out)
+            if telemetry is not None:
+                telemetry.write(step, val_loss=loss)
+    if due.checkpoint:
+        save_checkpoint(session, job)
+    if due.inference:
+        with phase("saving"):
+            job.saver.save_inference(session)
+    if due.pictures:
+        with phase("drawing pictures"):
+            from_rank_0(
+                lambda: show_grid(job.run_dir, job.stage, step, job.prepared, telemetry, job.say)
+            )
+
+
+def _report(session: Session, telemetry: Telemetry | None, lr: float, losses: list[Tensor]) -> None:
+    """Reports the mean of the losses since the last report.
+
+    Raises:
+        ImagenScaleError: If the average of the weights is not finite on some rank.
+    """
+    engine, step = session.engine, session.step
+    loss = mean_over_ranks(torch.stack(losses).mean()) if losses else math.nan
+    not_finite = 0.0 if session.ema.is_finite() else 1.0
+    if mean_over_ranks(torch.tensor(not_finite, device=engine.device)) > 0:
+        raise ImagenScaleError(
+            f"{session.stage.name}: training diverged before step {step}: the weights are "
+            f"not finite; nothing of it was saved. Lower it with --set training.lr=... or "
+            f"raise training.warmup_steps, and run the command again: it continues from the "
+            f"newest checkpoint. If that diverges too, start anew with --fresh."
+        )
+    if telemetry is not None:
+        telemetry.train(
+            step,
+            loss=loss if math.isfinite(loss) else None,
+            lr=lr,
+            grad_norm=engine.grad_norm(),
+            images=session.setup.global_batch,
+        )
+
+
+def _preempted(session: Session, signum: int) -> Preempted:
+    name, step, steps = signal.Signals(signum).name, session.step, session.stage.steps
+    if session.saved_step == step:
+        what = f"stopped by {name} after step {step} of {steps}; everything is saved"
+    else:
+        what = (
+            f"stopped by {name} after step {step} of {steps}, which could not be saved; "
+            f"the newest checkpoint is of step {session.saved_step}"
+        )
+    return Preempted(f"{session.stage.name}: {what}. The same command continues it.", signum)

@@ -1,5 +1,6 @@
 """What one training step computes for a batch: noise in, loss out."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,15 +43,15 @@ class Objective:
         self.schedule = NoiseSchedule.linear(stage.timesteps).to(device)
         self.lowres_times = max(1, round(stage.timesteps * stage.training.lowres_aug_max))
 
-    def loss(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
+    def loss(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
         """Mean loss over a batch, a float32 scalar; see `losses`."""
         return self.losses(unet, batch, purpose).mean()
 
-    def losses(self, unet: Any, batch: Batch, purpose: str = "train") -> Tensor:
+    def losses(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
         """Loss of each sample of a batch, (B,) float32.
 
         Args:
-            unet: The network, or DeepSpeed's engine around it.
+            unet: The network, or the engine around it.
             batch: On any device.
             purpose: Keeps the random numbers of validation apart from those of training.
         """
@@ -63,6 +64,7 @@ class Objective:
             # The same window of both, cut after shrinking: its borders are the whole picture's.
             x_0 = crop_at(x_0, draws.corners, self.crop)
             lowres_img = crop_at(lowres_img, draws.corners, self.crop)
+        # The low-resolution picture is normalised, then noised; so it is in sampling.
         x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
         lowres: tuple[Tensor, ...] = ()
         if lowres_img is not None:

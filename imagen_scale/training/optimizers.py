@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed steps."""
+"""The optimizers of torch and bitsandbytes, and one of our own."""
 
 import os
 import shutil
@@ -20,35 +20,21 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def make_optimizer(parameters: Iterable[Parameter], stage: StageConfig, setup: Setup) -> Any:
-    """The optimizer of one U-Net.
+def make_optimizer(
+    parameters: Iterable[Parameter], stage: StageConfig, setup: Setup
+) -> torch.optim.Optimizer:
+    """The optimizer of one U-Net, where `uses_cpu_adam` does not ask for DeepSpeed's.
 
-    AdamW is DeepSpeed's CPU kernel for offloaded states and torch's fused one otherwise; without
-    a compiler torch's steps the offloaded states too, slower.
+    Without a compiler torch's AdamW steps the offloaded states too, slower.
 
     Raises:
         MissingExtraError: If bitsandbytes is needed and not installed.
     """
-    training, lr = stage.training, stage.lr
     if setup.optimizer == "adafactor":
-        return MatrixAdafactor(parameters, lr=lr, weight_decay=training.weight_decay)
-    options: dict[str, Any] = {
-        "lr": lr,
-        "betas": training.betas,
-        "weight_decay": training.weight_decay,
-    }
-    groups = _groups(parameters)
+        return MatrixAdafactor(parameters, lr=stage.lr, weight_decay=stage.training.weight_decay)
+    groups, options = bounded_groups(parameters), adamw_options(stage)
     if setup.optimizer == "adamw_8bit":
         return _adamw_8bit(groups, options)
-    if uses_cpu_adam(setup):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        exact = setup.optimizer == "adamw"
-        optimizer = DeepSpeedCPUAdam(
-            groups, adamw_mode=True, fp32_optimizer_states=exact, **options
-        )
-        optimizer.register_step_pre_hook(_forget_step_count())
-        return optimizer
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
@@ -58,7 +44,13 @@ def uses_cpu_adam(setup: Setup) -> bool:
     return setup.offloads_optimizer and (coarse or (exact and has_compiler()))
 
 
-def _groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
+def adamw_options(stage: StageConfig) -> dict[str, Any]:
+    """What every AdamW is told, whoever wrote it."""
+    training = stage.training
+    return {"lr": stage.lr, "betas": training.betas, "weight_decay": training.weight_decay}
+
+
+def bounded_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
     """Parameters in order, in groups of bounded size.
 
     Without offload ZeRO makes an fp32 copy of one group's gradients at a time.
@@ -70,11 +62,11 @@ def _groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
             groups.append({"params": []})
             elements = 0
         groups[-1]["params"].append(parameter)
-        elements += getattr(parameter, "ds_numel", parameter.numel())
+        elements += parameter.numel()
     return groups
 
 
-def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW with moments of one byte each, quantised in blocks.
 
     Source: Dettmers et al. 2022, arXiv:2110.02861.
@@ -122,23 +114,3 @@ def _reshape(parameter: Parameter, shape: torch.Size) -> None:
     gradient, parameter.grad = parameter.grad, None
     parameter.data = parameter.data.reshape(shape)
     parameter.grad = None if gradient is None else gradient.reshape(shape)
-
-
-def _forget_step_count() -> Any:
-    """A hook that makes DeepSpeed's CPU Adam a function of its saved state alone.
-
-    The kernel keeps beta^step as a running product, but computes it anew whenever the step is not
-    the next one, as after a resume; the two differ in the last bit, and so would the resumed run.
-    An update of a scrap tensor at step 0 makes it compute anew at every step (DeepSpeed 0.19,
-    csrc/includes/cpu_adam.h, IncrementStep).
-    """
-    scrap = [torch.zeros(1) for _ in range(4)]
-
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-        group = optimizer.param_groups[0]
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"],
-            group["weight_decay"], group["bias_correction"], *scrap,
-        )  # fmt: skip
-
-    return hook

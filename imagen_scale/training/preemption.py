@@ -1,4 +1,9 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (as SLURM is asked to send) and SIGINT (Ctrl-C)."""
+"""Being told to stop: SIGTERM, SIGUSR1 (as SLURM is asked to send) and SIGINT (Ctrl-C).
+
+It is a flag that the ranks compare after each step: one that saved alone would wait for the others
+for ever. Loader workers ignore the signals from before their first instruction, since a launcher
+and SLURM send them to every process.
+"""
 
 import os
 import signal

@@ -1,23 +1,28 @@
 """Pictures drawn while training, from fixed prompts with the EMA weights."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from imagen_scale.config import StageConfig
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.diffusion.lowres import resize
+from imagen_scale.errors import CheckpointError
 from imagen_scale.files.pictures import save_grid, to_uint8
-from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.folders import grid_path, inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistency_db, psnr_db
 from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage, default_device
+from imagen_scale.training.telemetry import Telemetry
 
 GRID_COLUMNS = 8
 COLOURS_OF = 64  # real pictures whose colours the base stage's are compared with
@@ -28,6 +33,27 @@ class Drawn(NamedTuple):
 
     path: Path
     measures: dict[str, float]
+
+
+def show_grid(
+    run_dir: Path,
+    stage: StageConfig,
+    step: int,
+    prepared: Prepared,
+    telemetry: Telemetry | None,
+    say: Callable[[str], None],
+) -> None:
+    """Draws a grid and reports it, on rank 0; one that cannot be drawn is said."""
+    try:
+        drawn = draw_grid(run_dir, stage.number, step, prepared)
+    # Pictures are a pleasure, not a reason to stop. Without the file for sampling, which a
+    # full disk refused, there are none either.
+    except (torch.OutOfMemoryError, OSError, CheckpointError) as error:
+        say(f"{stage.name}: no pictures at step {step}: {error}")
+        return
+    if telemetry is not None:
+        telemetry.write(step, **drawn.measures)
+        telemetry.picture(step, drawn.path)
 
 
 def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) -> Drawn:
@@ -68,7 +94,7 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
     rows = [to_uint8(images)]
     if lowres is not None:
         rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
-    path = run_dir / "samples" / f"unet{unet_number}_step_{step:08d}.png"
+    path = grid_path(run_dir, unet_number, step)
     save_grid(path, rows, captions)
     if lowres is None:
         return Drawn(path, _drift(images, prepared, stage.config.size))

@@ -7,10 +7,13 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
 from imagen_scale.training.optimizers import has_compiler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # SLURM's names for what torch.distributed reads.
 _SLURM = {
@@ -142,6 +145,14 @@ def together(work: Callable[[], None]) -> None:
     for portable in failures:
         if portable is not None:
             raise portable
+
+
+def mean_over_ranks(value: "Tensor") -> float:
+    """Mean of a scalar that every rank has; changes `value`. All ranks together."""
+    import torch
+
+    torch.distributed.all_reduce(value)
+    return value.item() / world_size()
 
 
 def _portable(error: Exception) -> Exception:

@@ -15,7 +15,8 @@ from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.ranks import from_rank_0, rank, together, world_size
-from imagen_scale.training.shards import file_name, load_shards, publish, save_shard, state_bytes
+from imagen_scale.training.session import Session
+from imagen_scale.training.shards import file_name, load_shards, save_shard, state_bytes
 
 FORMAT = "imagen-scale checkpoint 1"
 
@@ -57,53 +58,38 @@ class Saver:
             self.say(f"written anew from the newest checkpoint: {error}")
             return False
 
-    def resume(self, engine: Any, ema: Ema, setup: Setup) -> int:
+    def resume(self, session: Session) -> None:
         """Loads the newest good checkpoint, whatever ranks and ZeRO stage it was saved with.
 
-        Returns:
-            The optimizer steps done; 0 when there is no checkpoint.
+        The session then stands where the checkpoint does; without one nothing is changed.
 
         Raises:
             CheckpointError: If it is of another run, or all are damaged.
         """
         from_rank_0(lambda: checkpoint.clear_staging(self.folder))
-        found = from_rank_0(lambda: checkpoint.newest_good(self.folder, self.say))
-        folder, manifest = found
+        folder, manifest = from_rank_0(lambda: checkpoint.newest_good(self.folder, self.say))
         if folder is None:
-            return 0
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder}: format {manifest.get('format')!r}, but this version reads {FORMAT!r}. "
-                f"Continue it with the version that wrote it, or start anew with --fresh."
-            )
-        if manifest["text_encoder"] != self.encoder:
-            raise CheckpointError(
-                f"{folder}: trained with another version of the text encoder "
-                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
-                f"--fresh."
-            )
-        if manifest["pictures"] != self.pictures:
-            self.say(
-                "the pictures changed since the checkpoint; training goes on with the new ones"
-            )
-        together(lambda: load_shards(engine, ema, setup.optimizer, folder))
-        publish(engine)
-        step: int = manifest["step"]
-        self._good = step
-        self.say(f"{self.stage.name}: continues at step {step} of {self.steps}")
-        now = self._facts(setup)
-        if changed := [f"{key} {manifest[key]} -> {now[key]}" for key in now
-                       if manifest[key] != now[key]]:  # fmt: skip
+            return
+        self._check_manifest(folder, manifest)
+        optimizer = session.setup.optimizer
+        together(lambda: load_shards(session.engine, session.ema, optimizer, folder))
+        session.engine.publish()
+        session.step = session.saved_step = self._good = manifest["step"]
+        self.say(f"{self.stage.name}: continues at step {session.step} of {self.steps}")
+        facts = _facts(session.setup)
+        if changed := [f"{key} {manifest[key]} -> {facts[key]}" for key in facts
+                       if manifest[key] != facts[key]]:  # fmt: skip
             self.say(f"saved with another setup: {', '.join(changed)}")
-        return step
 
-    def save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> bool:
-        """Writes a checkpoint; tells whether it could."""
-        return self._try(step, "checkpoint", lambda: self._save(engine, ema, setup, step))
+    def save(self, session: Session) -> None:
+        """Writes a checkpoint, or says why it could not; `session.saved_step` tells."""
+        if self._try(session.step, "checkpoint", lambda: self._save(session)):
+            session.saved_step = session.step
 
-    def save_inference(self, ema: Ema, step: int) -> bool:
-        """Writes the EMA weights for sampling; tells whether it could."""
-        return self._try(step, "file for sampling", lambda: self._save_inference(ema, step))
+    def save_inference(self, session: Session) -> None:
+        """Writes the EMA weights for sampling, or says why it could not."""
+        step = session.step
+        self._try(step, "file for sampling", lambda: self._save_inference(session.ema, step))
 
     def finish(self) -> None:
         """Ends a training all of whose steps are done.
@@ -125,6 +111,23 @@ class Saver:
             )
         raise EnvironmentProblem("\n".join([*self._unsaved, remedy]))
 
+    def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: format {manifest.get('format')!r}, but this version reads {FORMAT!r}. "
+                f"Continue it with the version that wrote it, or start anew with --fresh."
+            )
+        if manifest["text_encoder"] != self.encoder:
+            raise CheckpointError(
+                f"{folder}: trained with another version of the text encoder "
+                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
+                f"--fresh."
+            )
+        if manifest["pictures"] != self.pictures:
+            self.say(
+                "the pictures changed since the checkpoint; training goes on with the new ones"
+            )
+
     def _try(self, step: int, what: str, save: Callable[[], None]) -> bool:
         try:
             save()
@@ -138,9 +141,10 @@ class Saver:
             return False
         return True
 
-    def _save(self, engine: Any, ema: Ema, setup: Setup, step: int) -> None:
+    def _save(self, session: Session) -> None:
+        engine, ema, step = session.engine, session.ema, session.step
         # Without ZeRO every rank holds the same: one writes.
-        writes = rank() == 0 or setup.zero_stage > 0
+        writes = rank() == 0 or engine.zero_stage > 0
         needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
         torch.distributed.all_reduce(needed)
         from_rank_0(lambda: check_space(self.folder, int(needed)))
@@ -148,12 +152,12 @@ class Saver:
 
         def write() -> None:
             if writes:
-                save_shard(engine, ema, setup.optimizer, staging / file_name(rank()))
+                save_shard(engine, ema, session.setup.optimizer, staging / file_name(rank()))
 
         together(write)
         facts = {
             "format": FORMAT,
-            **self._facts(setup),
+            **_facts(session.setup),
             "pictures": self.pictures,
             "text_encoder": self.encoder,
         }
@@ -188,13 +192,14 @@ class Saver:
 
         from_rank_0(fail_together)
 
-    def _facts(self, setup: Setup) -> dict[str, Any]:
-        """How the state is divided: told when it changes."""
-        return {
-            "processes": world_size(),
-            "zero_stage": setup.zero_stage,
-            "optimizer": setup.optimizer,
-        }
+
+def _facts(setup: Setup) -> dict[str, Any]:
+    """How the state is divided: told when it changes."""
+    return {
+        "processes": world_size(),
+        "zero_stage": setup.zero_stage,
+        "optimizer": setup.optimizer,
+    }
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -11,71 +11,36 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from imagen_scale.errors import CheckpointError
 from imagen_scale.files.tensors import write_tensors
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
+from imagen_scale.training.engine import Engine, Fragment
 
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Fragment(NamedTuple):
-    """A run of a parameter's elements and its place in one of this rank's master tensors."""
-
-    name: str
-    start: int  # in the flattened parameter
-    numel: int
-    offset: int  # in the master
-
-
 def file_name(rank: int) -> str:
-    """Of a rank's share inside a checkpoint."""
+    """Name of the file with a rank's share inside a checkpoint."""
     return f"rank_{rank:04d}.safetensors"
 
 
-def fragments(engine: Any) -> list[list[Fragment]]:
-    """What each of `ema.master_shards` is made of, by the layout of DeepSpeed 0.19."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    named = dict(engine.module.named_parameters())
-    if stage == 0:  # every parameter is its own master
-        order = {parameter: name for name, parameter in named.items()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return [[Fragment(order[p], 0, p.numel(), 0)] for p in parameters]
-    if stage == 3:
-        share = torch.distributed.get_rank()
-        groups: list[list[Fragment]] = [[] for _ in optimizer.fp16_groups]
-        for name, parameter in named.items():
-            # The last rank's part is padded.
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = share * size
-            numel = min(size, parameter.ds_numel - start)
-            if numel > 0:
-                groups[group].append(Fragment(name, start, numel, offset))
-        return [sorted(group, key=lambda fragment: fragment.offset) for group in groups]
-    groups = [[] for _ in optimizer.bit16_groups]
-    for name, parameter in named.items():
-        if (place := parameter._hp_mapping) is not None:  # a part of it is this rank's
-            ours, theirs = place.hp_fragment_address, place.lp_fragment_address
-            fragment = Fragment(name, theirs.start, ours.numel, ours.start)
-            groups[place.param_group_index].append(fragment)
-    return [sorted(group, key=lambda fragment: fragment.offset) for group in groups]
-
-
-def state_bytes(engine: Any, ema: Ema) -> int:
+def state_bytes(engine: Engine, ema: Ema) -> int:
     """Size of this rank's share on disk."""
     return sum(tensor.nbytes for _, tensor in _tensors(engine, ema)[0]) + 2**16
 
 
-def save_shard(engine: Any, ema: Ema, optimizer: str, path: Path) -> None:
+def save_shard(engine: Engine, ema: Ema, optimizer: str, path: Path) -> None:
     """Writes this rank's masters, moments and EMA; one tensor at a time.
 
     Args:
-        engine: DeepSpeed's, or one like it.
+        engine: Whose share.
         ema: Its average.
         optimizer: Its name in the configuration.
         path: The file.
@@ -87,23 +52,23 @@ def save_shard(engine: Any, ema: Ema, optimizer: str, path: Path) -> None:
         tensors,
         {
             "optimizer": optimizer,
-            "fragments": json.dumps(fragments(engine)),
+            "fragments": json.dumps(engine.fragments()),
             "plain": json.dumps(plain),
         },
     )
 
 
 @torch.no_grad()
-def load_shards(engine: Any, ema: Ema, optimizer: str, folder: Path) -> None:
+def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
     """Takes this rank's share out of a checkpoint, whatever shares it was saved in.
 
-    `publish` has to follow on every rank.
+    `Engine.publish` has to follow on every rank.
 
     Masters and EMA are copied; so are moments, unless they were saved in another precision or
     divided otherwise in 8 bits: then they pass through fp32.
 
     Args:
-        engine: DeepSpeed's, or one like it; freshly built.
+        engine: Freshly built.
         ema: Its average.
         optimizer: Its name in the configuration.
         folder: With every rank's file, all verified.
@@ -119,9 +84,9 @@ def load_shards(engine: Any, ema: Ema, optimizer: str, folder: Path) -> None:
                 f"{folder}: saved with training.optimizer {saved.optimizer}, whose state means "
                 f"nothing to {optimizer}. Continue it with {saved.optimizer}."
             )
-        for i, ours in enumerate(fragments(engine)):
-            master, average = ema.masters[i], ema.shards[i]
-            state = _optimizer(engine, i).state[master]
+        for i, ours in enumerate(engine.fragments()):
+            master, average, owner = ema.masters[i], ema.shards[i], engine.optimizer_of(i)
+            state = owner.state[master]
             same = saved.find(ours, master.numel())
             state.clear()
             if same is not None and saved.optimizer == optimizer:
@@ -131,32 +96,25 @@ def load_shards(engine: Any, ema: Ema, optimizer: str, folder: Path) -> None:
                     value = same.get(f"state/{key}")
                     state[key] = torch.empty_like(value, device=master.device).copy_(value)
                 state |= same.plain
-                _give_step(_optimizer(engine, i), state, state.pop("step", None), master)
+                _give_step(owner, state, state.pop("step", None), master)
             else:
                 saved.assemble(ours, "master", master)
                 saved.assemble(ours, "ema", average)
                 if saved.step is not None:
-                    _fill_moments(_optimizer(engine, i), optimizer, saved, ours, master)
+                    _fill_moments(owner, optimizer, saved, ours, master)
 
 
 # What a rank holds ------------------------------------------------------------------------------
 
 
-def _optimizer(engine: Any, index: int) -> Any:
-    """The optimizer that holds the moments of one master: ZeRO's wraps it."""
-    if hasattr(engine, "optimizers"):  # inside backward: one each
-        return list(engine.optimizers.values())[index]
-    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
-
-
-def _tensors(engine: Any, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[dict[str, Any]]]:
+def _tensors(engine: Engine, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[dict[str, Any]]]:
     """Everything in the order of the file, and what of the states is no tensor, by master."""
     tensors: list[tuple[str, Tensor]] = []
     plain: list[dict[str, Any]] = []
     for i, (master, shard) in enumerate(zip(ema.masters, ema.shards, strict=True)):
         tensors += [(f"{i}/master", master), (f"{i}/ema", shard)]
         plain.append({})
-        for key, value in _optimizer(engine, i).state[master].items():
+        for key, value in engine.optimizer_of(i).state[master].items():
             if key == "step":
                 plain[i][key] = int(value)
             elif isinstance(value, Tensor):
@@ -166,7 +124,9 @@ def _tensors(engine: Any, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[dict
     return tensors, plain
 
 
-def _give_step(optimizer: Any, state: dict[str, Any], step: int | None, master: Tensor) -> None:
+def _give_step(
+    optimizer: Optimizer, state: dict[str, Any], step: int | None, master: Tensor
+) -> None:
     """Writes the count of updates as the optimizer keeps it: torch's as a tensor."""
     if step is None:
         return
@@ -176,18 +136,6 @@ def _give_step(optimizer: Any, state: dict[str, Any], step: int | None, master: 
         state["step"] = torch.tensor(float(step))
     else:
         state["step"] = step
-
-
-def publish(engine: Any) -> None:
-    """Makes the weights that the network computes with out of the masters; all ranks together."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()
-        for i in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
-    elif stage > 0:
-        optimizer.update_lp_params()
 
 
 # What was saved ---------------------------------------------------------------------------------
@@ -214,12 +162,12 @@ class _Group:
         number = _MOMENTS.index(key) + 1
         if f"state/{key}" in self.keys:
             return self._flat(f"state/{key}", start, stop)
-        found = self._flat(f"state/state{number}", start, stop)
-        if found.dtype != torch.uint8:  # bitsandbytes keeps small tensors in fp32
-            return found
+        codes = self._flat(f"state/state{number}", start, stop)
+        if codes.dtype != torch.uint8:  # bitsandbytes keeps small tensors in fp32
+            return codes
         scales = self._flat(f"state/absmax{number}", start // BLOCK, -(-stop // BLOCK))
         scales = scales.repeat_interleave(BLOCK)[start % BLOCK :][: stop - start]
-        return self.get(f"state/qmap{number}")[found.int()] * scales
+        return self.get(f"state/qmap{number}")[codes.int()] * scales
 
     def _flat(self, key: str, start: int, stop: int) -> Tensor:
         return self.get(key).view(-1)[start:stop]  # mapped: nothing else of it is read
@@ -305,10 +253,10 @@ def _fill_moments(
                 continue
             for start in range(0, whole.numel(), EXCHANGE_ELEMENTS):
                 values = whole[start : start + EXCHANGE_ELEMENTS]
-                quantised, how = quantize_blockwise(
+                quantised, scale = quantize_blockwise(
                     values, code=state[f"qmap{number}"], blocksize=BLOCK
                 )
                 first = start // BLOCK
                 state[f"state{number}"].view(-1)[start : start + len(values)] = quantised.view(-1)
-                state[f"absmax{number}"][first : first + len(how.absmax)] = how.absmax
+                state[f"absmax{number}"][first : first + len(scale.absmax)] = scale.absmax
     _give_step(optimizer, state, saved.step, master)

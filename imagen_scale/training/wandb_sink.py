@@ -1,4 +1,8 @@
-"""Weights & Biases beside a run: whatever it does, training neither waits nor stops for it."""
+"""Weights & Biases beside a run: whatever it does, training neither waits nor stops for it.
+
+It lives in a thread, and its own process is killed at the end if it does not finish: `wandb.init`
+may wait for 90 s, and its exit hook for ever.
+"""
 
 import contextlib
 import os

@@ -9,7 +9,13 @@ from imagen_scale.config import Config, dump_config, parse_config
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import ConfigError, DataError, UsageError
 from imagen_scale.files.atomic import clear_temporary, write_atomically
-from imagen_scale.runs.folders import unet_dir
+from imagen_scale.runs.folders import (
+    config_path,
+    data_report_path,
+    grid_paths,
+    samples_dir,
+    unet_dir,
+)
 
 # Keys of `training` that bend the loss curve: they may change, and that is said.
 _TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
@@ -95,7 +101,7 @@ def check_run(
         UsageError: If there is nothing to resume, or the folder is not a run's.
         ConfigError: If `run_dir` belongs to a run with another configuration.
     """
-    saved = run_dir / "config.json"
+    saved = config_path(run_dir)
     if not saved.is_file():
         if resume:
             raise UsageError(
@@ -133,19 +139,21 @@ def open_run(
         report: data_report.json of the prepared data, copied into the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "data_report.json"):
-        clear_temporary(run_dir, name)
-    clear_temporary(run_dir / "samples", "unet*_step_*")
+    for path in (config_path(run_dir), data_report_path(run_dir)):
+        clear_temporary(run_dir, path.name)
+    clear_temporary(samples_dir(run_dir), "unet*_step_*")
     for number in fresh:
         shutil.rmtree(unet_dir(run_dir, number), ignore_errors=True)
-        for picture in (run_dir / "samples").glob(f"unet{number}_step_*.png"):
+        for picture in grid_paths(run_dir, number):
             picture.unlink()
     write_atomically(
-        run_dir / "config.json",
+        config_path(run_dir),
         lambda temporary: temporary.write_text(dump_config(config), encoding="utf-8"),
     )
     if report is not None:
-        write_atomically(run_dir / report.name, lambda temporary: shutil.copy(report, temporary))
+        write_atomically(
+            data_report_path(run_dir), lambda temporary: shutil.copy(report, temporary)
+        )
 
 
 def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:

@@ -1,0 +1,51 @@
+"""What stays the same through every attempt at training one U-Net."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from imagen_scale.config import Config
+from imagen_scale.data.prepared import Prepared
+from imagen_scale.training.preemption import StopRequest
+from imagen_scale.training.samples import split_samples
+from imagen_scale.training.saving import Saver
+from imagen_scale.training.watchdog import Watchdog
+
+
+class Job:
+    """The training of one U-Net in a run.
+
+    Args:
+        config: The run.
+        unet_number: From 1.
+        run_dir: The run's folder.
+        prepared: What is trained on.
+        say: Told of what happens; on rank 0.
+        request: Whether somebody asked to stop.
+        watchdog: Told what this rank does.
+        plan_check: Compare predicted with measured memory after so many steps.
+
+    Attributes:
+        stage: The U-Net.
+        samples: Those of `prepared` that it is trained and validated on.
+        saver: Its checkpoints and its file for sampling.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        unet_number: int,
+        run_dir: Path,
+        prepared: Prepared,
+        *,
+        say: Callable[[str], None],
+        request: StopRequest,
+        watchdog: Watchdog,
+        plan_check: int | None = None,
+    ) -> None:
+        self.config, self.run_dir, self.prepared = config, run_dir, prepared
+        self.say, self.request, self.watchdog = say, request, watchdog
+        self.plan_check = plan_check
+        # The learned null embedding of every caption is as wide as the encoder's features.
+        self.stage = config.stage(unet_number, prepared.embeddings.dim)
+        self.samples = split_samples(config, self.stage, prepared)
+        self.saver = Saver(config, self.stage, run_dir, prepared, say)

@@ -1,0 +1,41 @@
+"""The samples of one U-Net: those it is trained on, and those held out."""
+
+from typing import NamedTuple
+
+from imagen_scale.config import Config, StageConfig
+from imagen_scale.data.prepared import Prepared
+from imagen_scale.data.seeds import seeded
+from imagen_scale.data.sequence import CaptionedImages, split_indices
+
+
+class Samples(NamedTuple):
+    """Two sequences over disjoint parts of the pictures."""
+
+    train: CaptionedImages  # shuffled, mirrored where the configuration says so
+    held_out: CaptionedImages | None  # always in the same order; None when nothing is held out
+
+
+def split_samples(config: Config, stage: StageConfig, prepared: Prepared) -> Samples:
+    """Divides the prepared pictures by `data.val_fraction`.
+
+    Raises:
+        DataError: If nothing is left to train on.
+    """
+
+    def sequence(indices: list[int], *, is_trained_on: bool) -> CaptionedImages:
+        return CaptionedImages(
+            prepared.images[stage.size],
+            prepared.source.captions,
+            prepared.embeddings,
+            indices,
+            seed=seeded("data", stage.training.seed, stage.seed_index),
+            flip=config.data.flip and is_trained_on,
+            max_text_len=stage.unet.max_text_len,
+            shuffle=is_trained_on,
+        )
+
+    train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
+    return Samples(
+        sequence(train, is_trained_on=True),
+        sequence(held_out, is_trained_on=False) if held_out else None,
+    )

@@ -1,0 +1,66 @@
+"""One attempt at training a U-Net: all that is built for it, and how far it came."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+from imagen_scale.config import StageConfig
+from imagen_scale.planning.setup import Setup
+from imagen_scale.training.building import build_unet, make_engine
+from imagen_scale.training.ema import Ema
+from imagen_scale.training.memory_use import forget_peaks, host_bytes, release_memory
+from imagen_scale.training.objective import Objective
+from imagen_scale.training.stepping import Stepper
+
+
+class Session:
+    """Engine, average, loss and stepper of one attempt; leaving it frees them.
+
+    Args:
+        stage: The U-Net.
+        setup: How it is trained this time.
+        say: Told when something of DeepSpeed has to be compiled first.
+
+    Attributes:
+        step: Optimizer steps done, those of the checkpoint it continues from included.
+        saved_step: Step of the newest checkpoint.
+        baseline: Host memory of this process before anything was built, bytes.
+        num_parameters: Elements of the network's weights.
+
+    Raises:
+        ConfigError: If DeepSpeed refuses the configuration.
+        EnvironmentProblem: If something of it cannot be compiled.
+    """
+
+    def __init__(self, stage: StageConfig, setup: Setup, say: Callable[[str], None]) -> None:
+        self.stage, self.setup = stage, setup
+        self.step = self.saved_step = 0
+        release_memory()
+        forget_peaks()
+        self.baseline = host_bytes()
+        unet = build_unet(stage, setup)
+        self.num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+        self.engine = make_engine(unet, stage, setup, say)
+        try:
+            self.ema = Ema(self.engine, stage.training.ema_decay, offload=setup.ema_offload)
+            self.objective = Objective(stage, self.engine.device)
+            self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
+        except BaseException:
+            self.engine.release()
+            raise
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.engine.release()
+        self.ema.release()
+
+    @property
+    def has_whole_unsaved_steps(self) -> bool:
+        """Whether saving now would lose nothing and gain something."""
+        return self.step > self.saved_step and not self.stepper.is_updating
