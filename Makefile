@@ -1,6 +1,8 @@
-# make demo   trains a small cascade, makes pictures from prompts and measures them
-# make test   runs the whole test suite
-# Both create the environment in .venv first; nothing else is touched.
+# make demo       trains a small cascade, makes pictures from prompts and measures them
+# make test       runs what has to pass: lint and tests, side by side
+# make test-slow  runs the storms of faults and the benchmarks, small ones
+# make lint       style, types, import directions, spelling
+# All create the environment in .venv first; nothing else is touched.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning cat" "snowman"
 
-.PHONY: demo test check-machine clean
+# Of pytest; the tests are made for two cores.
+WORKERS := 2
+
+.PHONY: demo test test-slow lint pytest check-machine clean
 
 demo: $(VENV)/.demo
 	. $(BIN)/activate && deepspeed --num_accelerators 1 launch/train.py --config configs/emoji_demo.json
@@ -17,7 +22,20 @@ demo: $(VENV)/.demo
 	$(BIN)/imagen-scale evaluate --run runs/emoji_demo --steps 25 --cond-scale 2
 
 test: $(VENV)/.test
-	. $(BIN)/activate && python -m pytest
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: $(VENV)/.test
+	. $(BIN)/activate && python -m pytest -n $(WORKERS) --dist loadgroup
+
+test-slow: $(VENV)/.test
+	. $(BIN)/activate && python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell imagen_scale export launch configs docs README.md CONTRIBUTING.md
 
 $(VENV)/.demo: pyproject.toml constraints.txt | check-machine
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -117,7 +117,7 @@ def faults_of(name: str, outcome: Outcome) -> list[str]:
 
 def pictures(trials: int, folder: Path) -> Result:
     """The 61 malformed pictures, then byte-mutants of good ones."""
-    from corpus import mutant, write_corpus
+    from support.corpus import mutant, write_corpus
 
     from imagen_scale.config import DataConfig
     from imagen_scale.data.sources.opening import open_source
@@ -230,7 +230,7 @@ def largest(trials: int, folder: Path) -> Result:
 def captions(trials: int, folder: Path) -> Result:
     """Captions of every kind; those that are used are encoded, too."""
     import numpy as np
-    from captions import CASES, write_case
+    from support.captions import CASES, write_case
 
     from imagen_scale.config import DataConfig
     from imagen_scale.data.encoder import TextEncoder, encoder_folder
@@ -275,7 +275,7 @@ def captions(trials: int, folder: Path) -> Result:
 def configs(trials: int, folder: Path) -> Result:
     """Mutations of the valid configurations and the mistakes people make, before torch."""
     from hypothesis import HealthCheck, Phase, given, settings
-    from mutations import MISTAKES, fault, mistake_fault, mutants
+    from support.mutations import MISTAKES, fault, mistake_fault, mutants
 
     tried, slowest, failures = 0, 0.0, []
 
@@ -317,7 +317,7 @@ def prompts(trials: int, folder: Path) -> Result:
     from click.testing import CliRunner
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
-    from tiny_run import write_run
+    from support.tiny import write_run
 
     from imagen_scale.commands.main import main
 
@@ -364,7 +364,7 @@ def prompts(trials: int, folder: Path) -> Result:
 
 def elastic(trials: int, folder: Path) -> Result:
     """Checkpoints of 1, 2 and 4 ranks at every ZeRO stage, loaded on 1, 2 and 4 at every stage."""
-    import ranks
+    from support import ranks
 
     counts = (1, 2, 4)
     stages = len(ranks.STAGES)
@@ -387,7 +387,7 @@ def elastic(trials: int, folder: Path) -> Result:
 
 def nan(trials: int, folder: Path) -> Result:
     """NaN in the data, the loss or the gradient of one rank, at every stage and precision."""
-    import ranks
+    from support import ranks
 
     found = [
         [count, *spoiled]

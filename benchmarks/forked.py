@@ -1,88 +1,56 @@
-"""Trainings in forked processes: what takes seconds to import is imported once."""
+"""Trainings whose ranks are forks of a process that has imported everything."""
 
-import functools
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from support import ROOT
+from support.environment import rank_variables, reserved_port, without_launcher
+from support.forker import fork
 
 HANG = 180  # seconds after which a process that should have ended is called hung
 
 
-def warm_up() -> None:
-    """Imports everything and loads DeepSpeed's operator; starts no threads, joins nothing."""
-    import cpuinfo
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    from imagen_scale.training.operators import extensions_dir
-
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    CPUAdamBuilder().load(verbose=False)
-    # DeepSpeed's Adam asks it for the processor's vendor, through a process that takes a second.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    cpuinfo.get_cpu_info()
-
-
 class Training:
-    """`launch/train.py` on some ranks, each a fork of this process.
+    """`launch/train.py` on some ranks.
 
     Args:
         arguments: Of the command.
         ranks: How many.
         log: File that gets what all of them print.
-        first: Called in each process before it starts.
+        first: Called in each process before it starts; to be pickled.
     """
 
     def __init__(
-        self, arguments: Sequence[str], ranks: int, log: Path, first: Callable[[], None] = int
+        self, arguments: Sequence[str], ranks: int, log: Path, first: Callable[[], object] = int
     ) -> None:
-        from conftest import free_port
-
         self.log = log
         # Through `cat`: a rank that may write no more files can still print.
         self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log.open("wb"))
-        port = str(free_port())
-        self.pids = [self._fork(arguments, rank, ranks, port, first) for rank in range(ranks)]
-        self._cat.stdin.close()
+        pipe, argv = self._cat.stdin, [str(ROOT / "launch" / "train.py"), *arguments]
+        environment = without_launcher() | {"OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        self._port = contextlib.ExitStack()
+        port = self._port.enter_context(reserved_port())
+        forks = [
+            fork(argv, environment | rank_variables(rank, ranks, port), stdout=pipe, stderr=pipe,
+                 first=first)
+            for rank in range(ranks)
+        ]  # fmt: skip
+        pipe.close()
+        self._forks = {each.pid: each for each in forks}
+        self.pids = list(self._forks)
         self.codes: dict[int, int] = {}  # exit code by process, negative for a signal
-
-    def _fork(self, arguments, rank, ranks, port, first) -> int:
-        child = os.fork()
-        if child:
-            return child
-        try:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            for stream in (1, 2):
-                os.dup2(self._cat.stdin.fileno(), stream)
-            first()
-            from imagen_scale.commands.train_process import main
-
-            main(list(arguments))
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else bool(end.code))
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(99)
-        os._exit(98)  # click always exits
 
     def running(self) -> bool:
         """Whether any process is left."""
-        for pid in self.pids:
-            if pid not in self.codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        codes = {pid: each.exitcode for pid, each in self._forks.items()}
+        self.codes = {pid: code for pid, code in codes.items() if code is not None}
         return len(self.codes) < len(self.pids)
 
     def until(self, happens: Callable[[], bool], step: float = 0.001) -> bool:
@@ -107,9 +75,10 @@ class Training:
         for pid in self.pids:
             if pid not in self.codes:
                 os.kill(pid, signal.SIGKILL)
-                os.kill(pid, signal.SIGCONT)
-                self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                self._forks[pid].join()
+                self.codes[pid] = -signal.SIGKILL
         self._cat.wait()
+        self._port.close()
         return [self.codes[pid] for pid in self.pids]
 
     def said(self) -> str:

@@ -4,6 +4,7 @@ Every trial is a real training on 1 or 2 CPU ranks (ZeRO-2, Adam offloaded), and
 are compared file by file, by SHA-256, with those of a training that nothing happened to.
 """
 
+import functools
 import json
 import os
 import random
@@ -15,7 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from forked import Training, warm_up
+from forked import Training
+from support.tiny import TINY
 
 from imagen_scale.errors import CheckpointError
 from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
@@ -41,18 +43,15 @@ class Arena:
     """Where the trainings of one storm live, with the undisturbed one of each number of ranks."""
 
     def __init__(self, folder: Path, steps: int) -> None:
-        from conftest import TINY
-
         self.folder, self.steps = folder, steps
         self.config = folder / "tiny.json"
         self.config.write_text(json.dumps(TINY))
         self.log = folder / "log.txt"
         self._states: dict[int, dict[int, dict]] = {}
         self._losses: dict[int, list[float]] = {}
-        warm_up()
 
     def start(
-        self, run: Path, ranks: int, first: Callable[[], None] = int, **changed: object
+        self, run: Path, ranks: int, first: Callable[[], object] = int, **changed: object
     ) -> Training:
         """Starts or continues a training into `run`; `changed` by key of `training`."""
         values = SETTINGS | {"training.steps": self.steps, "training.micro_batch": 4 // ranks}
@@ -376,6 +375,11 @@ def damages(trials: int, folder: Path) -> tuple[list[str], str]:
 # ------------------------------------------------------------------------------------ full disk
 
 
+def refuse_files(limit: int) -> None:
+    """Lets this process write no file larger than so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
 def full_disk(trials: int, folder: Path) -> tuple[list[str], str]:
     """No file may grow beyond a size, from nothing to all that a training writes."""
     arena, failures = Arena(folder, 10), []
@@ -393,10 +397,7 @@ def full_disk(trials: int, folder: Path) -> tuple[list[str], str]:
             training.end()
         before = newest(run)
 
-        def refuse(limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-        training = arena.start(run, ranks, refuse)
+        training = arena.start(run, ranks, functools.partial(refuse_files, limit))
         codes, said = training.end(), training.said()
         found = arena.beside(run, ranks) if run.is_dir() else []
         if not set(codes) <= {0, 1} or "Traceback" in said:

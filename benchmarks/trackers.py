@@ -1,5 +1,6 @@
 """Storm on Weights & Biases: out of reach, silent, failing, killed; what it costs a training."""
 
+import functools
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from forked import Training, warm_up
+from forked import Training
 from interruptions import losses
+from support.environment import reserved_port
+from support.tiny import TINY
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 STEPS, BATCH, EVERY = 250, 16, 10  # EVERY steps a report, five times as often as by default
@@ -24,9 +27,8 @@ WARM = 80  # steps that are not timed: about ten seconds, in which wandb is impo
 @contextmanager
 def nobody() -> Iterator[str]:
     """An address that refuses connections."""
-    from conftest import free_port
-
-    yield f"http://127.0.0.1:{free_port()}"
+    with reserved_port() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
@@ -39,16 +41,14 @@ def silence() -> Iterator[str]:
 @contextmanager
 def refusal() -> Iterator[str]:
     """A server that answers each call with an error 501."""
-    from conftest import free_port
-
-    port = str(free_port())
-    command = [sys.executable, "-m", "http.server", port, "--bind", "127.0.0.1"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with reserved_port() as port:
+        command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+            server.wait()
 
 
 OUTAGES = {"killed": None, "out of reach": nobody, "silent": silence, "failing": refusal}
@@ -56,8 +56,6 @@ OUTAGES = {"killed": None, "out of reach": nobody, "silent": silence, "failing":
 
 def configuration(folder: Path, mode: str | None) -> Path:
     """A training whose steps are long enough to be timed."""
-    from conftest import TINY
-
     unets = [{**TINY["unets"][0], "dim": 32}, TINY["unets"][1]]
     calm = {"val_every": 1000, "sample_every": 1000, "checkpoint_every": 1000}
     training = TINY["training"] | calm | {"steps": STEPS, "global_batch": BATCH}
@@ -76,16 +74,10 @@ def train(folder: Path, run: Path, outage: str | None) -> tuple[float, list[str]
     mode = outage and ("offline" if outage == "killed" else "online")
     make = OUTAGES.get(outage) or nobody
     with make() as address:
-
-        def environment() -> None:
-            for name in [name for name in os.environ if name.startswith("WANDB_")]:
-                del os.environ[name]
-            os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "HOME": str(folder)}
-
         config = configuration(folder, mode)
         training = Training(
             ["--config", str(config), "--run", str(run), "--unet", "1"],
-            1, folder / "log.txt", environment,
+            1, folder / "log.txt", functools.partial(user_of_wandb, folder, address),
         )  # fmt: skip
         was_killed = outage == "killed" and kill_tracker(training)
         (code,) = training.end()
@@ -98,6 +90,13 @@ def train(folder: Path, run: Path, outage: str | None) -> tuple[float, list[str]
     if [step for step, _ in rows] != list(range(EVERY, STEPS + 1, EVERY)):
         found.append("metrics.jsonl lacks rows")
     return step_seconds(run), [f"{one}: {said[-500:]}" for one in found]
+
+
+def user_of_wandb(home: Path, address: str) -> None:
+    """Makes this process one of somebody with nothing but a key."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "HOME": str(home)}
 
 
 def kill_tracker(training: Training) -> bool:
@@ -125,7 +124,6 @@ def step_seconds(run: Path) -> float:
 
 def trackers(trials: int, folder: Path) -> tuple[list[str], str]:
     """Each trial is two trainings in turn, without wandb and with one that is not well."""
-    warm_up()
     failures, ratios = [], []
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for trial in range(trials):

@@ -18,7 +18,7 @@ from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.models.unet import UNet
 
 sys.path.insert(0, str(Path(__file__).parent))
-from minimagen_tables import minimagen_tables, posterior  # beside this file
+from support.minimagen_tables import minimagen_tables, posterior  # beside this file
 
 TOLERANCE = 2e-5
 TOLERANCES = {"p_mean": 2e-4}

@@ -11,10 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import api_reference
 from click.testing import CliRunner
-from conftest import ROOT
-from doc_commands import BLOCK, DOCUMENTS, commands, is_deterministic
+from support import ROOT, api_reference
+from support.doc_commands import BLOCK, DOCUMENTS, commands, is_deterministic
 
 from imagen_scale.commands.main import main
 

@@ -5,14 +5,13 @@ import re
 import subprocess
 import sys
 
-import api_reference
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
-from doc_commands import BLOCK
 from PIL import Image
-from tiny_run import write_run
+from support import ROOT, api_reference
+from support.doc_commands import BLOCK
+from support.tiny import write_run
 
 import imagen_scale
 from imagen_scale import Cascade, ImagenScaleError, Sample

@@ -12,8 +12,9 @@ import peers
 import pytest
 import torch
 import training_memory
-from conftest import LAUNCHER_VARIABLES, ROOT
 from report import table, write_between_marks
+from support import ROOT
+from support.environment import LAUNCHER_VARIABLES
 from training_memory import MINIMAGEN, NETWORKS, OURS, PLAIN, Measured, Whole
 
 from imagen_scale.config import load_config

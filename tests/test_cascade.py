@@ -12,49 +12,23 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.tiny import TINY, write_stage
 
 from imagen_scale.commands.main import main
-from imagen_scale.config import dump_config, parse_config
-from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
+from imagen_scale.config import parse_config
 from imagen_scale.diffusion.names import Sampler
 from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import next_number, save_sample, to_uint8
-from imagen_scale.models.unet import UNet
 from imagen_scale.runs.folders import find_run, inference_path
-from imagen_scale.runs.inference import InferenceFile, load_weights, read_inference, save_inference
+from imagen_scale.runs.inference import load_weights, read_inference
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages
 
 make = SamplingOptions.make
-FINGERPRINT = encoder_fingerprint(encoder_folder("minilm"))
-
-
-def write_stage(run, number, *, step=6, fingerprint=FINGERPRINT):
-    config = parse_config(json.dumps(TINY))
-    (run / "config.json").parent.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(dump_config(config))
-    torch.manual_seed(number)
-    unet = UNet(config.stage(number, 384).network)
-    file = InferenceFile(
-        inference_path(run, number), config, number, text_embed_dim=384,
-        text_fingerprint=fingerprint,
-        step=step, steps=6,
-    )  # fmt: skip
-    save_inference(file, unet.state_dict())
-    return unet
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_stage(folder, 1)
-    write_stage(folder, 2)
-    return folder
 
 
 def sample(run, *prompts, **options):

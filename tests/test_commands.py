@@ -14,7 +14,9 @@ import click
 import psutil
 import pytest
 from click.testing import CliRunner
-from conftest import LAUNCHER_VARIABLES, ROOT, TINY, write_stage
+from support import ROOT
+from support.environment import LAUNCHER_VARIABLES
+from support.tiny import TINY, write_stage
 
 from imagen_scale.commands import launcher
 from imagen_scale.commands.main import main

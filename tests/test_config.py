@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
 from hypothesis import given, settings
-from mutations import MISTAKES, VALID, Mutant, fault, mistake_fault, mutants
+from support import ROOT
+from support.mutations import MISTAKES, VALID, Mutant, fault, mistake_fault, mutants
+from support.tiny import TINY
 
 from imagen_scale.config import dump_config, load_config, parse_bytes, parse_config
 from imagen_scale.errors import ConfigError

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from support import ROOT
+from support.tiny import TINY
 
 from imagen_scale.config import Config, dump_config, load_config, parse_config
 from imagen_scale.config.secret_values import secret_problems

@@ -1,8 +1,8 @@
 """Every rule of docs/data.md for captions, one by one."""
 
 import pytest
-from captions import CASES, write_case
-from conftest import ROOT
+from support import ROOT
+from support.captions import CASES, write_case
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption

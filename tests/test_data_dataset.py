@@ -1,7 +1,6 @@
 import multiprocessing
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -9,40 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import ROOT
+from support.sequences import CAPTIONS, COUNT, EMBEDDINGS, SIZE, loaded, sequence
 
 from imagen_scale.config import parse_config
-from imagen_scale.data.loading import batches
 from imagen_scale.data.prepared import cache_dir, prepare
 from imagen_scale.data.seeds import seeded
-from imagen_scale.data.sequence import CaptionedImages, split_indices
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
-
-ROOT = Path(__file__).parents[1]
-COUNT, SIZE = 10, 4
-
-
-class Pictures:
-    """Picture i is grey level i, brighter by 100 in its right half."""
-
-    trouble = None
-
-    def __getitem__(self, i):
-        if self.trouble:
-            raise self.trouble("a.png: the picture cannot be read: it is gone; repair it.")
-        picture = np.full((3, SIZE, SIZE), i, np.uint8)
-        picture[:, :, SIZE // 2 :] += 100
-        return picture
-
-
-CAPTIONS = [f"number {i}" for i in range(COUNT)]
-EMBEDDINGS = {caption: np.full((i + 1, 2), i, np.float32) for i, caption in enumerate(CAPTIONS)}
-
-
-def sequence(indices=range(COUNT), *, seed=0, flip=False, max_text_len=256, shuffle=True):
-    return CaptionedImages(
-        Pictures(), CAPTIONS, EMBEDDINGS, list(indices),
-        seed=seed, flip=flip, max_text_len=max_text_len, shuffle=shuffle,
-    )  # fmt: skip
 
 
 def captions_at(dataset, positions):
@@ -159,15 +132,6 @@ def test_black_and_white_are_minus_one_and_one():
 # ---------------------------------------------------------------------------- batches
 
 
-def loaded(dataset=None, *, start_step=0, steps=3, global_batch=12, micro_batch=3, rank=0,
-           world_size=1, num_workers=0):  # fmt: skip
-    return batches(
-        dataset or sequence(flip=True), start_step=start_step, steps=steps,
-        global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size,
-        num_workers=num_workers,
-    )  # fmt: skip
-
-
 def positions(iterator):
     return [batch.positions.tolist() for batch in iterator]
 
@@ -238,17 +202,6 @@ def test_error_in_a_worker_stays_one_sentence(kind, num_workers):
     assert str(caught.value) == "a.png: the picture cannot be read: it is gone; repair it."
 
 
-class Stuck:
-    """Pictures that never come."""
-
-    def __init__(self):
-        self.is_asked = multiprocessing.Event()
-
-    def __getitem__(self, i):
-        self.is_asked.set()
-        time.sleep(3600)
-
-
 AT_WORK = "next(sys.kept)"
 STUCK = "assert pictures.is_asked.wait(60)"
 
@@ -259,7 +212,7 @@ def test_a_process_ends_whatever_its_workers_do(pictures, state, end):
     """At exit Python asks its daemons to stop by a signal that they ignore, and waits."""
     script = f"""
 import multiprocessing, sys
-from tests.test_data_dataset import *
+from support.sequences import *
 dataset, pictures = sequence(), {pictures}()
 dataset._images = pictures
 sys.kept = loaded(dataset, num_workers=1)
@@ -268,8 +221,12 @@ print(len(multiprocessing.active_children()), flush=True)
 {end}
 """
     ended = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+        [sys.executable, "-c", script],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )  # fmt: skip
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 
 

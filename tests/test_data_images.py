@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import png_chunk, png_header
 from PIL import Image
+from support.corpus import png_chunk, png_header
 
 from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.sources import images

@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY, losses
-from corpus import mutant, photo, write_corpus
+from support.corpus import mutant, photo, write_corpus
+from support.runs import losses
+from support.tiny import TINY
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sequence import split_indices

@@ -8,8 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import TINY, losses
 from PIL import Image
+from support.runs import losses
+from support.tiny import TINY
 
 from imagen_scale.config import DataConfig, parse_config
 from imagen_scale.data.prepared import prepare

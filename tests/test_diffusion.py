@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from minimagen_tables import minimagen_tables, posterior
+from support.minimagen_tables import minimagen_tables, posterior
 
 from imagen_scale.diffusion.guidance import abs_quantile, branches, dynamic_threshold, guide
 from imagen_scale.diffusion.loss import image_loss

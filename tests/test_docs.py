@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
-from doc_commands import BLOCK, DOCUMENTS, Checker, Command, commands
+from support import ROOT
+from support.doc_commands import BLOCK, DOCUMENTS, Checker, Command, commands
 
 from imagen_scale.commands.main import main
 from imagen_scale.planning.cache import plan_dir

@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import TINY, environment_of_no_launcher
+from support.environment import environment_of_no_launcher
+from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem

@@ -5,7 +5,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import write_stage
 
 from imagen_scale import Cascade as PythonCascade
 from imagen_scale.diffusion.names import Sampler
@@ -15,14 +14,6 @@ from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
 
 make = SamplingOptions.make
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    for number in (1, 2):
-        write_stage(folder, number)
-    return folder
 
 
 def listened(cascade, **options):

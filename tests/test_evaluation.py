@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_stage
-from tiny_models import write_clip, write_vit
+from support.tiny import write_stage
+from support.tiny_models import write_clip, write_vit
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config

@@ -14,9 +14,9 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_stage
 from imagen_scale_export.exporter import Options, export_unet
 from imagen_scale_export.staging import check_room, staged
+from support.tiny import write_stage
 
 from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
@@ -25,6 +25,9 @@ from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.runtimes.exported import export_folder, open_runtime
 
 CPU = torch.device("cpu")
+# Of the first stage, where any network will do: tracing takes as long as there are layers.
+SHALLOW = ("unets.0.dim_mults=[1]", "unets.0.layer_attns=false", "unets.0.layer_cross_attns=false",
+           "unets.0.attend_at_middle=false")  # fmt: skip
 
 
 def cli(*arguments):
@@ -95,7 +98,7 @@ def test_an_export_that_differs_is_kept_as_rejected(tmp_path, monkeypatch):
 
     strict = verify.LIMITS["fp32"]._replace(relative_error=0.0)
     monkeypatch.setitem(verify.LIMITS, "fp32", strict)
-    write_stage(tmp_path, 1)
+    write_stage(tmp_path, 1, overrides=SHALLOW)
     done = cli("--unet", 1, "--run", tmp_path)
     assert done.exit_code == 3
     parent = tmp_path / "export" / "unet1"
@@ -125,13 +128,13 @@ def test_a_killed_export_leaves_nothing_that_loads(run):
 
 def test_weights_that_change_during_the_export_end_it(tmp_path):
     """Training writes the file again and again; the graph must be of the weights it names."""
-    write_stage(tmp_path, 1)
+    write_stage(tmp_path, 1, overrides=SHALLOW)
     file = read_inference(inference_path(tmp_path, 1))
     sentences = []
 
     def tell(sentence):
         sentences.append(sentence)
-        write_stage(tmp_path, 1, seed=1)
+        write_stage(tmp_path, 1, seed=1, overrides=SHALLOW)
 
     with pytest.raises(ExportError, match="changed while it was exported"):
         export_unet(file, Options(check=False), tell)
@@ -193,7 +196,7 @@ def test_every_failure_is_one_sentence(tmp_path, arguments, code, message):
 
 
 def test_half_trained_stages_are_exported_only_when_asked_for(tmp_path):
-    write_stage(tmp_path, 1, step=3)
+    write_stage(tmp_path, 1, step=3, overrides=SHALLOW)
     done = cli("--unet", 1, "--run", tmp_path)
     assert done.exit_code == 1
     assert "half-trained (3 of 6 steps)" in done.output
@@ -205,7 +208,7 @@ def test_half_trained_stages_are_exported_only_when_asked_for(tmp_path):
 @pytest.mark.distributed
 def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch):
     """The whole way: DeepSpeed trains, the EMA weights are exported, the pictures are equal."""
-    from test_export_runtimes import SCALE, lowres, pictures, random_text, torch_denoiser
+    from support.exports import SCALE, lowres, pictures, random_text, torch_denoiser
 
     from imagen_scale.diffusion.schedule import NoiseSchedule
     from imagen_scale.sampling.runtimes.torch_unet import load_unet

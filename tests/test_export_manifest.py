@@ -8,7 +8,7 @@ import shutil
 import onnx
 import pytest
 import torch
-from conftest import write_stage
+from support.tiny import write_stage
 
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.runs.folders import inference_path

@@ -7,13 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TINY, write_stage
 from imagen_scale_export.to_onnx import (
     check_fp16_range,
     example_inputs,
     export_conditioner,
     op_census,
 )
+from support import ROOT
+from support.tiny import TINY, write_stage
 from torch import nn
 
 from imagen_scale.config import parse_config

@@ -6,70 +6,18 @@ import sys
 
 import pytest
 import torch
-from noise import implied_noise
+from support.exports import SCALE, lowres, open_file, pictures, random_text, torch_denoiser
+from support.noise import implied_noise
 
-from imagen_scale.diffusion.guidance import dynamic_threshold
-from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.diffusion.spacing import spaced_times
 from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
-from imagen_scale.runs.folders import inference_path
-from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.contract import Conditioning, Text
+from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 CPU = torch.device("cpu")
-SCALE = 3.0
-
-
-def open_file(run, number):
-    return read_inference(inference_path(run, number))
-
-
-def random_text(batch):
-    generator = torch.Generator().manual_seed(batch)
-    mask = torch.arange(12) < torch.tensor([[3], [12], [7]])[:batch]  # longer than max_text_len
-    return Text(torch.randn(batch, 12, 384, generator=generator), mask)
-
-
-def lowres(number, batch, size):
-    if number == 1:
-        return {}
-    generator = torch.Generator().manual_seed(7)
-    return {
-        "lowres_img": torch.randn(batch, 3, size, size, generator=generator),
-        "lowres_t": torch.full((batch,), 20),
-    }
-
-
-def torch_denoiser(unet, schedule, text, *, lowres_img=None, lowres_t=None, cond_scale=SCALE):
-    """The eager network with guidance in two passes."""
-    cond = unet.condition_text(*text)
-
-    def denoiser(x_t, t):
-        with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
-        without = unet.denoise(x_t, t, unet.null_text(len(x_t)), lowres_img, lowres_t)
-        prediction = without + (with_text - without) * cond_scale
-        return schedule.predicted_x_0(unet.config.pred_type, x_t, t, prediction)
-
-    return denoiser
-
-
-def pictures(denoiser, schedule, batch, size):
-    """20 ancestral steps from one seed; pixel values in 0..255."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw_noise():
-        return torch.randn(batch, 3, size, size, generator=generator)
-
-    images = sample(
-        denoiser, draw_noise(), schedule, times=spaced_times(100, 20), eta=1.0,
-        threshold=lambda x_0: dynamic_threshold(x_0, 0.9), draw_noise=draw_noise,
-    )  # fmt: skip
-    return (images + 1) * 127.5
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 3])  # whole numbers count as well

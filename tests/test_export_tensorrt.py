@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import write_stage
 from imagen_scale_export.exporter import Options, export_unet
 from imagen_scale_export.to_onnx import op_census
 from imagen_scale_export.to_tensorrt import Network, parse_range, parse_targets
+from support.tiny import write_stage
 
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "faults.py"
 
@@ -25,10 +25,14 @@ def module():
     return loaded
 
 
+TRAINED = ("kills=4", "damages=10", "full_disk=4", "stops=4", "lost_ranks=4", "elastic=12", "nan=4",
+           "trackers=1")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "row",
-    ["kills=4", "damages=10", "full_disk=4", "stops=4", "lost_ranks=4", "elastic=12", "nan=4",
-     "pictures=90", "largest=1", "captions=40", "configs=60", "prompts=30", "trackers=1"],
+    [*(pytest.param(row, marks=pytest.mark.slow) for row in TRAINED),
+     "pictures=90", "largest=1", "captions=40", "configs=60", "prompts=30"],
 )  # fmt: skip
 def test_a_small_storm_leaves_no_fault(row):
     done = faults(row)

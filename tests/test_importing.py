@@ -10,8 +10,8 @@ import pytest
 import torch
 from check_golden import check
 from click.testing import CliRunner
-from conftest import ROOT
 from safetensors import safe_open
+from support import ROOT
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors import safe_open
-from test_models import make_inputs, make_unet
+from support.networks import make_inputs, make_unet
+from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch

@@ -1,42 +1,13 @@
 """The U-Net: shapes, text handling, attention against its formula, checkpointing."""
 
-import json
-
 import pytest
 import torch
+from support.networks import make_inputs, make_unet
 
-from imagen_scale.config import load_config, parse_config
+from imagen_scale.config import load_config
 from imagen_scale.errors import ShapeError
 from imagen_scale.models.layers import ATTN_DIM_HEAD, Attention, CrossAttention
 from imagen_scale.models.unet import UNet
-
-
-def make_unet(index=0, **changes):
-    unet = {"dim": 8, "dim_mults": [1, 2], "max_text_len": 6, "attend_at_middle": True} | changes
-    config = {
-        "imagen": {"image_sizes": [8, 16], "text_encoder_name": "minilm"},
-        "unets": [unet, unet],
-        "training": {"precision": "fp32"},
-    }
-    torch.manual_seed(0)
-    return UNet(parse_config(json.dumps(config)).stage(index + 1, 384).network)
-
-
-def make_inputs(index=0, batch=3, tokens=4, size=8):
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    inputs = {
-        "x_t": normal(batch, 3, size, size),
-        "t": torch.tensor([0, 500, 999])[:batch],
-        "text_embeds": normal(batch, tokens, 384),
-        "text_mask": torch.ones(batch, tokens, dtype=torch.bool),
-    }
-    if index:
-        inputs |= {"lowres_img": normal(batch, 3, size, size), "lowres_t": torch.tensor([0, 9, 99])}
-    return inputs
 
 
 def test_captions_longer_than_the_network_reads_are_cut_with_their_mask():

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_stage
-from noise import implied_noise
 from PIL import Image
+from support.noise import implied_noise
 
 from imagen_scale import Cascade as PythonCascade
 from imagen_scale.commands.main import main
@@ -26,14 +25,6 @@ from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
 make = SamplingOptions.make
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    for number in (1, 2):
-        write_stage(folder, number)
-    return folder
 
 
 def sample(run, **options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
+from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch

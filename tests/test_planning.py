@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY
+from support.planned import recorded
+from support.tiny import TINY
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config, parse_config
@@ -192,6 +193,19 @@ def test_the_cards_cascade_keeps_a_micro_batch_of_four(index):
 
 def tiny(*overrides):
     return parse_config(json.dumps(TINY), overrides=("imagen.image_sizes=[16,32]", *overrides))
+
+
+def test_what_the_tests_have_on_record_is_found_today(tmp_path, monkeypatch):
+    """Otherwise raise FORMAT of planning/cache.py and write the record anew (support/planned.py).
+
+    Users have such figures on their disks, too.
+    """
+    monkeypatch.setenv("IMAGEN_SCALE_CACHE", str(tmp_path))
+    written = "training.precision=bf16", "training.micro_batch=2", "memory.checkpointing=blocks"
+    plan(tiny(*written), 1)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("plan/*.json")}
+    assert found
+    assert found == {name: recorded()[name] for name in found}
 
 
 def test_what_is_written_is_kept():

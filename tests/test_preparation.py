@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import TINY
 from PIL import ExifTags, Image
+from support.tiny import TINY
 
 from imagen_scale.commands.main import main
 from imagen_scale.data.sequence import split_indices

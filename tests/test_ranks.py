@@ -4,8 +4,8 @@ import errno
 import json
 
 import pytest
-import ranks
 import torch
+from support import ranks
 
 from imagen_scale.errors import CheckpointError, EnvironmentProblem
 from imagen_scale.training.saving import check_space
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def saved(private_folders, tmp_path_factory):
     """Checkpoints of two ranks at every stage."""
     folder = tmp_path_factory.mktemp("saved")
-    ranks.start("save", folder, 2)
+    ranks.start("save", folder, 2, 5)
     return folder
 
 
@@ -35,6 +35,13 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(saved):
 def test_a_gradient_that_is_not_a_number_reaches_nothing(stage, where, precision, process_group):
     *_, skipped, untouched, goes_on = ranks._spoiled(stage, precision, 1.0, where, rank=0)
     assert skipped and untouched and goes_on
+
+
+def test_one_rank_at_fault_is_enough_for_all_to_leave_the_step_out(private_folders, tmp_path):
+    found = ranks.start("nan", tmp_path, 2, 3, "2")
+    assert [where for where, *_ in found] == ["data", "loss", "gradient"]
+    for *how, skipped, untouched, goes_on in found:
+        assert skipped and untouched and goes_on, how
 
 
 def test_moments_survive_a_change_of_precision(process_group, tmp_path):

@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import write_run
+from support import ROOT
+from support.tiny import TINY, write_run
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from noise import implied_noise
-from test_cascade import write_stage
+from support.noise import implied_noise
 
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import ImagenScaleError, UsageError
@@ -18,14 +17,6 @@ from imagen_scale.sampling.stage import Stage
 from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_stage(folder, 1)
-    write_stage(folder, 2)
-    return folder
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["base", "super-resolution"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cascade import write_stage
+from support.tiny import write_stage
 
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser, _weights, tile_starts
 from imagen_scale.errors import ShapeError, UsageError
@@ -73,7 +73,7 @@ def test_sides_that_do_not_fit_are_named():
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    write_stage(run, 2)
+    write_stage(run, 2, noise=0.0)
     return Stage(read_inference(inference_path(run, 2)), torch.device("cpu"), tile=32)
 
 

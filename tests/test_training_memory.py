@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY, losses
-from test_training import assert_same_curve, weights
+from support.runs import assert_same_curve, losses, weights
+from support.tiny import TINY
 
 pytestmark = pytest.mark.distributed
 

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
-from doc_commands import Checker, Command
 from hypothesis import given
 from hypothesis import strategies as st
 from imagen_scale.ui.command import sample_command
 from PIL import Image
-from tiny_run import write_run
+from support import ROOT
+from support.doc_commands import Checker, Command
+from support.tiny import write_run
 
 from imagen_scale.commands.main import main
 from imagen_scale.ui.generation import (

@@ -7,18 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_cascade import write_stage
 
 from imagen_scale.commands.main import main
 from imagen_scale.data.sources.images import load_picture, load_whole_picture
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_stage(folder, 1)
-    write_stage(folder, 2)
-    return folder
 
 
 def cli(*arguments):

@@ -9,7 +9,8 @@ import threading
 
 import psutil
 import pytest
-from conftest import ROOT, TINY
+from support import ROOT
+from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.errors import ConfigError, MissingExtraError

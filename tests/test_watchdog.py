@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import LAUNCHER_VARIABLES, TINY, free_port
+from support import watched
+from support.environment import rank_variables, reserved_port
+from support.forker import fork
+from support.tiny import TINY
 
 from imagen_scale.training import beats
 from imagen_scale.training.beats import Beat, Seen, faults
@@ -159,7 +161,7 @@ def test_phases_nest_and_an_exception_leaves_the_phase_it_came_from():
 
 
 @pytest.fixture
-def meet(tmp_path):
+def meet(tmp_path, private_folders):
     """Trains on two ranks, of which one meets with an accident."""
     started = []
 
@@ -167,32 +169,25 @@ def meet(tmp_path):
         training = TINY["training"] | {"steps": 12, "micro_batch": 4, "hang_timeout": limit}
         config = tmp_path / "config.json"
         config.write_text(json.dumps(TINY | {"training": training}))
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {
-            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, str(Path(__file__).with_name("watched.py")), str(config),
-                   str(tmp_path / "run"), what, str(who), where]  # fmt: skip
+        argv = [watched.__file__, config, tmp_path / "run", what, who, where]
         for rank in range(2):
             # Into files: a stopped process would hold a pipe open.
             with (tmp_path / f"output{rank}").open("w") as output:
-                started.append(
-                    subprocess.Popen(
-                        command, stdout=output, stderr=output, start_new_session=True,
-                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )  # fmt: skip
+                environment = os.environ | rank_variables(rank, 2, port)
+                started.append(fork(argv, environment, stdout=output, stderr=output))
         codes = [None, None]
         for rank in range(2):
             if what != "stop" or rank != who:
-                codes[rank] = started[rank].wait(timeout=240)
+                started[rank].join(240)
+                codes[rank] = started[rank].exitcode
         return codes, [(tmp_path / f"output{rank}").read_text() for rank in range(2)]
 
-    yield run
+    with reserved_port() as port:
+        yield run
     for process in started:
-        if process.poll() is None:
+        if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=60)
+            process.join(60)
 
 
 real = pytest.mark.distributed

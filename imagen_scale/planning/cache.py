@@ -38,7 +38,7 @@ def _cached(stage: StageConfig, options: dict[str, Any], find: Callable[[], Any]
 
     facts = [
         FORMAT,
-        torch.__version__,
+        torch.__version__.partition("+")[0],  # whatever it computes on: nothing is computed
         stage.imagen.image_sizes[: stage.number],
         stage.imagen.channels,
         stage.imagen.loss_type,

@@ -129,8 +129,10 @@ class Watchdog:
         if isinstance(error, Exception) and not own:  # maybe of an exchange that a lost rank broke
             since = time.monotonic()
             while time.monotonic() < since + self._patience():
-                if found := self._faults():
-                    self._leave(found)
+                if self._faults():
+                    time.sleep(2 * BEAT_S)  # one that is gone may have said why: it is read first
+                    if found := self._faults():
+                        self._leave(found)
                 time.sleep(BEAT_S / 4)
         lines = str(error).splitlines() or [""]
         self._end("failed", lines[0] if own else f"{type(error).__name__}: {lines[0]}")

@@ -5,11 +5,12 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from conftest import ROOT, TINY
 from hypothesis import strategies as st
 
 from imagen_scale.config import dump_config, parse_config
 from imagen_scale.errors import ConfigError
+from support import ROOT
+from support.tiny import TINY
 
 SHIPPED = sorted((ROOT / "configs").glob("*.json"))
 VALID = [json.loads(text) for text in (json.dumps(TINY), *(file.read_text() for file in SHIPPED))]

