@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY
+from support.tiny import TINY
 from torch import nn
 
 from imagen_scale.config import parse_config

@@ -22,7 +22,7 @@ from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.exported import export_folder, open_runtime
+from imagen_scale.sampling.runtimes.exported import export_folder, open_exported
 
 CPU = torch.device("cpu")
 # Of the first stage, where any network will do: tracing takes as long as there are layers.
@@ -121,7 +121,7 @@ def test_a_killed_export_leaves_nothing_that_loads(run):
     (leftover,) = parent.glob(".staging_*")
     assert not (leftover / "manifest.json").exists()
     file = read_inference(inference_path(run, 1))
-    open_runtime("onnx", file, folder=None, device=CPU)
+    open_exported("onnx", file, folder=None, device=CPU)
     with staged(parent / "onnx-bf16", force=False):
         assert not leftover.exists()
 
@@ -221,7 +221,7 @@ def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch
     for number, size in ((1, 16), (2, 32)):
         file = read_inference(inference_path(run, number))
         assert export_folder(file, "onnx", "fp32").is_dir()
-        runtime = open_runtime("onnx", file, folder=None, device=CPU)
+        runtime = open_exported("onnx", file, folder=None, device=CPU)
         low = lowres(number, 2, size)
         ours = pictures(runtime.bind(text, cond_scale=SCALE, **low), schedule, 2, size)
         theirs = pictures(torch_denoiser(load_unet(file), schedule, text, **low), schedule, 2, size)

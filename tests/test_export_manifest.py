@@ -13,7 +13,7 @@ from support.tiny import write_stage
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.exported import open_runtime
+from imagen_scale.sampling.runtimes.exported import open_exported
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def run(exported, tmp_path):
 
 def open_onnx(run, number=1):
     file = read_inference(inference_path(run, number))
-    return open_runtime("onnx", file, folder=None, device=CPU)
+    return open_exported("onnx", file, folder=None, device=CPU)
 
 
 def folder(run):
@@ -207,7 +207,7 @@ def test_without_a_manifest_there_is_no_export(run):
     file = read_inference(inference_path(run, 1))
     (folder(run) / "manifest.json").unlink()
     with pytest.raises(ExportError, match="not a finished export"):
-        open_runtime("onnx", file, folder=folder(run), device=CPU)
+        open_exported("onnx", file, folder=folder(run), device=CPU)
     open_onnx(run)  # the fp16 export is taken
     shutil.rmtree(run / "export" / "unet1" / "onnx-fp16")
     with pytest.raises(UsageError, match=r"U-Net 1 has no onnx export.*--unet 1 --format onnx"):

@@ -14,7 +14,7 @@ from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.runtimes.executors import require_driver
-from imagen_scale.sampling.runtimes.exported import open_export, open_runtime
+from imagen_scale.sampling.runtimes.exported import open_export, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile, read_manifest
 from imagen_scale.sampling.runtimes.ports import denoiser_inputs
 from imagen_scale.sampling.runtimes.tensorrt_library import find_library
@@ -124,7 +124,7 @@ def test_without_a_driver_the_engine_is_refused_in_one_sentence(run):
         pytest.skip("there is a GPU")
     for device in ("cpu", "cuda"):
         with pytest.raises(EnvironmentProblem, match="needs an NVIDIA card, its driver"):
-            open_runtime("tensorrt", open_file(run, 1), folder=None, device=torch.device(device))
+            open_exported("tensorrt", open_file(run, 1), folder=None, device=torch.device(device))
         with pytest.raises(EnvironmentProblem, match=f"runtime onnx on {device}"):
             require_driver(torch.device(device), "onnx")
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY
+from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.training.loop import Due

@@ -18,7 +18,6 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from imagen_scale.ui.command import sample_command
 from PIL import Image
 from support import ROOT
 from support.doc_commands import Checker, Command
@@ -36,6 +35,7 @@ from imagen_scale.ui.generation import (
     Stopping,
 )
 from imagen_scale.ui.history import MOST_SHOWN, Facts, read_history
+from imagen_scale.ui.shell_line import sample_command
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)  # fmt: skip
@@ -298,7 +298,7 @@ def watch(event, facts):
         with open(sys.argv[1], "a") as file:
             file.write(f"{event} {name}\\n")
 sys.addaudithook(watch)
-from imagen_scale.cli import main
+from imagen_scale.commands.main import main
 main(sys.argv[2:])
 """
 
