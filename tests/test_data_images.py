@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support.corpus import png_chunk, png_header
 
-from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.image_store import ImageStore, bytes_of, stored_sizes
 from imagen_scale.data.sources import images
 from imagen_scale.data.sources.images import load_picture
 from imagen_scale.errors import DataError, EnvironmentProblem
@@ -249,16 +249,19 @@ class CountingSource:
         return self._log.read_text().split("\n")[:-1] if self._log.exists() else []
 
 
-BIG = 10**9
-
-
 def test_pictures_are_prepared_once(tmp_path):
     source = CountingSource(tmp_path / "log")
     reports = []
-    store = ImageStore.open(source, 4, tmp_path, BIG, lambda *report: reports.append(report))
+    store = ImageStore.open(
+        source,
+        4,
+        tmp_path,
+        stored=True,
+        progress=lambda *report: reports.append(report),
+    )
     assert len(store) == 5
     assert reports[0] == ("preparing pictures (4 px)", 1, 5) and reports[-1][1:] == (5, 5)
-    again = ImageStore.open(source, 4, tmp_path, BIG)
+    again = ImageStore.open(source, 4, tmp_path, stored=True)
     for i in range(5):
         assert (again[i] == i).all() and again[i].shape == (3, 4, 4)
     assert source.notes() == [f"image {i}" for i in range(5)]
@@ -268,40 +271,48 @@ def test_pictures_are_prepared_once(tmp_path):
 def test_each_size_has_its_own_file(tmp_path):
     source = CountingSource(tmp_path / "log")
     for size in (4, 8):
-        assert ImageStore.open(source, size, tmp_path, BIG)[0].shape == (3, size, size)
+        assert ImageStore.open(source, size, tmp_path, stored=True)[0].shape == (3, size, size)
 
 
 def test_what_is_read_may_be_changed(tmp_path):
-    store = ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, BIG)
+    store = ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, stored=True)
     store[1][:] = 99
     assert (store[1] == 1).all()
 
 
 def test_beyond_the_limit_pictures_are_decoded_at_every_read(tmp_path):
     source = CountingSource(tmp_path / "log")
-    num_bytes = 5 * 3 * 4 * 4
-    store = ImageStore.open(source, 4, tmp_path, num_bytes - 1)
+    assert stored_sizes([4], 5, 5 * 3 * 4 * 4 - 1) == set()
+    assert stored_sizes([4], 5, 5 * 3 * 4 * 4) == {4}
+    store = ImageStore.open(source, 4, tmp_path, stored=False)
     assert source.notes() == []
     assert (store[3] == 3).all() and source.notes() == ["image 3"]
     assert not list(tmp_path.rglob("*.npy"))
-    ImageStore.open(source, 4, tmp_path, num_bytes)
-    assert list(tmp_path.rglob("*.npy"))
+
+
+def test_the_limit_counts_for_all_sizes_and_the_small_ones_come_first():
+    small, large = 5 * bytes_of(4), 5 * bytes_of(8)
+    assert stored_sizes([4, 8], 5, small + large) == {4, 8}
+    assert stored_sizes([4, 8], 5, small + large - 1) == {4}
+    assert stored_sizes([8, 4], 5, small) == {4}  # one that is too large takes nothing
 
 
 def test_nothing_half_written_remains_after_an_error(tmp_path):
     with pytest.raises(DataError, match="picture 2"):
-        ImageStore.open(CountingSource(tmp_path / "log", broken=2), 4, tmp_path, BIG)
+        ImageStore.open(CountingSource(tmp_path / "log", broken=2), 4, tmp_path, stored=True)
     assert [file.suffix for file in (tmp_path / "images").iterdir()] in ([], [".lock"])
-    assert (ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, BIG)[2] == 2).all()
+    assert (
+        ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, stored=True)[2] == 2
+    ).all()
 
 
 def test_leftovers_and_cut_files_are_built_again(tmp_path):
     source = CountingSource(tmp_path / "log")
-    ImageStore.open(source, 4, tmp_path, BIG)
+    ImageStore.open(source, 4, tmp_path, stored=True)
     file = tmp_path / "images" / "abc123_4.npy"
     file.write_bytes(file.read_bytes()[:-10])
     file.with_name(file.name + ".tmp").write_bytes(b"of a killed process")
-    assert (ImageStore.open(source, 4, tmp_path, BIG)[4] == 4).all()
+    assert (ImageStore.open(source, 4, tmp_path, stored=True)[4] == 4).all()
     assert sorted(f.suffix for f in file.parent.iterdir()) in ([".npy"], [".lock", ".npy"])
 
 
@@ -311,18 +322,18 @@ def test_full_disk_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(EnvironmentProblem, match="No space left on device; free disk space"):
-        ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, BIG)
+        ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, stored=True)
     assert not list(tmp_path.rglob("*.npy*"))
 
 
 def test_unusable_cache_folder_is_reported(tmp_path):
     (tmp_path / "images").write_text("in the way")
     with pytest.raises(EnvironmentProblem, match="images: cannot be written: .*data.cache_dir"):
-        ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, BIG)
+        ImageStore.open(CountingSource(tmp_path / "log"), 4, tmp_path, stored=True)
 
 
 def test_pickled_store_is_small_and_works(tmp_path):
-    store = ImageStore.open(CountingSource(tmp_path / "log", 200), 32, tmp_path, BIG)
+    store = ImageStore.open(CountingSource(tmp_path / "log", 200), 32, tmp_path, stored=True)
     assert (store[7] == 7).all()  # the map is open now
     pickled = pickle.dumps(store)
     assert len(pickled) < 2000
@@ -338,7 +349,7 @@ class SlowSource(CountingSource):
 def _open_together(folder: Path, barrier, results) -> None:
     source = SlowSource(folder / "log")
     barrier.wait()
-    store = ImageStore.open(source, 4, folder, BIG)
+    store = ImageStore.open(source, 4, folder, stored=True)
     results.put([int(store[i].mean()) for i in range(len(store))])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from imagen_scale.config.network import NORM_GROUPS
 from imagen_scale.errors import ExportError, MissingExtraError, ParityError
+from imagen_scale.files.atomic import sha256
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes import built_here
@@ -26,7 +27,6 @@ from imagen_scale.sampling.runtimes.manifest import (
     onnx_sha256,
     record,
     sampler_constants,
-    sha256,
     write_manifest,
 )
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend

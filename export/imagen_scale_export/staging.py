@@ -1,6 +1,5 @@
 """A folder that appears whole or not at all, and what an export needs of the machine."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,8 @@ from pathlib import Path
 
 from imagen_scale.data.storage import exclusive
 from imagen_scale.errors import EnvironmentProblem, MissingExtraError, ParityError, UsageError
+from imagen_scale.files.atomic import sync
+from imagen_scale.sampling.runtimes.manifest import MANIFEST
 
 _STAGING_PREFIX = ".staging_"
 REJECTED = ".rejected"
@@ -47,12 +48,12 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         for path in [*staging.iterdir(), staging]:
-            _sync(path)
+            sync(path)
         old = final.with_name(f"{_STAGING_PREFIX}old_{final.name}")
         if final.exists():
             final.rename(old)
         staging.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -60,7 +61,7 @@ def reject(folder: Path, final: Path) -> Path:
     """Moves a failing export aside as `<final>.rejected`, where no runtime looks."""
     rejected = final.with_name(final.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     if manifest.exists():
         manifest.rename(folder / "manifest.rejected.json")
     return folder.rename(rejected)
@@ -97,11 +98,3 @@ def check_room(folder: Path, *, weights_bytes: int, graph_bytes: int, engine: bo
                 f"this export needs about {needed / 2**30:.1f} GiB of {what} and "
                 f"{free / 2**30:.1f} GiB are free. Free some, or export on another machine."
             )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

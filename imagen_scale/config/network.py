@@ -127,5 +127,10 @@ class UnetConfig(Section):
 
     @property
     def size_divisor(self) -> int:
-        """What the picture's side must be a multiple of: two to the number of halvings."""
-        return 2 ** (self.num_levels - (0 if self.memory_efficient else 1))
+        """What the picture's side must be a multiple of."""
+        return size_divisor(self.num_levels, memory_efficient=self.memory_efficient)
+
+
+def size_divisor(num_levels: int, *, memory_efficient: bool) -> int:
+    """What a picture's side must be a multiple of: two to the number of halvings."""
+    return 2 ** (num_levels - (0 if memory_efficient else 1))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from imagen_scale.config.network import TEXT_ENCODER_DIMS, ImagenConfig, UnetConfig
+from imagen_scale.config.network import TEXT_ENCODER_DIMS, ImagenConfig, UnetConfig, size_divisor
 from imagen_scale.config.section import (
     CheckpointingLevel,
     OptimizerName,
@@ -47,8 +47,8 @@ class Network:
 
     @property
     def size_divisor(self) -> int:
-        """What the picture's side must be a multiple of: two to the number of halvings."""
-        return 2 ** (self.num_levels - (0 if self.memory_efficient else 1))
+        """What the picture's side must be a multiple of."""
+        return size_divisor(self.num_levels, memory_efficient=self.memory_efficient)
 
     @property
     def time_cond_dim(self) -> int:

@@ -1,5 +1,6 @@
 """The pictures of a source, kept ready in one file per size."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,28 @@ import numpy.typing as npt
 from imagen_scale.data.sources.images import Picture
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.storage import Progress, exclusive, written_whole
+
+
+def stored_sizes(sizes: Sequence[int], length: int, max_bytes: int) -> set[int]:
+    """Sizes whose pictures lie ready on disk: one limit for all, the small ones first.
+
+    Args:
+        sizes: Sides in pixels, increasing.
+        length: Pictures of the source.
+        max_bytes: Of all files together.
+    """
+    stored = set()
+    for size in sizes:
+        num_bytes = length * bytes_of(size)
+        if num_bytes <= max_bytes:
+            stored.add(size)
+            max_bytes -= num_bytes
+    return stored
+
+
+def bytes_of(size: int) -> int:
+    """Of one picture."""
+    return 3 * size * size
 
 
 class ImageStore:
@@ -28,7 +51,8 @@ class ImageStore:
         source: Source,
         size: int,
         cache_dir: Path,
-        max_bytes: int,
+        *,
+        stored: bool,
         progress: Progress | None = None,
     ) -> "ImageStore":
         """Opens the pictures of `source`, building the prepared file on first use.
@@ -37,7 +61,7 @@ class ImageStore:
             source: Where the pictures come from.
             size: Side in pixels.
             cache_dir: The file is `cache_dir/images/<fingerprint>_<size>.npy`.
-            max_bytes: If the file would be larger, pictures are decoded at every read instead.
+            stored: Whether there is to be a file; else pictures are decoded at every read.
             progress: Called as pictures are prepared.
 
         Raises:
@@ -45,7 +69,7 @@ class ImageStore:
             EnvironmentProblem: If the file cannot be written.
         """
         length = len(source)
-        if length * 3 * size * size > max_bytes:
+        if not stored:
             return cls(size, length, None, source)
         file = cache_dir / "images" / f"{source.fingerprint}_{size}.npy"
         store = cls(size, length, file, None)

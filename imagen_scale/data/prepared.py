@@ -10,10 +10,11 @@ from torch import Tensor
 
 from imagen_scale.config import Config
 from imagen_scale.data.embeddings import EmbeddingStore
-from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.image_store import ImageStore, stored_sizes
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
+from imagen_scale.files.pictures import from_uint8
 
 
 class Prepared(NamedTuple):
@@ -49,14 +50,12 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
     folder = cache_dir(config)
     source, report = usable_source(config.data, folder / "images", progress)
     images: dict[int, ImageStore] = {}
-    # One limit for all sizes, given to the small ones first, whichever are opened now.
-    bytes_left = round(config.data.cache_images_gb * 1e9)
-    for stage_size in config.imagen.image_sizes:
-        if size in (None, stage_size):
-            images[stage_size] = ImageStore.open(source, stage_size, folder, bytes_left, progress)
-        num_bytes = len(source) * 3 * stage_size**2
-        if num_bytes <= bytes_left:
-            bytes_left -= num_bytes
+    sizes, max_bytes = config.imagen.image_sizes, round(config.data.cache_images_gb * 1e9)
+    stored = stored_sizes(sizes, len(source), max_bytes)  # of all, whichever are opened now
+    for stage_size in sizes if size is None else (size,):
+        images[stage_size] = ImageStore.open(
+            source, stage_size, folder, stored=stage_size in stored, progress=progress
+        )
     # The prompts drawn while training too: the encoder is not to be loaded again beside a U-Net.
     captions = [*source.captions, *config.training.sample_prompts]
     embeddings = EmbeddingStore.open(config.text, config.text_encoder, captions, folder, progress)
@@ -66,4 +65,4 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
 def real_pictures(prepared: Prepared, indices: Sequence[int], size: int) -> Tensor:
     """Pictures of the data set, (N, 3, size, size) in [-1, 1]."""
     pictures = [torch.from_numpy(prepared.images[size][i].copy()) for i in indices]
-    return torch.stack(pictures).float() / 127.5 - 1
+    return from_uint8(torch.stack(pictures))

@@ -14,6 +14,7 @@ from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sources.images import Picture
 from imagen_scale.errors import DataError
+from imagen_scale.files.pictures import from_uint8
 
 
 class Sample(NamedTuple):
@@ -130,7 +131,7 @@ class CaptionedImages(Dataset[Sample]):
         embeds = [sample.text_embeds for sample in samples]
         text_embeds, text_mask = pad_embeddings(embeds, self._max_text_len)
         return Batch(
-            images.float() / 127.5 - 1,
+            from_uint8(images),
             text_embeds,
             text_mask,
             torch.tensor([sample.position for sample in samples]),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from imagen_scale.config import Config
 from imagen_scale.data.encoder import TextEncoder, encoder_folder
+from imagen_scale.data.image_store import bytes_of, stored_sizes
 from imagen_scale.data.prepared import Prepared, cache_dir, prepare
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
@@ -90,13 +91,11 @@ def estimate(config: Config, progress: Progress) -> Estimate:
     count = min(len(source), TRIAL)
     trial = [i * len(source) // count for i in range(count)]
     seconds, picture_bytes = 0.0, {}
-    bytes_left = round(config.data.cache_images_gb * 1e9)
-    for size in config.imagen.image_sizes:
-        num_bytes = len(source) * 3 * size**2
-        is_stored = num_bytes <= bytes_left
-        picture_bytes[size] = num_bytes if is_stored else None
-        if is_stored:
-            bytes_left -= num_bytes
+    sizes, max_bytes = config.imagen.image_sizes, round(config.data.cache_images_gb * 1e9)
+    stored = stored_sizes(sizes, len(source), max_bytes)
+    for size in sizes:
+        picture_bytes[size] = len(source) * bytes_of(size) if size in stored else None
+        if size in stored:
             start = time.monotonic()
             for i in trial:
                 source.image(i, size)

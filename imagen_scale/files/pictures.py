@@ -14,6 +14,11 @@ from torch import Tensor
 from imagen_scale.files.atomic import write_atomically
 
 
+def from_uint8(pictures: Tensor) -> Tensor:
+    """Levels of 0 to 255 as float32 in [-1, 1], the same shape."""
+    return pictures.float() / 127.5 - 1
+
+
 def to_uint8(images: Tensor) -> Any:
     """Images in [-1, 1], (B, 3, H, W), as a NumPy array (B, H, W, 3) uint8."""
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5

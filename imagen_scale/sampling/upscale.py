@@ -8,6 +8,7 @@ from torch import Tensor
 
 from imagen_scale.data.sources.images import load_whole_picture
 from imagen_scale.errors import DataError, UsageError, option
+from imagen_scale.files.pictures import from_uint8
 from imagen_scale.runs.inference import read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.runtimes.contract import Say, Text
@@ -117,4 +118,4 @@ def read_picture(path: Path) -> Tensor:
         picture = load_whole_picture(path)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return torch.from_numpy(picture).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(picture))

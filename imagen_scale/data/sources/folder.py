@@ -13,12 +13,9 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
+from imagen_scale.data.sources.files import FileSource
 from imagen_scale.data.sources.images import (
-    CHECK_SIZE,
     EXTENSIONS,
-    Picture,
-    load_picture,
-    picture_size,
 )
 from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
@@ -28,7 +25,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_SIDECAR_BYTES = 2**20  # more is no caption
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """Pictures in a folder and its subfolders, in the order of the list or of their names.
 
     Captions stand in `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder convention: a
@@ -72,26 +69,11 @@ class FolderSource:
             )
         self.fingerprint = fingerprint("folder", self.keys, self._stats)
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def _file(self, i: int) -> Path:
+        return self._folder / self.keys[i]
 
-    def image(self, i: int, size: int) -> Picture:
-        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
-        with named(printable(self.keys[i])):
-            return load_picture(self._folder / self.keys[i], size)
-
-    def check(self, i: int) -> str | None:
-        """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
-        try:
-            load_picture(self._folder / self.keys[i], CHECK_SIZE)
-        except DataError as reason:
-            return str(reason)
-        return None
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Width and height of the picture at `i` in pixels."""
-        with named(printable(self.keys[i])):
-            return picture_size(self._folder / self.keys[i])
+    def _name(self, i: int) -> str:
+        return printable(self.keys[i])
 
     def _read_lists(self, lists: list[Path], config: DataConfig) -> None:
         rows = (row for file in lists for row in self._rows(file, lists))

@@ -7,13 +7,13 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.images import CHECK_SIZE, Picture, load_picture, picture_size
-from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
+from imagen_scale.data.sources.files import FileSource
+from imagen_scale.data.sources.skipped import Skipped, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, MissingExtraError
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(FileSource):
     """A data set from the Hugging Face hub or from a local folder, in the order of its rows."""
 
     attribution: str | None = None
@@ -63,26 +63,8 @@ class HuggingFaceSource:
         self._follow_symlinks = config.follow_symlinks
         self._roots = _roots(config)
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, i: int, size: int) -> Picture:
-        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
-        with named(f"{self._where}, row {self.keys[i]}"):
-            return load_picture(self._file(i), size)
-
-    def check(self, i: int) -> str | None:
-        """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
-        try:
-            load_picture(self._file(i), CHECK_SIZE)
-        except DataError as reason:
-            return str(reason)
-        return None
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Width and height of the picture at `i` in pixels."""
-        with named(f"{self._where}, row {self.keys[i]}"):
-            return picture_size(self._file(i))
+    def _name(self, i: int) -> str:
+        return f"{self._where}, row {self.keys[i]}"
 
     def _file(self, i: int) -> Path | io.BytesIO:
         cell = self._rows[int(self.keys[i])][self._column]

@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
+from imagen_scale.data.sources.files import FileSource
 from imagen_scale.data.sources.images import (
-    CHECK_SIZE,
     EXTENSIONS,
     MAX_FILE_BYTES,
-    Picture,
-    load_picture,
-    picture_size,
 )
-from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
+from imagen_scale.data.sources.skipped import Skipped, noted, printable
 from imagen_scale.data.sources.tar_index import Member, members, read_member
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
@@ -34,7 +31,7 @@ class _Place(NamedTuple):
     num_bytes: int
 
 
-class WebDatasetSource:
+class WebDatasetSource(FileSource):
     """Pictures in `.tar` files, in the order of the files' names and then of their members.
 
     Members with the same name up to the first dot of its last part belong together: a picture,
@@ -73,26 +70,8 @@ class WebDatasetSource:
             [(one.st_size, one.st_mtime_ns, one.st_mode) for one in status],
         )
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, i: int, size: int) -> Picture:
-        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
-        with named(printable(self.keys[i])):
-            return load_picture(self._file(i), size)
-
-    def check(self, i: int) -> str | None:
-        """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
-        try:
-            load_picture(self._file(i), CHECK_SIZE)
-        except DataError as reason:
-            return str(reason)
-        return None
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Width and height of the picture at `i` in pixels."""
-        with named(printable(self.keys[i])):
-            return picture_size(self._file(i))
+    def _name(self, i: int) -> str:
+        return printable(self.keys[i])
 
     def _file(self, i: int) -> io.BytesIO:
         place = self._places[i]

@@ -17,6 +17,7 @@ from pydantic import ValidationError, model_validator
 from imagen_scale.config.section import Section
 from imagen_scale.diffusion.schedule import PredType, linear_betas
 from imagen_scale.errors import ExportError
+from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED, Port, Precision
 from imagen_scale.version import __version__
@@ -138,12 +139,6 @@ class Manifest(Section):
 def record(ports: list[Port]) -> tuple[PortRecord, ...]:
     """Ports as the manifest keeps them."""
     return tuple(PortRecord(name=p.name, dtype=p.dtype, dims=p.dims) for p in ports)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def onnx_sha256(folder: Path) -> str:

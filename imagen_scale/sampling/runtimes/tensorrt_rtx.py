@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from imagen_scale.errors import EnvironmentProblem, ExportError
+from imagen_scale.files.atomic import sha256
 from imagen_scale.sampling.runtimes import built_here
 from imagen_scale.sampling.runtimes.executors import Backend, OnStream, require_driver
 from imagen_scale.sampling.runtimes.manifest import (
@@ -15,7 +16,6 @@ from imagen_scale.sampling.runtimes.manifest import (
     UNGUIDED_ENGINE,
     EngineFacts,
     onnx_sha256,
-    sha256,
 )
 from imagen_scale.sampling.runtimes.ports import DENOISER
 from imagen_scale.sampling.runtimes.tensorrt_library import find_library, make_logger

@@ -1,0 +1,51 @@
+"""Sources whose pictures are files, or are read like files."""
+
+import io
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from imagen_scale.data.sources.images import CHECK_SIZE, Picture, load_picture, picture_size
+from imagen_scale.data.sources.skipped import named
+from imagen_scale.errors import DataError
+
+
+class FileSource(ABC):
+    """What such sources share: see `Source`.
+
+    They say where a picture lies (`_file`) and what errors call it (`_name`).
+    """
+
+    keys: list[str]
+
+    @abstractmethod
+    def _file(self, i: int) -> Path | io.BytesIO:
+        """The picture's file; DataError if there is none."""
+
+    @abstractmethod
+    def _name(self, i: int) -> str:
+        """The picture in an error's words."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, i: int, size: int) -> Picture:
+        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
+        with self._named(i):
+            return load_picture(self._file(i), size)
+
+    def check(self, i: int) -> str | None:
+        """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
+        try:
+            load_picture(self._file(i), CHECK_SIZE)
+        except DataError as reason:
+            return str(reason)
+        return None
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of the picture at `i` in pixels."""
+        with self._named(i):
+            return picture_size(self._file(i))
+
+    def _named(self, i: int) -> AbstractContextManager[None]:
+        return named(self._name(i))
