@@ -29,12 +29,12 @@ class ImagenScaleError(Exception):
     exit_code = 1
 
     @property
-    def message(self) -> str:
+    def marked(self) -> str:
         """The message with its options still marked; see `spelled`."""
         return super().__str__()
 
     def __str__(self) -> str:
-        return spelled(self.message)
+        return spelled(self.marked)
 
 
 class UsageError(ImagenScaleError):

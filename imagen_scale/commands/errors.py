@@ -26,7 +26,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ImagenScaleError as error:
-            click.echo(f"error: {with_flags(error.message)}", err=True)
+            click.echo(f"error: {with_flags(error.marked)}", err=True)
             sys.exit(error.exit_code)
         except BrokenPipeError:  # the reader has enough, as `head` does: click ends quietly
             raise

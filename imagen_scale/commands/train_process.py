@@ -69,7 +69,7 @@ def main(
               resume=resume, fresh=fresh, plan_check=plan_check)  # fmt: skip
     except ImagenScaleError as error:
         if is_first:
-            click.echo(f"error: {with_flags(error.message)}", err=True)
+            click.echo(f"error: {with_flags(error.marked)}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:  # a full disk, a folder that may not be written
         click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)

@@ -122,7 +122,7 @@ class Generator:
         except _StopError:
             told.put(Stopped())
         except ImagenScaleError as error:
-            told.put(Failed(with_labels(error.message)))
+            told.put(Failed(with_labels(error.marked)))
         except OSError as error:  # a full disk, a folder that may not be written
             told.put(Failed(f"{error.filename or ''}: {error.strerror or error}"))
         except Exception as error:  # a fault of ours: the page goes on, the terminal says where

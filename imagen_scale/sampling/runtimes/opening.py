@@ -61,7 +61,7 @@ def _best_runtime(
         try:
             runtime = _open_export(wanted, file, device, options, side)
         except ImagenScaleError as error:
-            skipped = f"{wanted}: {error.message}"
+            skipped = f"{wanted}: {error.marked}"
         else:
             say(f"{name}: runtime {runtime.name}, the first choice here")
             return runtime
