@@ -1,8 +1,10 @@
 """The project itself: lint, types, import directions, start-up, what it says about itself."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,35 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     files = {path.relative_to(target / "imagen_scale").as_posix()
              for path in (target / "imagen_scale").rglob("*")}  # fmt: skip
     assert {"commands/train_process.py", "report/page.html", "ui/page.css", "py.typed"} <= files
+
+
+def sources():
+    return [path for folder in ("imagen_scale", "export", "launch")
+            for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+
+
+def test_files_and_classes_stay_small():
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno - node.lineno < 200, (path, node.name)
+
+
+def test_no_import_is_hidden_from_the_contract():
+    for path in sources():
+        for call in re.findall(r"(?:import_module|__import__)\(([^)]*)\)", path.read_text("utf-8")):
+            assert "imagen_scale" not in call, (path, call)
+
+
+def test_contributing_draws_the_floors_that_are_checked():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = [contract["layers"] for contract in project["tool"]["importlinter"]["contracts"]
+                 if contract["type"] == "layers"]  # fmt: skip
+    lines = "\n".join(
+        layer.replace("imagen_scale_export", "export").replace("imagen_scale.", "")
+        for layer in layers
+    )
+    assert len(layers) == 6
+    assert f"```\n{lines}\n```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
