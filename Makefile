@@ -25,7 +25,7 @@ test: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 lint pytest
 
 pytest: $(VENV)/.test
-	. $(BIN)/activate && python -m pytest -n $(WORKERS) --dist loadgroup
+	. $(BIN)/activate && python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test
 	. $(BIN)/activate && python -m pytest -m slow

@@ -19,10 +19,6 @@ pytest.register_assert_rewrite("support.runs")
 settings.register_profile("imagen-scale", deadline=None, max_examples=30)
 settings.load_profile("imagen-scale")
 
-# Fixtures of more than one test that each worker may make for itself.
-CHEAP = {"private_folders", "launch", "tmp_path_factory", "pytestconfig", "worker_id"}
-ACROSS_FILES = ("process_group", "exported")
-
 
 @pytest.fixture(scope="session", autouse=True)
 def private_folders():
@@ -40,21 +36,9 @@ def private_folders():
 
 
 def pytest_collection_modifyitems(items):
-    """Tells pytest-xdist which tests belong to one worker: those that share a fixture.
-
-    What several files share, and what one file shares, is made once; all other tests go to
-    whichever worker is free. Trainings come first, so that no long one is left for the end.
-    """
-    for item in items:
-        fixtures = {
-            name
-            for name, definitions in item._fixtureinfo.name2fixturedefs.items()
-            if any(each.scope != "function" for each in definitions)
-        } - CHEAP
-        if fixtures:
-            group = next((name for name in ACROSS_FILES if name in fixtures), item.path.stem)
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+    """Files that train come first, so that no long one is left to one worker at the end."""
+    long = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_unconfigure(config):

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from imagen_scale.training.preview import show_grid
 from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, world_size
 from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
-from imagen_scale.training.telemetry import Telemetry, open_telemetry
+from imagen_scale.training.telemetry import Telemetry
 from imagen_scale.training.validation import validation_loss
 
 
@@ -92,7 +93,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
     loaded = watchdog.loading(_micro_batches(session, job))
     skipped = SkippedSteps(job)
     losses: list[Tensor] = []  # of this rank since the last report
-    with open_telemetry(job.run_dir, job.config, stage, first) as telemetry, watchdog.phase("step"):
+    with _telemetry(session, job) as telemetry, watchdog.phase("step"):
         while session.step < stage.steps:
             lr = learning_rate(stage, session.step)
             # The first one may be slow on one rank only: it allocates and compiles.
@@ -153,6 +154,19 @@ def _micro_batches(session: Session, job: Job) -> Iterator[Batch]:
         world_size=world_size(),
         num_workers=job.config.data.num_workers,
     )
+
+
+def _telemetry(session: Session, job: Job) -> AbstractContextManager[Telemetry | None]:
+    """Telemetry on rank 0, None on the others; all ranks together."""
+    telemetry = None
+
+    def make() -> None:
+        nonlocal telemetry
+        stage = session.stage
+        telemetry = Telemetry(job.run_dir, job.config, stage.number, session.step, stage.steps)
+
+    from_rank_0(make)  # ranks must not be left waiting when rank 0 cannot report
+    return nullcontext() if telemetry is None else telemetry
 
 
 def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None) -> None:

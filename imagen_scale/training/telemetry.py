@@ -2,17 +2,20 @@
 
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from imagen_scale.config import Config, StageConfig
+from imagen_scale.config import Config
 from imagen_scale.files.atomic import write_atomically
+<<<<<<< HEAD
 from imagen_scale.runs.folders import metrics_path
 from imagen_scale.training.ranks import from_rank_0
+=======
+from imagen_scale.runs.folders import unet_dir
+>>>>>>> training-session
 from imagen_scale.training.wandb_sink import WandbSink
 
 console = Console(highlight=False, soft_wrap=True)
@@ -127,20 +130,6 @@ class Telemetry:
         if self._wandb is not None:
             name = f"unet{self.unet_number}/"
             self._wandb.picture({name + "step": step}, name + "samples", path)
-
-
-def open_telemetry(
-    run_dir: Path, config: Config, stage: StageConfig, start_step: int
-) -> AbstractContextManager[Telemetry | None]:
-    """Telemetry on rank 0, None on the others; all ranks together."""
-    telemetry = None
-
-    def make() -> None:
-        nonlocal telemetry
-        telemetry = Telemetry(run_dir, config, stage.number, start_step, stage.steps)
-
-    from_rank_0(make)  # ranks must not be left waiting when rank 0 cannot report
-    return nullcontext() if telemetry is None else telemetry
 
 
 class LineFile:
