@@ -10,12 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from imagen_scale.config import Config
 from imagen_scale.files.atomic import write_atomically
-<<<<<<< HEAD
 from imagen_scale.runs.folders import metrics_path
-from imagen_scale.training.ranks import from_rank_0
-=======
-from imagen_scale.runs.folders import unet_dir
->>>>>>> training-session
 from imagen_scale.training.wandb_sink import WandbSink
 
 console = Console(highlight=False, soft_wrap=True)
