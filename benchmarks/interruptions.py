@@ -20,7 +20,7 @@ from forked import Training
 from support.tiny import TINY
 
 from imagen_scale.errors import CheckpointError
-from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
+from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify_checkpoint
 from imagen_scale.runs.folders import inference_path, unet_dir
 
 EVERY = 2
@@ -80,7 +80,7 @@ class Arena:
         found = []
         for place in list_checkpoints(unet_dir(run, 1)):
             try:
-                verify(place)
+                verify_checkpoint(place)
             except CheckpointError as error:
                 found.append(str(error))
                 continue

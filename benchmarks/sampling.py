@@ -96,8 +96,7 @@ def write_run(run: Path, unet: Any, config: Config) -> InferenceFile:
     save_inference(file, unet.state_dict())
     file = read_inference(inference_path(run, 1))
     try:
-        from imagen_scale_export.exporter import Options as ExportOptions
-        from imagen_scale_export.exporter import export_unet
+        from imagen_scale_export.exporter import ExportOptions, export_unet
 
         # Not compared with the network here: the table does it.
         export_unet(file, ExportOptions(format="onnx", precision="fp32", check=False), say)

@@ -10,7 +10,7 @@ from imagen_scale.runs.checkpoint import (
     newest_good,
     remove_old,
     staging_folder,
-    verify,
+    verify_checkpoint,
 )
 
 
@@ -28,7 +28,7 @@ def names(parent):
 
 def test_a_commit_is_whole(tmp_path):
     folder = save(tmp_path, 5)
-    manifest = verify(folder)
+    manifest = verify_checkpoint(folder)
     assert manifest["step"] == 5
     assert manifest["processes"] == 1
     assert set(manifest["files"]) == {"deepspeed/shard.pt", "ema.safetensors"}
@@ -75,14 +75,14 @@ def test_any_damage_is_found_and_the_one_before_is_used(tmp_path, damage, name):
 def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     (save(tmp_path, 2) / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json: (missing or damaged|not that of)"):
-        verify(tmp_path / "step_00000002")
+        verify_checkpoint(tmp_path / "step_00000002")
 
 
 def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path):
     folder = save(tmp_path, 2)
     renamed = folder.rename(tmp_path / "step_00000009")
     with pytest.raises(CheckpointError, match="not that of this checkpoint"):
-        verify(renamed)
+        verify_checkpoint(renamed)
 
 
 def test_all_damaged_is_an_error_and_none_at_all_is_a_start(tmp_path):
@@ -121,7 +121,7 @@ def test_pruning_does_not_count_what_was_passed_over(tmp_path):
 def test_the_same_step_may_be_saved_again(tmp_path):
     save(tmp_path, 2)
     folder = save(tmp_path, 2)
-    assert verify(folder)["step"] == 2
+    assert verify_checkpoint(folder)["step"] == 2
 
 
 def test_a_failed_write_leaves_the_file_before_and_no_debris(tmp_path):

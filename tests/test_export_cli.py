@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from imagen_scale_export.exporter import Options, export_unet
+from imagen_scale_export.exporter import ExportOptions, export_unet
 from imagen_scale_export.staging import check_room, staged
 from support.tiny import write_stage
 
@@ -137,7 +137,7 @@ def test_weights_that_change_during_the_export_end_it(tmp_path):
         write_stage(tmp_path, 1, seed=1, overrides=SHALLOW)
 
     with pytest.raises(ExportError, match="changed while it was exported"):
-        export_unet(file, Options(check=False), tell)
+        export_unet(file, ExportOptions(check=False), tell)
     assert sentences == ["U-Net 1: tracing the fp32 graph"]
     assert not list(tmp_path.rglob("*.onnx"))
 

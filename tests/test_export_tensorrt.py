@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from imagen_scale_export.exporter import Options, export_unet
+from imagen_scale_export.exporter import ExportOptions, export_unet
 from imagen_scale_export.to_onnx import op_census
-from imagen_scale_export.to_tensorrt import Network, parse_range, parse_targets
+from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_range, parse_targets
 from support.tiny import write_stage
 
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
@@ -26,8 +26,13 @@ def run(tmp_path_factory):
     """A run with a portable engine of the base stage and a narrow one of super-resolution."""
     run = tmp_path_factory.mktemp("engines") / "tiny"
     for number, options in (
-        (1, Options(format="tensorrt", precision="fp16", batch=(1, 2, 4))),
-        (2, Options(format="tensorrt", precision="fp16", targets="SM86,SM120", dynamic_size=True)),
+        (1, ExportOptions(format="tensorrt", precision="fp16", batch=(1, 2, 4))),
+        (
+            2,
+            ExportOptions(
+                format="tensorrt", precision="fp16", targets="SM86,SM120", dynamic_size=True
+            ),
+        ),
     ):
         write_stage(run, number)
         export_unet(open_file(run, number), options, lambda sentence: None)
@@ -67,7 +72,7 @@ def test_an_engine_is_built_without_a_gpu(run, number, targets, batch, side):
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_parsed_network_has_every_group_norm_with_eight_groups(run, number, name):
     path = folder_of(run, number) / name
-    groups = Network(find_library("tensorrt_rtx"), path).norm_groups()
+    groups = TensorRTNetwork(find_library("tensorrt_rtx"), path).norm_groups()
     assert groups == [8] * op_census(path)["GroupNormalization"]
     assert len(groups) > 10
 
@@ -78,7 +83,10 @@ def test_fp32_builds_because_its_attention_is_in_parts(exported):
     file = open_file(exported, 1)
     ports = denoiser_inputs(file.config.stage(1, 384).network, 16, dynamic_size=False)
     profile = Profile(batch=(1, 1, 1), side=(16, 16, 16))
-    assert len(Network(library, path).build(ports, profile, ("portable",))) > path.stat().st_size
+    assert (
+        len(TensorRTNetwork(library, path).build(ports, profile, ("portable",)))
+        > path.stat().st_size
+    )
 
 
 def test_a_profile_that_the_library_refuses_is_its_own_sentence(exported):
@@ -87,7 +95,7 @@ def test_a_profile_that_the_library_refuses_is_its_own_sentence(exported):
         open_file(exported, 1).config.stage(1, 384).network, 16, dynamic_size=False
     )
     with pytest.raises(ExportError, match="built no engine: "):
-        Network(find_library("tensorrt_rtx"), path).build(
+        TensorRTNetwork(find_library("tensorrt_rtx"), path).build(
             ports, Profile(batch=(3, 2, 1), side=(16, 16, 16)), ("portable",)
         )
 
@@ -95,7 +103,7 @@ def test_a_profile_that_the_library_refuses_is_its_own_sentence(exported):
 def test_a_file_that_is_no_graph_is_refused(tmp_path):
     (tmp_path / "denoiser.onnx").write_bytes(b"\x08")
     with pytest.raises(ExportError, match="cannot read it"):
-        Network(find_library("tensorrt_rtx"), tmp_path / "denoiser.onnx")
+        TensorRTNetwork(find_library("tensorrt_rtx"), tmp_path / "denoiser.onnx")
 
 
 def test_an_engine_built_here_may_be_loaded_and_no_other(run, tmp_path, monkeypatch):

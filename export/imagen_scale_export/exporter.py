@@ -20,8 +20,8 @@ from imagen_scale.sampling.runtimes.manifest import (
     EngineFacts,
     Format,
     Graph,
+    MinOptMax,
     Profile,
-    Range,
     SamplerConstants,
     Verification,
     onnx_sha256,
@@ -51,14 +51,14 @@ from imagen_scale_export.to_onnx import (
     op_census,
     require_exporter,
 )
-from imagen_scale_export.to_tensorrt import Network, parse_targets
+from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_targets
 from imagen_scale_export.verify import verify, verify_conditioner
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What to export.
 
     Args:
@@ -73,14 +73,14 @@ class Options:
 
     format: Format = "onnx"
     precision: Precision = "fp32"
-    batch: Range = (1, 2, 8)
+    batch: MinOptMax = (1, 2, 8)
     targets: str = "portable"
     dynamic_size: bool = False
     check: bool = True
     force: bool = False
 
 
-def export_unet(file: InferenceFile, options: Options, tell: Tell) -> Path:
+def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path:
     """Exports one U-Net.
 
     Args:
@@ -166,7 +166,7 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
         ExportError: If it is damaged or stale.
     """
     manifest = open_export(folder, file)
-    options = Options(
+    options = ExportOptions(
         format=manifest.format, precision=manifest.precision, dynamic_size=manifest.dynamic_size
     )
     try:
@@ -178,7 +178,7 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
         raise ParityError(f"{error}. Moved to {reject(folder, folder)}.") from None
 
 
-def _require_checker(options: Options) -> None:
+def _require_checker(options: ExportOptions) -> None:
     """Refuses a bf16 export that nothing on this machine could check.
 
     ONNX Runtime has no bf16 kernels for CPUs; OpenVINO has.
@@ -194,7 +194,7 @@ def _require_checker(options: Options) -> None:
             ) from None
 
 
-def _profile(unet: UNet, constants: SamplerConstants, options: Options) -> Profile:
+def _profile(unet: UNet, constants: SamplerConstants, options: ExportOptions) -> Profile:
     size, divisor = constants.image_size, unet.config.size_divisor
     if not options.dynamic_size:
         return Profile(batch=options.batch, side=(size, size, size))
@@ -207,7 +207,7 @@ def _build(
     folder: Path,
     unet: UNet,
     constants: SamplerConstants,
-    options: Options,
+    options: ExportOptions,
     profile: Profile,
     targets: tuple[str, ...],
 ) -> EngineFacts:
@@ -219,7 +219,7 @@ def _build(
     )
     for guided, engine in ((True, ENGINE), (False, UNGUIDED_ENGINE)):
         graph = folder / graph_name(guided)
-        network = Network(library, graph)
+        network = TensorRTNetwork(library, graph)
         # Importers have got grouped normalisation wrong before (NVIDIA/TensorRT issue 4336).
         groups, meant = network.norm_groups(), op_census(graph)["GroupNormalization"]
         if groups != [NORM_GROUPS] * meant:
@@ -239,7 +239,7 @@ def _verify(
     file: InferenceFile,
     unet: UNet,
     folder: Path,
-    options: Options,
+    options: ExportOptions,
     constants: SamplerConstants,
     engine: EngineFacts | None,
     profile: Profile | None,
@@ -257,7 +257,9 @@ def _verify(
         runtime.close()
 
 
-def _backend(folder: Path, options: Options, engine: EngineFacts | None) -> tuple[Backend, str]:
+def _backend(
+    folder: Path, options: ExportOptions, engine: EngineFacts | None
+) -> tuple[Backend, str]:
     """What can compute the export on this machine, and what is left unproven by it."""
     cpu, cuda, has_gpu = torch.device("cpu"), torch.device("cuda"), torch.cuda.is_available()
     if engine is not None and has_gpu:

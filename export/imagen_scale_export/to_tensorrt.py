@@ -49,7 +49,7 @@ def _capabilities(library: Library) -> list[str]:
     return list(kinds.__members__) if kinds else []
 
 
-class Network:
+class TensorRTNetwork:
     """An ONNX file as TensorRT parsed it.
 
     Args:

@@ -77,12 +77,12 @@ def _export(
     from imagen_scale.runs.folders import find_run
 
     run_dir = find_run(run)
-    from imagen_scale_export.exporter import Options, export_unet
+    from imagen_scale_export.exporter import ExportOptions, export_unet
     from imagen_scale_export.to_tensorrt import parse_range
 
     from imagen_scale.runs.inference import read_stage
 
-    options = Options(
+    options = ExportOptions(
         format=format,
         precision=precision or ("fp16" if format == "tensorrt" else "fp32"),
         batch=parse_range(batch),

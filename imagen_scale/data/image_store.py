@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imagen_scale.data.sources.images import Picture
+from imagen_scale.data.sources.images import PixelArray
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 
@@ -87,7 +87,7 @@ class ImageStore:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, i: int) -> Picture:
+    def __getitem__(self, i: int) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8, free to be changed."""
         if self._source is not None:
             return self._source.image(i, self.size)

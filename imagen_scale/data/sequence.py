@@ -12,15 +12,15 @@ from imagen_scale.data.embeddings import EmbeddingStore, pad_embeddings
 from imagen_scale.data.encoder import Embedding
 from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.seeds import seeded
-from imagen_scale.data.sources.images import Picture
+from imagen_scale.data.sources.images import PixelArray
 from imagen_scale.errors import DataError
 from imagen_scale.files.pictures import from_uint8
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """One picture with its caption."""
 
-    image: Picture  # (3, H, W) uint8
+    image: PixelArray  # (3, H, W) uint8
     text_embeds: Embedding  # (L, D)
     position: int
     caption: str
@@ -57,7 +57,7 @@ def split_indices(keys: list[str], val_fraction: float) -> tuple[list[int], list
     return train, val
 
 
-class CaptionedImages(Dataset[Sample]):
+class CaptionedImages(Dataset[TrainingSample]):
     """The endless sequence: position g is place g % N of epoch g // N.
 
     What stands at a position is a pure function of seed and position. Nothing about the order of
@@ -111,21 +111,21 @@ class CaptionedImages(Dataset[Sample]):
         """Number of pictures in one epoch."""
         return len(self._indices)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> TrainingSample:
         """The sample at a position, which may be as large as one likes."""
         i = self.picture(position)
         image = self._images[i]
         if self._flip and seeded("flip", self._seed, position) % 2:
             image = image[:, :, ::-1]
         caption = self._captions[i]
-        return Sample(image, self._embeddings[caption], position, caption)
+        return TrainingSample(image, self._embeddings[caption], position, caption)
 
     def picture(self, position: int) -> int:
         """Which picture of the source stands at a position."""
         epoch, place = divmod(position, len(self._indices))
         return self._indices[self._epoch_order(epoch)[place]]
 
-    def collate(self, samples: list[Sample]) -> Batch:
+    def collate(self, samples: list[TrainingSample]) -> Batch:
         """Stacks samples; pictures become float32 in [-1, 1]."""
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         embeds = [sample.text_embeds for sample in samples]

@@ -24,7 +24,7 @@ class Grid(NamedTuple):
     source: str  # data: address
 
 
-class Made(NamedTuple):
+class EmbeddedSample(NamedTuple):
     """A picture of `imagen-scale sample`."""
 
     source: str
@@ -69,7 +69,7 @@ def read_grids(run: Path, unet_number: int, problems: list[str]) -> tuple[list[G
     return grids, len(found)
 
 
-def read_samples(run: Path, problems: list[str]) -> list[Made]:
+def read_samples(run: Path, problems: list[str]) -> list[EmbeddedSample]:
     """The newest pictures made from prompts."""
     paths = [path for path in samples_dir(run).glob("*_*.png")
              if re.fullmatch(r"\d+_[0-9a-f]+\.png", path.name)]  # fmt: skip
@@ -82,7 +82,7 @@ def read_samples(run: Path, problems: list[str]) -> list[Made]:
                 problems.append(f"{path}: {beside.name} is missing, so its prompt is not known.")
             continue
         try:
-            made.append(Made(embed(path, width=512), facts.prompt, facts.seed))
+            made.append(EmbeddedSample(embed(path, width=512), facts.prompt, facts.seed))
         except ValueError as error:
             problems.append(str(error))
     return made

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from imagen_scale.runs.records import Evaluation, Restoration, StageMeasures
+from imagen_scale.runs.records import EvaluationRecord, MeasuresRecord, RestorationRecord
 
 
 class Row(NamedTuple):
@@ -14,10 +14,10 @@ class Row(NamedTuple):
     cells: list[str]
 
 
-def rows(evaluation: Evaluation) -> list[Row]:
+def rows(evaluation: EvaluationRecord) -> list[Row]:
     """The measures that at least one stage has."""
     chance = f"retrieval (chance {evaluation.retrieval_chance:.1%})"
-    table: list[tuple[str, str, Callable[[StageMeasures], float | None], str]] = [
+    table: list[tuple[str, str, Callable[[MeasuresRecord], float | None], str]] = [
         (chance, "higher", lambda stage: stage.retrieval_accuracy, ".1%"),
         ("colour drift of the mean, of 255", "0",
          lambda stage: _times(stage.colour_mean_drift, 255), "+.1f"),
@@ -42,9 +42,9 @@ def rows(evaluation: Evaluation) -> list[Row]:
     return made
 
 
-def _restored(field: str) -> Callable[[StageMeasures], float | None]:
-    def value(stage: StageMeasures) -> float | None:
-        found: Restoration | None = stage.restoration
+def _restored(field: str) -> Callable[[MeasuresRecord], float | None]:
+    def value(stage: MeasuresRecord) -> float | None:
+        found: RestorationRecord | None = stage.restoration
         return None if found is None else getattr(found, field)
 
     return value

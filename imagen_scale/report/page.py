@@ -9,7 +9,7 @@ import jinja2
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.report.curves import Chart, draw, value_text
 from imagen_scale.report.measures import rows
-from imagen_scale.report.run_facts import Progress, RunFacts, Stage, read_run
+from imagen_scale.report.run_facts import Progress, RunFacts, StageFacts, read_run_facts
 from imagen_scale.version import __version__
 
 # Charts beside the losses: title, and key by name of each curve.
@@ -42,7 +42,7 @@ def write_report(run: Path, out: Path, *, check: bool, progress: Progress) -> Ru
     Returns:
         What was read, `problems` among it.
     """
-    facts = read_run(run, check=check, progress=progress)
+    facts = read_run_facts(run, check=check, progress=progress)
     # File names may hold what is no text.
     content = render(facts).encode("utf-8", "backslashreplace")
     write_atomically(out, lambda temporary: temporary.write_bytes(content))
@@ -71,7 +71,7 @@ def render(facts: RunFacts) -> str:
     )
 
 
-def charts(stage: Stage) -> list[Chart]:
+def charts(stage: StageFacts) -> list[Chart]:
     """The curves of one stage; those without a point are left out."""
     values = stage.metrics.values
     losses = {name: values.get(key, [])

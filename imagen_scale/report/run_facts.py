@@ -8,8 +8,8 @@ from typing import NamedTuple
 from imagen_scale.config import Config, parse_config
 from imagen_scale.errors import CheckpointError, ConfigError
 from imagen_scale.files.atomic import sha256
-from imagen_scale.report.embedding import Grid, Made, read_grids, read_samples
-from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify
+from imagen_scale.report.embedding import EmbeddedSample, Grid, read_grids, read_samples
+from imagen_scale.runs.checkpoint import MANIFEST, list_checkpoints, verify_checkpoint
 from imagen_scale.runs.folders import (
     config_path,
     data_report_path,
@@ -23,11 +23,11 @@ from imagen_scale.runs.folders import (
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.runs.records import (
     DataReport,
-    Evaluation,
+    EvaluationRecord,
     ExportManifest,
     Metrics,
-    Setup,
     SetupFile,
+    SetupRecord,
     read_metrics,
     read_record,
 )
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
     bytes: int
 
 
-class Stage(NamedTuple):
+class StageFacts(NamedTuple):
     """One U-Net of the run."""
 
     number: int
@@ -64,7 +64,7 @@ class Stage(NamedTuple):
     state: str  # "finished", "under way", "not started"
     last_report: str | None
     metrics: Metrics
-    setup: Setup | None
+    setup: SetupRecord | None
     weights: Weights | None
     checkpoints: list[Checkpoint]
     grids: list[Grid]
@@ -97,15 +97,15 @@ class RunFacts(NamedTuple):
     name: str
     config: Config | None
     config_text: str
-    stages: list[Stage]
+    stages: list[StageFacts]
     data: DataReport | None
-    evaluation: Evaluation | None
+    evaluation: EvaluationRecord | None
     exports: list[Export]
-    samples: list[Made]
+    samples: list[EmbeddedSample]
     problems: list[str]  # what is damaged, in sentences
 
 
-def read_run(run: Path, *, check: bool, progress: Progress) -> RunFacts:
+def read_run_facts(run: Path, *, check: bool, progress: Progress) -> RunFacts:
     """Reads a run's folder.
 
     Args:
@@ -136,7 +136,7 @@ def read_run(run: Path, *, check: bool, progress: Progress) -> RunFacts:
         config_text=text,
         stages=stages,
         data=read_record(data_report_path(run), DataReport, problems),
-        evaluation=read_record(evaluation_path(run), Evaluation, problems),
+        evaluation=read_record(evaluation_path(run), EvaluationRecord, problems),
         exports=_read_exports(run, problems, check),
         samples=read_samples(run, problems),
         problems=problems,
@@ -155,7 +155,7 @@ def _read_stage(
     problems: list[str],
     check: bool,
     progress: Progress,
-) -> Stage:
+) -> StageFacts:
     folder = unet_dir(run, number)
     metrics = read_metrics(metrics_path(run, number), problems)
     setup = read_record(setup_path(run, number), SetupFile, problems)
@@ -172,7 +172,7 @@ def _read_stage(
     step = max(metrics.last_step, weights.step if weights else 0)
     grids, num_grids = read_grids(run, number, problems)
     is_finished = weights is not None and weights.step >= (steps or weights.steps)
-    return Stage(
+    return StageFacts(
         number=number,
         size=size,
         step=step,
@@ -209,7 +209,7 @@ def _read_checkpoints(folder: Path, check: bool, progress: Progress) -> list[Che
         if check:
             progress(f"verifying {folder.name}", i, len(found))
             try:
-                verify(path)
+                verify_checkpoint(path)
                 verdict, is_good = "verified", True
             except CheckpointError as error:
                 verdict = str(error).removeprefix(f"{path}/")

@@ -79,7 +79,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Checks every file of a checkpoint against its manifest.
 
     Returns:
@@ -121,7 +121,7 @@ def newest_good(
     checkpoints = list_checkpoints(parent)
     for folder in checkpoints:
         try:
-            return folder, verify(folder)
+            return folder, verify_checkpoint(folder)
         except CheckpointError as error:
             warn(f"damaged checkpoint passed over: {error}")
     if checkpoints:

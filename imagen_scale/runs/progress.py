@@ -43,11 +43,11 @@ class RunProgress(NamedTuple):
 
 def find_runs(root: Path) -> list[RunProgress]:
     """The runs under `root`, the one changed last first; a broken one is named, not dropped."""
-    runs = [read_run(file.parent) for file in root.glob("*/config.json")]
+    runs = [read_progress(file.parent) for file in root.glob("*/config.json")]
     return sorted(runs, key=lambda run: run.changed, reverse=True)
 
 
-def read_run(folder: Path) -> RunProgress:
+def read_progress(folder: Path) -> RunProgress:
     """One run, as it stands."""
     changed = last_change(folder)
     picture = newest_picture(folder)

@@ -43,7 +43,7 @@ class Zero(Record):
     stage: int = 0
 
 
-class Setup(Record):
+class SetupRecord(Record):
     """How a stage is trained: setup.json's `setup`."""
 
     ranks: int
@@ -57,10 +57,10 @@ class Setup(Record):
 class SetupFile(Record):
     """setup.json."""
 
-    setup: Setup
+    setup: SetupRecord
 
 
-class Restoration(Record):
+class RestorationRecord(Record):
     """How well real pictures come back from their small copies."""
 
     psnr_db: float
@@ -69,7 +69,7 @@ class Restoration(Record):
     bicubic_ssim: float
 
 
-class StageMeasures(Record):
+class MeasuresRecord(Record):
     """The measures of one stage; None was not measured."""
 
     unet: int
@@ -78,28 +78,28 @@ class StageMeasures(Record):
     colour_mean_drift: float | None = None
     colour_std_drift: float | None = None
     lowres_consistency_db: float | None = None
-    restoration: Restoration | None = None
+    restoration: RestorationRecord | None = None
     fid: float | None = None
     kid: float | None = None
     clip_score: float | None = None
 
 
-class Evaluation(Record):
+class EvaluationRecord(Record):
     """evaluation.json."""
 
     captions: int
     split: str
     retrieval_chance: float
-    stages: list[StageMeasures]
+    stages: list[MeasuresRecord]
 
 
-class FileRecord(Record):
+class ExportedFile(Record):
     """One file of an export."""
 
     bytes: int
 
 
-class Verification(Record):
+class VerificationRecord(Record):
     """What comparing an export with torch gave."""
 
     runtime: str
@@ -117,8 +117,8 @@ class ExportManifest(Record):
     unet_number: int
     checkpoint_sha256: str
     checkpoint_step: int
-    files: dict[str, FileRecord]
-    verification: Verification | None
+    files: dict[str, ExportedFile]
+    verification: VerificationRecord | None
 
 
 class SampleFacts(Record):

@@ -10,7 +10,7 @@ from imagen_scale.sampling.options import StageSettings
 MOST_SHOWN = 60
 
 
-class StageFacts(StageSettings):
+class SampledStage(StageSettings):
     """How one stage was sampled, and what computed it."""
 
     # Of any version: a name that is not known here is shown all the same.
@@ -26,7 +26,7 @@ class Facts(Record):
     negative_prompt: str | None = None
     seed: int
     tile: int | None = None
-    stages: list[StageFacts]
+    stages: list[SampledStage]
 
 
 class Entry(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 import grimp
 import pytest
-from imagen_scale_export.exporter import Options, export_unet
+from imagen_scale_export.exporter import ExportOptions, export_unet
 
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
@@ -60,6 +60,6 @@ def _export(run: Path) -> None:
             for precision in ("fp32", "fp16"):
                 # The second stage in fp32 takes other sizes as well.
                 any_size = number == 2 and precision == "fp32"
-                options = Options(precision=precision, dynamic_size=any_size)
+                options = ExportOptions(precision=precision, dynamic_size=any_size)
                 file = read_inference(inference_path(run, number))
                 export_unet(file, options, lambda sentence: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import DataConfig
-from imagen_scale.data.sources.images import Picture, load_picture
+from imagen_scale.data.sources.images import PixelArray, load_picture
 from imagen_scale.data.sources.skipped import Skipped, named
 from imagen_scale.data.storage import fingerprint
 from imagen_scale.errors import DataError, MissingExtraError
@@ -57,7 +57,7 @@ class EmojiSource:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def image(self, i: int, size: int) -> Picture:
+    def image(self, i: int, size: int) -> PixelArray:
         """The drawing at `i` on white, rendered at `size`, (3, size, size) uint8 RGB."""
         import resvg_py
 

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from imagen_scale.data.sources.images import CHECK_SIZE, Picture, load_picture, picture_size
+from imagen_scale.data.sources.images import CHECK_SIZE, PixelArray, load_picture, picture_size
 from imagen_scale.data.sources.skipped import named
 from imagen_scale.errors import DataError
 
@@ -29,7 +29,7 @@ class FileSource(ABC):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, i: int, size: int) -> Picture:
+    def image(self, i: int, size: int) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
         with self._named(i):
             return load_picture(self._file(i), size)

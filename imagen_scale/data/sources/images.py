@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
 
-Picture = npt.NDArray[np.uint8]  # (3, size, size) RGB
+PixelArray = npt.NDArray[np.uint8]  # (3, size, size) RGB
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -49,7 +49,7 @@ _UNDO_ORIENTATION = {
 }
 
 
-def load_picture(file: Path | BinaryIO, size: int) -> Picture:
+def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
     """Reads a picture: its shorter side is resized to `size`, then its centre square is kept.
 
     The format is told by content, not by name. EXIF orientation is applied, transparency is laid

@@ -7,7 +7,7 @@ from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.emoji import EmojiSource
 from imagen_scale.data.sources.folder import FolderSource
 from imagen_scale.data.sources.huggingface import HuggingFaceSource
-from imagen_scale.data.sources.images import Picture
+from imagen_scale.data.sources.images import PixelArray
 from imagen_scale.data.sources.skipped import Skipped
 from imagen_scale.data.sources.webdataset import WebDatasetSource
 from imagen_scale.data.storage import fingerprint
@@ -33,7 +33,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, i: int, size: int) -> Picture:
+    def image(self, i: int, size: int) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
 
     def check(self, i: int) -> str | None:
@@ -76,7 +76,7 @@ class Without:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def image(self, i: int, size: int) -> Picture:
+    def image(self, i: int, size: int) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
         return self._source.image(self._kept[i], size)
 

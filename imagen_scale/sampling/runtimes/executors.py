@@ -28,11 +28,6 @@ class Executor(Protocol):
         ...
 
 
-def first_line(error: Exception) -> str:
-    """A runtime's own words, without the trace that follows."""
-    return str(error).strip().partition("\n")[0]
-
-
 class OnStream:
     """A graph on a CUDA stream of its own, with buffers that are allocated once per shape.
 

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 ENGINE, UNGUIDED_ENGINE = "denoiser.engine", "denoiser_unguided.engine"
 SCHEMA_VERSION = 1
 Format = Literal["onnx", "tensorrt"]
-Range = tuple[int, int, int]  # least, best served, most
+MinOptMax = tuple[int, int, int]  # least, best served, most
 
 
 class FileRecord(Section):
@@ -54,8 +54,8 @@ class Graph(Section):
 class Profile(Section):
     """What an engine accepts: images at once, and their side in pixels."""
 
-    batch: Range
-    side: Range
+    batch: MinOptMax
+    side: MinOptMax
 
 
 class SamplerConstants(Section):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagen_scale.data.storage import first_line
 from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraError, option
 from imagen_scale.sampling.runtimes.executors import (
     Backend,
     OnStream,
-    first_line,
     graph_name,
     require_driver,
 )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagen_scale.data.storage import first_line
 from imagen_scale.errors import ExportError, MissingExtraError
-from imagen_scale.sampling.runtimes.executors import Backend, first_line, graph_name
+from imagen_scale.sampling.runtimes.executors import Backend, graph_name
 
 # OpenVINO ---------------------------------------------------------------------------------------
 
