@@ -152,7 +152,9 @@ def test_a_missing_extra_is_named(package, call, advice):
         f"import sys; sys.modules[{package!r}] = None; sys.modules['tensorrt'] = None\n"
         "from pathlib import Path\n"
         "from imagen_scale.errors import MissingExtraError\n"
-        "from imagen_scale.sampling.runtimes.executors import *\n"
+        "from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session\n"
+        "from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino\n"
+        "from imagen_scale.sampling.runtimes.tensorrt_library import find_library\n"
         "from imagen_scale_export.to_onnx import require_exporter\n"
         f"try: {call}\nexcept MissingExtraError as error: print(error)"
     )
