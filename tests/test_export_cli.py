@@ -22,6 +22,7 @@ from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.exported import export_folder, open_exported
 
 CPU = torch.device("cpu")
@@ -223,7 +224,7 @@ def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch
         assert export_folder(file, "onnx", "fp32").is_dir()
         runtime = open_exported("onnx", file, folder=None, device=CPU)
         low = lowres(number, 2, size)
-        ours = pictures(runtime.bind(text, cond_scale=SCALE, **low), schedule, 2, size)
+        ours = pictures(runtime.bind(Conditioning(text, SCALE, **low)), schedule, 2, size)
         theirs = pictures(torch_denoiser(load_unet(file), schedule, text, **low), schedule, 2, size)
         assert (ours.round() - theirs.round()).abs().max() <= 1
     launch(tiny_config, run, "training.steps=8", "training.sample_every=null")

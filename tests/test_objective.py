@@ -75,7 +75,7 @@ def test_what_the_network_sees_and_must_answer(index, size):
         schedule = objective.schedule
         if index == 0:
             return draws.eps
-        return schedule.v_target(batch.images, t, draws.eps)  # TINY's second U-Net predicts v
+        return schedule.target("v", batch.images, t, draws.eps)  # as TINY's second U-Net
 
     assert objective.loss(network, batch).item() == 0
     x_t = objective.schedule.q_sample(batch.images, draws.t, draws.eps)

@@ -201,8 +201,9 @@ def test_what_the_tests_have_on_record_is_found_today(tmp_path, monkeypatch):
     Users have such figures on their disks, too.
     """
     monkeypatch.setenv("IMAGEN_SCALE_CACHE", str(tmp_path))
+    # The network of the test below, whose figures are on record.
     written = "training.precision=bf16", "training.micro_batch=2", "memory.checkpointing=blocks"
-    plan(tiny(*written), 1)
+    plan(tiny(*written))
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("plan/*.json")}
     assert found
     assert found == {name: recorded()[name] for name in found}
