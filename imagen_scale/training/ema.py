@@ -79,8 +79,15 @@ class Ema:
         self.shards.clear()
 
     def is_finite(self) -> bool:
-        """Whether this rank's shards hold numbers only."""
-        return all(bool(shard.isfinite().all()) for shard in self.shards)
+        """Whether what this rank's shards hold of parameters is numbers only.
+
+        What ZeRO-3 fills the last rank's share up with is nobody's, and may be anything.
+        """
+        return all(
+            bool(shard.view(-1)[part.offset : part.offset + part.numel].isfinite().all())
+            for shard, parts in zip(self.shards, self.engine.fragments(), strict=True)
+            for part in parts
+        )
 
     @contextmanager
     def _in_place_of_master(self, index: int) -> Iterator[None]:
