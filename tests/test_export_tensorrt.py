@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from imagen_scale_export.exporter import ExportOptions, export_unet
 from imagen_scale_export.to_onnx import op_census
 from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_range, parse_targets
-from support.tiny import write_stage
+from support.exported import engines_run
 
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
@@ -22,21 +21,10 @@ from imagen_scale.sampling.runtimes.tensorrt_rtx import check_engine
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with a portable engine of the base stage and a narrow one of super-resolution."""
+def run(private_folders, tmp_path_factory):
+    """A run with engines; it may be changed."""
     run = tmp_path_factory.mktemp("engines") / "tiny"
-    for number, options in (
-        (1, ExportOptions(format="tensorrt", precision="fp16", batch=(1, 2, 4))),
-        (
-            2,
-            ExportOptions(
-                format="tensorrt", precision="fp16", targets="SM86,SM120", dynamic_size=True
-            ),
-        ),
-    ):
-        write_stage(run, number)
-        export_unet(open_file(run, number), options, lambda sentence: None)
-    return run
+    return shutil.copytree(engines_run(private_folders), run)
 
 
 def open_file(run, number):

