@@ -347,12 +347,12 @@ def test_the_records_are_those_that_the_program_writes(tmp_path):
         return set(getattr(kind, "_fields", None) or kind.model_fields)
 
     for record, writer in [
-        (records.Setup, setup.Setup),
-        (records.Restoration, measurement.Restoration),
-        (records.StageMeasures, measurement.StageMeasures),
+        (records.SetupRecord, setup.Setup),
+        (records.RestorationRecord, measurement.Restoration),
+        (records.MeasuresRecord, measurement.StageMeasures),
         (records.ExportManifest, manifest.Manifest),
-        (records.Verification, manifest.Verification),
-        (records.FileRecord, manifest.FileRecord),
+        (records.VerificationRecord, manifest.Verification),
+        (records.ExportedFile, manifest.FileRecord),
         (records.Skip, skipped.Skipped),
     ]:
         assert fields(record) <= fields(writer), record
