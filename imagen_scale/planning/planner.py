@@ -11,7 +11,7 @@ from imagen_scale.planning.cost import Cost, step_cost
 from imagen_scale.planning.machine import Machine
 from imagen_scale.planning.setup import Setup
 from imagen_scale.planning.speed import step_seconds
-from imagen_scale.planning.warnings import warnings
+from imagen_scale.planning.traps import traps
 from imagen_scale.planning.words import gb
 
 # Batches at which activations are measured; between them a straight line is an upper bound.
@@ -88,7 +88,7 @@ class Planner:
             choice,
             fault,
             [c for c in best if c is not choice],
-            warnings(self.stage),
+            traps(self.stage),
         )
 
     def card_bytes(self, cost: Cost) -> int:

@@ -16,12 +16,16 @@ from imagen_scale.sampling.runtimes.contract import Text
 
 
 def encode(file: InferenceFile, prompts: Sequence[str]) -> Text:
-    """See `encode_groups`, of one group."""
+    """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+
+    Raises:
+        CheckpointError: If the encoder at hand is not the one of training.
+    """
     return encode_groups(file, [prompts])[0]
 
 
 def encode_groups(file: InferenceFile, groups: Sequence[Sequence[str]]) -> list[Text]:
-    """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+    """`encode` of several groups, with the encoder loaded once.
 
     What stands beside a prompt in its batch may move the last bits of its features, so the groups
     are encoded one after the other: the later ones leave those before them as they are.

@@ -23,9 +23,10 @@ from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
-OnStep = Callable[[int, int, int], None]  # U-Net number, steps done, steps in all
-# The same, and the clean pictures that the step predicts: (B, 3, H, W) in [-1, 1] on the CPU, the
-# listener's own. The last step's are the result.
+# Told the U-Net's number, steps done, steps in all.
+OnStep = Callable[[int, int, int], None]
+# Told the U-Net's number, steps done, steps in all, and the clean pictures that the step predicts:
+# (B, 3, H, W) in [-1, 1] on the CPU, the listener's own. The last step's are the result.
 OnEstimate = Callable[[int, int, int, Tensor], None]
 
 # Pixels computed at once unless the caller says otherwise: 64 pictures of 64 px, one of 1024.

@@ -216,7 +216,7 @@ class TrainedStages:
         return text, negative
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """See `prompts.encode`."""
+        """Encodes prompts as all stages take them."""
         return encode(self.files[0], prompts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.files import FileSource
+from imagen_scale.data.sources.file_source import FileSource
 from imagen_scale.data.sources.images import (
     EXTENSIONS,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.files import FileSource
+from imagen_scale.data.sources.file_source import FileSource
 from imagen_scale.data.sources.skipped import Skipped, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, MissingExtraError

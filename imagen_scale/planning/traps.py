@@ -8,7 +8,7 @@ from imagen_scale.planning.words import gb
 MANY_TOKENS = 128**2
 
 
-def warnings(stage: StageConfig) -> list[str]:
+def traps(stage: StageConfig) -> list[str]:
     """Traps that a table of bytes does not show."""
     unet, side = stage.unet, stage.train_size
     found = []
