@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from support.tiny import TINY, write_run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, imported later, shares the processor
 pytest.register_assert_rewrite("support.runs")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job is deaf to Ctrl-C, and would make the programs under test so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Timings on a shared machine say nothing.
 settings.register_profile("imagen-scale", deadline=None, max_examples=30)
