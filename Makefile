@@ -11,8 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning cat" "snowman"
 
-# Of pytest; the tests are made for two cores.
-WORKERS := 2
+# Of pytest, on two cores: some tests wait for processes rather than compute.
+WORKERS := 3
 
 .PHONY: demo test test-slow lint pytest check-machine clean
 

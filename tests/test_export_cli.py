@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 # Of the first stage, where any network will do: tracing takes as long as there are layers.
 SHALLOW = ("unets.0.dim_mults=[1]", "unets.0.layer_attns=false", "unets.0.layer_cross_attns=false",
            "unets.0.attend_at_middle=false")  # fmt: skip
+ALL_SHALLOW = (*SHALLOW, *(change.replace("unets.0", "unets.1") for change in SHALLOW))
 
 
 def cli(*arguments):
@@ -215,7 +216,7 @@ def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch
     from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
     run = tmp_path / "run"
-    launch(tiny_config, run, *SHALLOW, "training.sample_every=null")
+    launch(tiny_config, run, *ALL_SHALLOW, "training.sample_every=null")
     done = cli("--unet", "all", "--run", run)
     assert done.exit_code == 0, done.output
     schedule, text = NoiseSchedule.linear(100), random_text(2)
@@ -227,7 +228,7 @@ def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch
         ours = pictures(runtime.bind(Conditioning(text, SCALE, **low)), schedule, 2, size)
         theirs = pictures(torch_denoiser(load_unet(file), schedule, text, **low), schedule, 2, size)
         assert (ours.round() - theirs.round()).abs().max() <= 1
-    launch(tiny_config, run, *SHALLOW, "training.steps=8", "training.sample_every=null")
+    launch(tiny_config, run, *ALL_SHALLOW, "training.steps=8", "training.sample_every=null")
     done = cli("verify", run / "export" / "unet1" / "onnx-fp32")
     assert done.exit_code == 1
     assert "the weights changed since (step 6 then, 8 now)" in done.output
