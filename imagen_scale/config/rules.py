@@ -156,14 +156,15 @@ def _memory_checks(stage: StageConfig) -> list[str]:
             f"{stage.name}; give one value, or one per level."
         )
     zero = stage.zero_optimization or {}
-    zero_stage, fp32 = zero.get("stage", 0), stage.training.precision == "fp32"
-    if stage.optimizer == "adafactor" and (zero_stage or not fp32):
+    zero_stage, precision = zero.get("stage", 0), stage.training.precision
+    if stage.optimizer == "adafactor" and (zero_stage or precision != "fp32"):
         problems.append(
             "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
             "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             "adamw_8bit."
         )
-    if stage.optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
+    is_offloaded = bool(zero.get("offload_optimizer")) or not zero
+    if stage.optimizer == "adamw_bf16" and not (precision == "bf16" and is_offloaded):
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
             "offloaded; set training.precision to bf16 and "
@@ -203,9 +204,10 @@ def _deepspeed_checks(config: Config) -> list[str]:
     if problems:
         return problems
     zero = config.deepspeed.get("zero_optimization", {})
-    if config.training.precision == "bf16" and zero and zero.get("stage", 0) == 0:
+    precision = config.training.precision
+    if precision != "fp32" and zero and zero.get("stage", 0) == 0:
         problems.append(
-            "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
-            "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
+            f"training.precision: {precision} needs fp32 master weights, which ZeRO keeps; set "
+            f"deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
         )
     return problems

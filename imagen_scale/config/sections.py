@@ -11,6 +11,7 @@ from imagen_scale.config.section import (
     PerUnet,
     PositiveFloat,
     PositiveInt,
+    Precision,
     Probability,
     Section,
     parse_bytes,
@@ -110,8 +111,11 @@ class TrainingConfig(Section):
     grad_clip: PositiveFloat | None = Field(
         1.0, description="Largest norm of the gradient; null: it is not clipped."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="What the network computes in; with bf16 the optimizer keeps fp32."
+    precision: Precision = Field(
+        "auto",
+        description="What the network computes in; the optimizer keeps fp32. auto: bf16 on cards "
+        "that have it (RTX 30xx, A100 and later), fp16 with a dynamic loss scale on older ones, "
+        "fp32 without a card.",
     )
     ema_decay: Probability = Field(
         0.9999, description="Decay of the averaged weights that pictures are sampled from."
@@ -161,9 +165,9 @@ class MemoryConfig(Section):
     """
 
     budget: str | None = Field(
-        None,
+        "auto",
         description='Memory of each card that training may use, e.g. "12GB"; "auto" is what the '
-        "card has free. null: nothing is planned.",
+        "cards have free, and plans nothing where there is none. null: nothing is planned.",
     )
 
     @field_validator("budget")

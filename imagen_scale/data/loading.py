@@ -99,7 +99,7 @@ def batches(
     return _plain_errors(loaded)
 
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -5,6 +5,8 @@ bytes a parameter on the card and none on the host. What needs all gradients at 
 their norm, accumulation) is refused by the configuration.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -73,6 +75,14 @@ class InBackwardEngine:
 
     def grad_norm(self) -> None:
         """None: the gradients never exist together."""
+
+    loss_scale = None
+
+    def loss_scale_state(self) -> None:
+        """None: fp32 needs no scale."""
+
+    def load_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Does nothing."""
 
     def masters(self) -> list[Tensor]:
         """The parameters: each is its own master."""

@@ -211,6 +211,7 @@ def _report(session: Session, telemetry: Telemetry | None, lr: float, losses: li
             loss=loss if math.isfinite(loss) else None,
             lr=lr,
             grad_norm=engine.grad_norm(),
+            loss_scale=engine.loss_scale,
             images=session.setup.global_batch,
         )
 

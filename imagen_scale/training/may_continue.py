@@ -107,7 +107,7 @@ def check_run(
             raise UsageError(
                 f"--resume: {run_dir} holds no run yet. Leave --resume out to start one."
             )
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or _holds_anything(run_dir)):
             raise UsageError(
                 f"{run_dir} exists and is not a run (it has no config.json); nothing is written "
                 f"into it. Name another folder with --run."
@@ -125,6 +125,11 @@ def check_run(
         )
     for change in told:
         say(f"changed since this run was started: {change}")
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more than a training leaves that was killed as it began."""
+    return any(not path.match(".unet*.owner") for path in folder.iterdir())
 
 
 def open_run(

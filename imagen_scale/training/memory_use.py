@@ -83,6 +83,7 @@ def check_plan(stage: StageConfig, setup: Setup, baseline: int, say: Callable[[s
     activations = cached_measure(
         stage,
         micro_batch=setup.micro_batch,
+        precision=setup.precision,
         checkpointing=setup.checkpointing,
         offload_activations=setup.offload_activations,
     )

@@ -18,6 +18,7 @@ class Stepped(NamedTuple):
     applied: bool  # the same on every rank
     positions: list[int]  # of its samples in the run
     losses: Tensor  # of each of them
+    loss_scale: float | None = None  # of fp16, while it can be lowered; see `Engine`
 
 
 class Stepper:
@@ -36,6 +37,7 @@ class Stepper:
     def step(self, micro_batches: Iterator[Batch], lr: float) -> Stepped:
         """Takes `accumulation` micro-batches; every rank together."""
         self.engine.set_lr(lr)
+        loss_scale = self.engine.loss_scale
         all_losses, positions, applied = [], [], True
         for micro_step in range(1, self.accumulation + 1):
             batch = next(micro_batches)
@@ -48,4 +50,4 @@ class Stepper:
             applied = self.engine.step()
         self.is_updating = False
         flat = torch.cat(all_losses)
-        return Stepped(flat.mean(), applied, positions, flat)
+        return Stepped(flat.mean(), applied, positions, flat, loss_scale)
