@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from imagen_scale.data.sequence import Batch, CaptionedImages
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
+from imagen_scale.files.pinning import can_pin
 
 
 class _PositionBatches:
@@ -79,7 +80,7 @@ def batches(
         ),
         collate_fn=dataset.collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=can_pin(),
         # The loader draws a seed for its workers; from the global generator it would change the
         # noise of a resumed run.
         generator=torch.Generator(),

@@ -1,7 +1,6 @@
 """What the machine at hand has."""
 
 import json
-import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +29,6 @@ def this_machine(ranks: int) -> Machine:
         return Machine("cpu", None, ram, ranks)
     free, _ = torch.cuda.mem_get_info()
     return Machine(torch.cuda.get_device_name(), free, ram, ranks)
-
-
-def can_pin() -> bool:
-    """Whether offloaded states may be pinned, which makes copies to the card fast.
-
-    Under WSL 2 pinned memory is limited and its exhaustion is reported as a full card.
-    """
-    import torch
-
-    return torch.cuda.is_available() and "microsoft" not in platform.release().lower()
 
 
 def calibration(name: str) -> float:
