@@ -171,8 +171,8 @@ def pad_embeddings(embeds: Sequence[StoredEmbedding], max_len: int) -> tuple[Ten
         max_len: Tokens kept at most.
 
     Returns:
-        Features (B, L, D) of that type, zero beyond a caption's end, and mask (B, L) bool, true on its
-        tokens; L is the longest caption's length after cutting.
+        Features (B, L, D) of that type, zero beyond a caption's end, and mask (B, L) bool, true on
+        its tokens; L is the longest caption's length after cutting.
     """
     cut = [embed[:max_len] for embed in embeds]
     longest = max(len(embed) for embed in cut)
