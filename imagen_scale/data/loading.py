@@ -35,6 +35,25 @@ class _PositionBatches:
                 yield list(range(start, start + self._micro_batch))
 
 
+MOST_PROCESSES = 4
+
+
+def loader_processes(written: int | None, *, are_stored: bool, cores: int) -> int:
+    """How many processes load for each rank.
+
+    Args:
+        written: `data.num_workers`.
+        are_stored: Whether resized pictures lie ready; copying them out of a memory map takes less
+            than sending them from one process to another.
+        cores: Those of each rank; one is the rank's own.
+    """
+    if written is not None:
+        return written
+    if are_stored or not torch.cuda.is_available():  # without a card it has the cores to itself
+        return 0
+    return max(1, min(MOST_PROCESSES, cores - 1))
+
+
 def batches(
     dataset: CaptionedImages,
     *,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.training.engine import Engine
+from imagen_scale.training.ferry import Ferry
 
 EXCHANGE_ELEMENTS = 2**20  # 4 MiB at a time
 
@@ -32,6 +33,7 @@ class Ema:
             master.detach().to("cpu" if offload else master.device, torch.float32, copy=True)
             for master in self.masters
         ]
+        self._ferry: Ferry | None = None  # for masters that are elsewhere, or of another type
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -44,10 +46,12 @@ class Ema:
         if all(map(_are_alike, self.shards, masters)):
             torch._foreach_lerp_(self.shards, masters, 1 - decay)
             return
+        if self._ferry is None:
+            self._ferry = Ferry(EXCHANGE_ELEMENTS, masters[0].device)
         for shard, master in zip(self.shards, masters, strict=True):
-            ours, theirs = shard.view(-1), master.view(-1)
-            for piece in _pieces(ours):  # brought over a little at a time
-                ours[piece].lerp_(theirs[piece].to(ours), 1 - decay)
+            ours = shard.view(-1)
+            for piece, theirs in self._ferry.bring(master.view(-1), _pieces(ours)):
+                ours[piece].lerp_(theirs, 1 - decay)
 
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Type and shape of what `named_weights` yields, in its order."""

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imagen_scale.config import Config
+from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.samples import split_samples
 from imagen_scale.training.saving import Saver
+from imagen_scale.training.threads import cores_each, ranks_here
 from imagen_scale.training.watchdog import Watchdog
 
 
@@ -27,6 +29,7 @@ class Job:
     Attributes:
         stage: The U-Net.
         samples: Those of `prepared` that it is trained and validated on.
+        num_workers: Processes that load them for each rank.
         saver: Its checkpoints and its file for sampling.
     """
 
@@ -48,4 +51,9 @@ class Job:
         # The learned null embedding of every caption is as wide as the encoder's features.
         self.stage = config.stage(unet_number, prepared.embeddings.dim)
         self.samples = split_samples(config, self.stage, prepared)
+        self.num_workers = loader_processes(
+            config.data.num_workers,
+            are_stored=prepared.images[self.stage.size].file is not None,
+            cores=cores_each(ranks_here()),
+        )
         self.saver = Saver(config, self.stage, run_dir, prepared, say)

@@ -153,7 +153,7 @@ def _micro_batches(session: Session, job: Job) -> Iterator[Batch]:
         micro_batch=session.setup.micro_batch,
         rank=rank(),
         world_size=world_size(),
-        num_workers=job.config.data.num_workers,
+        num_workers=job.num_workers,
     )
 
 
@@ -175,7 +175,7 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
     step, phase = session.step, job.watchdog.phase
     if due.validation and job.samples.held_out is not None:
         with phase("validating"):
-            loss = validation_loss(session, job.samples.held_out)
+            loss = validation_loss(session, job.samples.held_out, job.num_workers)
             if telemetry is not None:
                 telemetry.write(step, val_loss=loss)
     if due.checkpoint:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagen_scale.config import StageConfig
@@ -72,10 +73,23 @@ class Objective:
             assert draws.lowres_eps is not None
             noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
             lowres = (noised, draws.lowres_t)
-        text = _at(self.device, batch.text_embeds).float(), _at(self.device, batch.text_mask)
+        text = self._text(batch)
+        if self.stage.training.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
         prediction = unet(x_t, draws.t, *text, draws.keep_mask, *lowres)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
         return image_loss(prediction, target, self.stage.imagen.loss_type)
+
+    def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, L, D) float32 and mask (B, L) on the device."""
+        embeds, mask = (
+            _at(self.device, batch.text_embeds).float(),
+            _at(self.device, batch.text_mask),
+        )
+        if self.stage.training.compile:  # one shape for all batches, or each is compiled for
+            missing = self.stage.unet.max_text_len - mask.shape[1]
+            embeds, mask = F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        return embeds, mask
 
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
         """Random numbers of the samples at `positions`, (B,) on the host, for such a `shape`."""
