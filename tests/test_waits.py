@@ -72,10 +72,12 @@ def test_a_step_waits_for_nothing_but_whether_its_gradients_are_finite(name, pro
 def test_offloaded_gradients_are_not_waited_for_in_backward(process_group):
     """DeepSpeed would look at each; it reads their norms after backward, where nothing waits."""
     trained = Trained(OFFLOADED, "bf16", accumulation=2)
+    number = len(list(trained.engine.module.parameters()))
     trained.step()
     waits = trained.step()
     trained.engine.release()
     assert waits.of("imagen_scale") == 0
+    assert waits.of("deepspeed") == sum(waits.found.values()) == number + 4
     assert not any("overflow_tracker" in place for _, place in waits.found), waits.found
 
 
