@@ -35,9 +35,11 @@ def test_the_first_steps_forget_the_random_start():
 
 
 @pytest.mark.parametrize("elements", [1, 3, 10, 64])
-def test_what_is_brought_over_in_pieces_is_averaged_to_the_same_bits(elements, monkeypatch):
-    """Masters of another type go the way that masters on a card go, through two buffers."""
+@pytest.mark.parametrize("are_near", [True, False])
+def test_what_comes_in_pieces_is_averaged_to_the_same_bits(elements, are_near, monkeypatch):
+    """Masters of another type, and those far away, which come through two buffers."""
     monkeypatch.setattr(ema_module, "EXCHANGE_ELEMENTS", elements)
+    monkeypatch.setattr(ema_module, "_are_near", lambda a, b: are_near)
     generator = torch.Generator().manual_seed(0)
     masters = [torch.randn(size, generator=generator).bfloat16() for size in (37, 10, 1)]
     ours = Ema(SimpleNamespace(masters=lambda: masters), 0.9)

@@ -12,8 +12,8 @@ from support.tiny import TINY
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
-from imagen_scale.files.tensors import write_tensors
 from imagen_scale.files import pinning
+from imagen_scale.files.tensors import write_tensors
 from imagen_scale.models import memory
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.planning.activations import _Parked

@@ -33,7 +33,6 @@ class Ema:
             master.detach().to("cpu" if offload else master.device, torch.float32, copy=True)
             for master in self.masters
         ]
-        self._ferry: Ferry | None = None  # for masters that are elsewhere, or of another type
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -46,11 +45,13 @@ class Ema:
         if all(map(_are_alike, self.shards, masters)):
             torch._foreach_lerp_(self.shards, masters, 1 - decay)
             return
-        if self._ferry is None:
-            self._ferry = Ferry(EXCHANGE_ELEMENTS, masters[0].device)
+        bring = _as_float32
+        if not _are_near(self.shards[0], masters[0]):
+            # Made anew: torch keeps what was pinned once.
+            bring = Ferry(EXCHANGE_ELEMENTS, masters[0].device).bring
         for shard, master in zip(self.shards, masters, strict=True):
             ours = shard.view(-1)
-            for piece, theirs in self._ferry.bring(master.view(-1), _pieces(ours)):
+            for piece, theirs in bring(master.view(-1), _pieces(ours)):
                 ours[piece].lerp_(theirs, 1 - decay)
 
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -124,6 +125,15 @@ def _exchange(master: Tensor, shard: Tensor) -> None:
 def _pieces(flat: Tensor) -> Iterator[slice]:
     for start in range(0, flat.numel(), EXCHANGE_ELEMENTS):
         yield slice(start, start + EXCHANGE_ELEMENTS)
+
+
+def _as_float32(flat: Tensor, pieces: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+    for piece in pieces:
+        yield piece, flat[piece].float()
+
+
+def _are_near(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
