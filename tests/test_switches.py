@@ -11,7 +11,7 @@ from torch import nn
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.errors import ConfigError
-from imagen_scale.models.layers import ChanLayerNorm, OverPixels
+from imagen_scale.models.layers import ChanLayerNorm
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training.building import build_unet, make_engine
 from imagen_scale.training.objective import Objective
@@ -146,18 +146,21 @@ def test_the_kernels_compute_the_same(process_group):
     agree(trained(), trained(compile=True))
 
 
-def test_activations_in_another_layout_learn_the_same(process_group):
-    stage = config(channels_last=True).stage(1, 384)
+@pytest.mark.parametrize("number", [1, 2])
+def test_activations_keep_their_layout_from_end_to_end(number):
+    """What every convolution reads, in the base and in super-resolution, crops included."""
+    data = TINY | {"training": TINY["training"] | {"channels_last": True}}
+    data["unets"] = [TINY["unets"][0], TINY["unets"][1] | {"crop": 16, "layer_attns": True}]
+    stage = parse_config(json.dumps(data)).stage(number, 384)
     unet = build_unet(stage, written_setup(stage, 1, on_card=False))
     seen = []
     for module in unet.modules():
-        if isinstance(module, ChanLayerNorm | OverPixels):
-            module.register_forward_hook(
-                lambda _, inputs, out: seen.append(
-                    out.is_contiguous(memory_format=torch.channels_last)
-                )
-            )
-    objective = Objective(stage, torch.device("cpu"))
-    objective.losses(unet, batch(5))
-    assert seen and all(seen)
+        if isinstance(module, nn.Conv2d | ChanLayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()[1]))
+    images = torch.randint(256, (4, 3, stage.size, stage.size), dtype=torch.uint8)
+    Objective(stage, torch.device("cpu")).losses(unet, batch(5)._replace(images=images))
+    assert set(seen) == {1}  # from a channel to the next
+
+
+def test_activations_in_another_layout_learn_the_same(process_group):
     agree(trained(), trained(channels_last=True))

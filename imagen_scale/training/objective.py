@@ -72,13 +72,16 @@ class Objective:
         if lowres_img is not None:
             assert draws.lowres_eps is not None
             noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
-            lowres = (noised, draws.lowres_t)
+            lowres = (self._laid_out(noised), draws.lowres_t)
         text = self._text(batch)
-        if self.stage.training.channels_last:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
-        prediction = unet(x_t, draws.t, *text, draws.keep_mask, *lowres)
+        prediction = unet(self._laid_out(x_t), draws.t, *text, draws.keep_mask, *lowres)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
         return image_loss(prediction, target, self.stage.imagen.loss_type)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in the layout in which the network computes."""
+        is_last = self.stage.training.channels_last
+        return images.contiguous(memory_format=torch.channels_last) if is_last else images
 
     def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, L, D) float32 and mask (B, L) on the device."""
