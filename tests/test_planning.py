@@ -12,6 +12,7 @@ from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
 from imagen_scale.errors import ConfigError, EnvironmentProblem
 from imagen_scale.planning.activations import measure, step_flops
+from imagen_scale.planning.choices import Choices
 from imagen_scale.planning.live_bytes import LiveBytes
 from imagen_scale.planning.machine import (
     Machine,
@@ -204,6 +205,20 @@ def test_what_is_written_is_kept():
     assert setup.zero == {"stage": 3}
     assert setup.optimizer == "adamw_8bit"
     assert setup.ema_offload
+
+
+def test_beside_a_compiled_network_nothing_acts_between_layers():
+    plain, compiled = (
+        Choices(tiny(f"training.compile={value}", "training.grad_clip=null").stage(1), SMALL_CARD)
+        for value in ("false", "true")
+    )
+    assert {mode.zero["stage"] for mode in plain.modes()} >= {0, 2, 3}
+    assert {mode.zero["stage"] for mode in compiled.modes()} >= {0, 2}
+    assert not any(mode.zero["stage"] == 3 for mode in compiled.modes())
+    assert any(mode.in_backward for mode in plain.modes())
+    assert not any(mode.in_backward for mode in compiled.modes())
+    assert any(offload for _, offload in plain.checkpointings())
+    assert not any(offload for _, offload in compiled.checkpointings())
 
 
 def test_more_memory_never_costs_time_and_is_used():

@@ -172,6 +172,30 @@ def _memory_checks(stage: StageConfig) -> list[str]:
         )
     if stage.optimizer_in_backward:
         problems += _in_backward_checks(stage)
+    if stage.training.compile:
+        problems += _compile_checks(stage)
+    if stage.training.deterministic and stage.training.cudnn_benchmark:
+        problems.append(
+            "training.cudnn_benchmark: what is fastest may be another each time, which "
+            "training.deterministic excludes; set one of them to false."
+        )
+    return problems
+
+
+def _compile_checks(stage: StageConfig) -> list[str]:
+    key = "training.compile"
+    problems = []
+    if (stage.zero_optimization or {}).get("stage", 0) == 3:
+        problems.append(
+            f"{key}: ZeRO-3 gathers weights between the layers that a compiled network joins; set "
+            f"deepspeed.zero_optimization.stage to 2 or less, or {key} to false."
+        )
+    for name in ("optimizer_in_backward", "offload_activations"):
+        if getattr(stage, name):
+            problems.append(
+                f"{key}: memory.{name} acts between the layers that a compiled network joins, and "
+                f"would save nothing; set one of them to false."
+            )
     return problems
 
 

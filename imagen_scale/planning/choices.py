@@ -50,6 +50,8 @@ class Choices:
         for optimizer in self._optimizers:
             for in_backward in self._in_backwards(optimizer):
                 for zero in self._zeros(optimizer, in_backward):
+                    if self.stage.training.compile and (in_backward or zero.get("stage") == 3):
+                        continue  # what acts between layers; see config/rules.py
                     on_host = is_offloaded(zero, "offload_optimizer")
                     written = self.stage.memory.ema_offload
                     for ema in (False,) if on_host else (False, True):
@@ -115,7 +117,7 @@ class Choices:
                 (blocks,) * finest + (norms,) * (self.levels - finest)
                 for finest in sorted({0, 1, self.levels})
             ]
-        offload = self.stage.offload_activations
+        offload = False if self.stage.training.compile else self.stage.offload_activations
         if offload is not None:
             return [(level, offload) for level in levels]
         return [*((level, False) for level in levels), (levels[-1], True)]

@@ -1,7 +1,6 @@
 """What the machine at hand has."""
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -68,16 +67,6 @@ def joined(found: Sequence[tuple[str, Machine]]) -> Machine:
         # All compute alike, so the oldest card decides.
         auto_precision=next(p for p in ("fp32", "fp16", "bf16") if p in precisions),
     )
-
-
-def can_pin() -> bool:
-    """Whether offloaded states may be pinned, which makes copies to the card fast.
-
-    Under WSL 2 pinned memory is limited and its exhaustion is reported as a full card.
-    """
-    import torch
-
-    return torch.cuda.is_available() and "microsoft" not in platform.release().lower()
 
 
 def calibration(name: str) -> float:

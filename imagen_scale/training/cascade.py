@@ -19,7 +19,9 @@ from imagen_scale.training.may_continue import (
 from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
+from imagen_scale.training.switches import prepare_determinism
 from imagen_scale.training.telemetry import say as say_aloud
+from imagen_scale.training.threads import share_cores
 from imagen_scale.training.unet import train_unet
 from imagen_scale.training.watchdog import Watchdog
 
@@ -50,6 +52,8 @@ def train(
         ImagenScaleError: With what to do next.
     """
     ranks.fill_environment()
+    prepare_determinism(config.training)
+    share_cores()
     say = say_aloud if rank() == 0 else _silent
     # On every rank: one that went on alone would wait for the others for ever. And all before
     # anything is written.

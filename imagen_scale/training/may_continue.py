@@ -33,6 +33,7 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "training": ("micro_batch", "optimizer", "checkpoint_every", "keep_checkpoints", "keep_every",
                  "max_skipped", "hang_timeout", "val_every", "val_batches",
                  "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
+                 "tf32", "cudnn_benchmark", "compile", "channels_last", "deterministic",
                  *_TOLD),
 }  # fmt: skip
 

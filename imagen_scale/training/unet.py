@@ -19,6 +19,7 @@ from imagen_scale.training.memory_use import (
 )
 from imagen_scale.training.ranks import from_rank_0, told_by_rank_0, world_size
 from imagen_scale.training.session import Session
+from imagen_scale.training.switches import switched
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ def train_unet(job: Job) -> None:
         return_freed_host_memory()
     has_gone_back = False
     while True:
-        outcome = _attempt(job, setup)
+        with switched(job.stage.training):
+            outcome = _attempt(job, setup)
         release_memory()  # of the attempt, which nothing refers to any more
         if isinstance(outcome, Finished):
             return

@@ -183,7 +183,7 @@ def shared_memory() -> Iterator[Finding]:
     total = shutil.disk_usage(folder).total
     seen = f"{total / GIB:.2f} GiB in /dev/shm"
     if total < LOW_SHARED_BYTES:
-        remedy = "Start the container with --shm-size 4g, or keep data.num_workers at 0."
+        remedy = "Start the container with --shm-size 4g, or set data.num_workers to 0."
         yield Finding("shared memory", "warning", seen, remedy)
     else:
         yield Finding("shared memory", "ok", seen)
