@@ -133,7 +133,6 @@ def test_a_compiled_network_learns_the_same_under_the_same_names(
 ):
     """With recomputation, which is the default; compiled once for texts of any length."""
     zero = {"stage": stage}
-    torch._dynamo.reset()  # of a network that is built alike the graph would be taken again
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ours = trained(zero=zero, compile=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
