@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from support import ranks
 from support.ranks import Small, equal
 
 from imagen_scale.training.feed import Feed
@@ -132,6 +133,13 @@ def test_a_loss_that_is_not_a_number_counts_and_its_picture_is_named():
     assert "the loss of picture 3, picture 7 was not finite" in said[0]
     assert rows == [(1, {"skipped": 1})]
     trained.release()
+
+
+@pytest.mark.parametrize("where", ["data", "loss", "gradient"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_gradient_that_is_not_a_number_reaches_nothing(stage, where):
+    *_, skipped, untouched, goes_on = ranks._spoiled(stage, "fp16", 1.0, where, rank=0)
+    assert skipped and untouched and goes_on
 
 
 def test_a_continued_run_goes_on_with_the_scale_bit_for_bit(tmp_path):

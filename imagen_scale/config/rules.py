@@ -163,7 +163,8 @@ def _memory_checks(stage: StageConfig) -> list[str]:
             "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             "adamw_8bit."
         )
-    is_offloaded = bool(zero.get("offload_optimizer")) or not zero
+    offload = zero.get("offload_optimizer") or {}
+    is_offloaded = not zero or offload.get("device", "none") != "none"
     if stage.optimizer == "adamw_bf16" and not (precision == "bf16" and is_offloaded):
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
