@@ -1,0 +1,132 @@
+"""Real training steps on random pictures: the trainer's own engine, loss and stepper."""
+
+import statistics
+from collections.abc import Iterator
+from functools import cache
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from gpu_memory import full_step_seconds
+from torch import Tensor
+
+from card_parts.timing import now
+from imagen_scale.config import StageConfig
+from imagen_scale.data.sequence import Batch
+from imagen_scale.planning.setup import Setup
+from imagen_scale.training import ranks
+from imagen_scale.training.objective import Objective
+from imagen_scale.training.session import Session
+
+PICTURES = 16  # different ones; every sample has noise of its own
+LR = 1e-4
+
+
+class Timed(NamedTuple):
+    """What some steps took."""
+
+    step_s: float  # with the accumulation of a real run
+    images_per_s: float
+    losses: list[float]
+    allocated: int  # peak of live tensors since the session was begun; 0 without a card
+    reserved: int  # peak of the allocator
+
+
+def open_session(stage: StageConfig, setup: Setup) -> Session:
+    """A session in the one process that there is."""
+    if not torch.distributed.is_initialized():
+        ranks.fill_environment()
+        ranks.check_machine()
+        ranks.join()
+    return Session(stage, setup, print)
+
+
+def micro_batches(stage: StageConfig, micro_batch: int) -> Iterator[Batch]:
+    """Endless micro-batches as the loader gives them; a sample depends on its position alone."""
+    size, width = stage.size, stage.network.text_embed_dim
+    tokens = stage.network.max_text_len
+    generator = torch.Generator().manual_seed(0)
+    shape = (PICTURES, stage.imagen.channels, size, size)
+    images = torch.rand(shape, generator=generator) * 2 - 1
+    text_embeds = torch.randn(PICTURES, tokens, width, generator=generator)
+    words = torch.arange(PICTURES) * tokens // PICTURES + 1  # captions of every length
+    text_mask = torch.arange(tokens) < words[:, None]
+    text_embeds[~text_mask] = 0
+
+    @cache
+    def parts(first: int) -> list[Tensor]:
+        which = torch.arange(first, first + micro_batch) % PICTURES
+        chosen = [part[which] for part in (images, text_embeds, text_mask)]
+        return [part.pin_memory() for part in chosen] if torch.cuda.is_available() else chosen
+
+    for position in count(step=micro_batch):
+        positions = torch.arange(position, position + micro_batch)
+        yield Batch(*parts(position % PICTURES), positions, [""] * micro_batch)
+
+
+def take_noise_from_cpu(objective: Objective) -> None:
+    """Makes a card draw what a CPU would: their generators differ, and so would the losses."""
+    on_cpu, device = Objective(objective.stage, torch.device("cpu")), objective.device
+
+    def draw(*args: Any, **options: Any) -> Any:
+        drawn = on_cpu.draw(*args, **options)
+        return type(drawn)(*(None if part is None else part.to(device) for part in drawn))
+
+    objective.draw = draw  # type: ignore[method-assign]
+
+
+def losses_of(session: Session, batches: Iterator[Batch], steps: int) -> list[float]:
+    """Loss of each of some steps, the average updated as in a run.
+
+    Raises:
+        RuntimeError: If a step was left out.
+    """
+    losses = []
+    for _ in range(steps):
+        stepped = session.stepper.step(batches, session.stage.lr)
+        session.step += 1
+        session.ema.update(session.step)
+        losses.append(float(stepped.loss))
+        if not stepped.applied and session.setup.precision != "fp16":  # which looks for its scale
+            raise RuntimeError(f"step {session.step} was left out: a gradient was not finite")
+    return losses
+
+
+def timed_steps(session: Session, *, warm_up: int, steps: int, planned: int | None = None) -> Timed:
+    """Takes steps and times them.
+
+    Args:
+        session: Fresh.
+        warm_up: Steps before the clock runs.
+        steps: Steps that are timed.
+        planned: Micro-batches of a real step, where the session accumulates fewer: what is
+            missing is counted at the time of one.
+    """
+    setup = session.setup
+    planned = planned or setup.accumulation
+    is_shortened = planned > setup.accumulation
+    marks: list[float] = []
+
+    def clocked(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if is_shortened:  # only there: waiting for the card costs small networks time
+                marks.append(now())
+            yield batch
+
+    batches = clocked(micro_batches(session.stage, setup.micro_batch))
+    losses = losses_of(session, batches, warm_up)
+    step_s, micro_s = [], []
+    for _ in range(steps):
+        marks.clear()
+        start = now()
+        losses += losses_of(session, batches, 1)
+        step_s.append(now() - start)
+        micro_s += [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    seconds = statistics.median(step_s)
+    if is_shortened:
+        seconds = full_step_seconds([seconds], micro_s, setup.accumulation, planned)
+    allocated = reserved = 0
+    if torch.cuda.is_available():
+        allocated = torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+    return Timed(seconds, planned * setup.micro_batch / seconds, losses, allocated, reserved)

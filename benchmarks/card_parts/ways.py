@@ -1,0 +1,159 @@
+"""Every way to train, for a few steps: losses beside plain torch in fp32 on the CPU."""
+
+from functools import cache
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from card_parts.measurement import Differs, LeftOut
+from card_parts.scenes import scene, written
+from card_parts.steps import LR, losses_of, micro_batches, open_session, take_noise_from_cpu
+from card_parts.timing import without_tf32
+from imagen_scale.config import StageConfig, TrainingConfig
+from imagen_scale.config.section import OptimizerName
+from imagen_scale.errors import ConfigError
+from imagen_scale.planning.setup import Setup, written_setup
+from imagen_scale.training.building import build_unet
+from imagen_scale.training.objective import Objective
+from imagen_scale.training.optimizers import make_optimizer
+
+STEPS, BATCH = 6, 8
+TO_HOST = {"device": "cpu"}
+ZEROS: dict[str, dict[str, Any]] = {
+    "ZeRO-0": {"stage": 0},
+    "ZeRO-1": {"stage": 1},
+    "ZeRO-2": {"stage": 2},
+    "ZeRO-3": {"stage": 3},
+    "ZeRO-1, optimizer offloaded": {"stage": 1, "offload_optimizer": TO_HOST},
+    "ZeRO-2, optimizer offloaded": {"stage": 2, "offload_optimizer": TO_HOST},
+    "ZeRO-3, optimizer offloaded": {"stage": 3, "offload_optimizer": TO_HOST},
+    "ZeRO-3, optimizer and weights offloaded":
+        {"stage": 3, "offload_optimizer": TO_HOST, "offload_param": TO_HOST},
+}  # fmt: skip
+IN_BACKWARD = "inside backward"
+# Largest relative difference of a loss from the reference that is not told to be wrong.
+BOUNDS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
+COARSE = {"adamw_8bit": 0.05, "adamw_bf16": 0.1}
+
+
+class Way(NamedTuple):
+    """One way to train."""
+
+    precision: str
+    optimizer: str
+    where: str  # of `ZEROS`, or `IN_BACKWARD`
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        return f"{self.precision}, {self.optimizer}, {self.where}"
+
+    def stage(self, *, rehearse: bool, micro_batch: int | None = None) -> StageConfig:
+        """The base stage of the small cascade, trained this way.
+
+        Raises:
+            ConfigError: If the configuration refuses it.
+        """
+        in_backward = self.where == IN_BACKWARD
+        config = written(
+            scene(rehearse=rehearse).small,
+            zero=None if in_backward else ZEROS[self.where],
+            memory={"optimizer_in_backward": in_backward, "checkpointing": "norms"},
+            precision=self.precision,
+            optimizer=self.optimizer,
+            grad_clip=None if in_backward else 1.0,
+            global_batch=BATCH,
+            micro_batch=BATCH if in_backward else micro_batch or BATCH // 2,
+            lr=LR if self.optimizer != "adafactor" else 1e-2,  # relative to the weights there
+        )
+        return config.stage(1)
+
+
+def precisions() -> tuple[str, ...]:
+    """What the configuration takes, fp32 first."""
+    annotation = TrainingConfig.model_fields["precision"].annotation
+    return tuple(sorted(get_args(annotation), key=lambda name: name != "fp32"))
+
+
+def ways() -> tuple[list[Way], list[Way]]:
+    """Those that the configuration takes, and those that it refuses."""
+    taken: list[Way] = []
+    refused: list[Way] = []
+    for precision in precisions():
+        for optimizer in get_args(OptimizerName):
+            for where in (*ZEROS, IN_BACKWARD):
+                way = Way(precision, optimizer, where)
+                try:
+                    way.stage(rehearse=True)
+                    taken.append(way)
+                except ConfigError:
+                    refused.append(way)
+    return taken, refused
+
+
+def setup_of(stage: StageConfig) -> Setup:
+    """The setup that is written."""
+    return written_setup(stage, 1, on_card=torch.cuda.is_available())
+
+
+def tell_refused() -> dict[str, Any]:
+    """Names how many there are that are not measured.
+
+    Raises:
+        LeftOut: Always.
+    """
+    taken, refused = ways()
+    raise LeftOut(
+        f"the configuration refuses {len(refused)} of {len(taken) + len(refused)} combinations, "
+        f"e.g. {refused[0].name}"
+    )
+
+
+def measure(way: list[str], *, rehearse: bool) -> dict[str, Any]:
+    """Losses of some steps, and their distance from the reference.
+
+    Raises:
+        Differs: If they are further from it than the numbers explain.
+    """
+    without_tf32()
+    chosen = Way(*way)
+    _check_card(chosen)
+    stage = chosen.stage(rehearse=rehearse)
+    reference = reference_losses(chosen.optimizer == "adafactor", rehearse)
+    with open_session(stage, setup_of(stage)) as session:
+        take_noise_from_cpu(session.objective)
+        found = losses_of(session, micro_batches(stage, session.setup.micro_batch), STEPS)
+    error = max(abs(a / b - 1) for a, b in zip(found, reference, strict=True))
+    bound = max(BOUNDS.get(chosen.precision, 0.05), COARSE.get(chosen.optimizer, 0))
+    figures = {"first": found[0], "last": found[-1], "expected": reference[-1], "error": error,
+               "bound": bound}  # fmt: skip
+    if not error <= bound:
+        raise Differs(f"losses differ by {error:.1e}, more than {bound:g}", **figures)
+    return figures
+
+
+def _check_card(way: Way) -> None:
+    """Leaves out what DeepSpeed takes and the card only emulates."""
+    if way.precision == "bf16" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            raise LeftOut(f"compute capability {capability[0]}.{capability[1]} has no bf16")
+
+
+@cache
+def reference_losses(is_adafactor: bool, rehearse: bool) -> list[float]:
+    """The same steps in fp32 on the CPU: torch's optimizer, no engine, no micro-batches."""
+    stage = Way("fp32", "adafactor" if is_adafactor else "adamw", "ZeRO-0").stage(rehearse=rehearse)
+    setup = setup_of(stage)
+    unet = build_unet(stage, setup._replace(checkpointing=("none",) * stage.unet.num_levels))
+    optimizer = make_optimizer(unet.parameters(), stage, setup)
+    objective, batches = Objective(stage, torch.device("cpu")), micro_batches(stage, BATCH)
+    losses = []
+    for _ in range(STEPS):
+        loss = objective.losses(unet, next(batches)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), stage.training.grad_clip or 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
