@@ -31,7 +31,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "export"), str(ROOT / "tests")]
 
-from card_parts.measurement import DONE, FAULTS, Row  # noqa: E402
+from card_parts.measurement import DONE, FAULTS, FULL, MEASURED, Row  # noqa: E402
 from card_parts.pages import check_document, page, write_document  # noqa: E402
 from card_parts.processes import Processes  # noqa: E402
 from card_parts.programme import PARTS, machine, programme  # noqa: E402
@@ -83,7 +83,9 @@ def parts_of(text: str) -> tuple[int, ...]:
 def say(row: Row) -> None:
     """One line for the person watching."""
     why = f": {row['why']}" if row["why"] else ""
-    click.echo(f"{row['part']}  {row['name']}: {row['status']}{why} ({row['seconds']:.1f} s)", err=True)
+    click.echo(
+        f"{row['part']}  {row['name']}: {row['status']}{why} ({row['seconds']:.1f} s)", err=True
+    )
 
 
 def has_card() -> bool:
@@ -117,11 +119,14 @@ def main(
     processes = Processes(folder, minutes, on_card=not rehearse)
     lay_out(processes.cache / "plan")  # what the planner would need minutes to find
     results, models = Results(folder), folder / "models"
-    before = results.rows.get((0, "machine"))
     (header,) = processes.run([machine(rehearse=rehearse)])
-    if before is not None and any(before.get(key) != header.get(key) for key in ("card", "versions")):
-        raise click.UsageError(f"--out {folder}: has figures of another card or of other versions; "
-                               "give another folder.")  # fmt: skip
+    before = results.rows.get((0, "machine"), header)
+    if header["status"] == MEASURED and any(
+        before.get(key) != header.get(key) for key in ("card", "versions")
+    ):
+        raise click.UsageError(
+            f"--out {folder}: has figures of another card or of other versions; give another."
+        )
     results.add(header)
     say(header)
     missing = [
@@ -134,12 +139,12 @@ def main(
         for row in processes.run(missing):
             results.add(row)
             say(row)
-            faults += row["status"] in FAULTS
+            faults += row["status"] in FAULTS or (row["status"] == FULL and row["part"] == 2)
     finally:
         shutil.rmtree(models, ignore_errors=True)
     if write is not None:
         write_document(write, results.rows.values())
-    click.echo(f"{results.page.relative_to(Path.cwd()) if results.page.is_relative_to(Path.cwd()) else results.page}")
+    click.echo(str(results.page))
     sys.exit(faults > 0)
 
 

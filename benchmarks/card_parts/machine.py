@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,7 +23,8 @@ PEAKS = {
     "RTX 3060": 25.5, "RTX 3060 Ti": 32.4, "RTX 3070": 40.6, "RTX 3070 Ti": 43.5,
     "RTX 3080": 59.5, "RTX 3080 Ti": 68.2, "RTX 3090": 71.0, "RTX 3090 Ti": 80.0,
     "RTX 4060": 30.2, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4070 SUPER": 71.0,
-    "RTX 4070 Ti": 80.2, "RTX 4070 Ti SUPER": 88.2, "RTX 4080": 97.5, "RTX 4080 SUPER": 104.4, "RTX 4090": 165.2,
+    "RTX 4070 Ti": 80.2, "RTX 4070 Ti SUPER": 88.2, "RTX 4080": 97.5,
+    "RTX 4080 SUPER": 104.4, "RTX 4090": 165.2,
     "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
     "RTX A6000": 154.8, "RTX 6000 Ada": 364.2, "T4": 65.0, "V100": 125.0, "A10": 125.0,
     "A100": 312.0, "A40": 149.7, "L4": 121.0, "L40": 181.0, "L40S": 362.0, "H100": 989.0,
@@ -32,7 +34,9 @@ PACKAGES = ("torch", "deepspeed", "bitsandbytes", "onnxruntime", "onnxruntime-gp
             "tensorrt")  # fmt: skip
 SIDE = 8192  # of the matrices
 REPEATS = 20
-_USED = "import torch; torch.zeros(1, device='cuda'); a, b = torch.cuda.mem_get_info(); print(b - a)"
+_USED = (
+    "import torch; torch.zeros(1, device='cuda'); a, b = torch.cuda.mem_get_info(); print(b - a)"
+)
 
 
 def measure(side: int = SIDE) -> dict[str, Any]:
@@ -62,14 +66,18 @@ def measure(side: int = SIDE) -> dict[str, Any]:
             "peak_by_name": peak_by_name(facts.name),
             "context": context_bytes(),
         } | nvidia_smi()
-    found["peaks"] = {
-        kind: matmul_peak(dtype, side, tf32=kind == "tf32")
-        for kind, dtype in (
-            ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32),
-            ("tf32", torch.float32),
-        )
-        if has_card or kind == "fp32"
-    }  # fmt: skip
+    return found | {"peaks": _peaks(side)}
+
+
+def _peaks(side: int) -> dict[str, float]:
+    """TFLOP/s by the kind of numbers, of those that the card has."""
+    kinds = {"fp32": torch.float32}
+    if torch.cuda.is_available():
+        kinds |= {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+    found = {}
+    for kind, dtype in kinds.items():
+        with suppress(RuntimeError):  # bf16 before Ampere
+            found[kind] = matmul_peak(dtype, side, tf32=kind == "tf32")
     return found
 
 

@@ -24,9 +24,10 @@ class Measurement(NamedTuple):
     part: int  # 0 is the machine
     name: str
     call: str  # "module:function"; it returns the figures
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any]
     limit_s: float = 120  # of the process's start, too
     group: str = ""  # measurements of one group share a process; "": its own
+    reason: str = ""  # why it is left out, where that is known before
 
 
 class LeftOut(Exception):

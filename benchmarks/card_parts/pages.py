@@ -15,8 +15,9 @@ BLOCKS = {0: "card_machine", 1: "card_numbers", 2: "card_memory", 3: "card_switc
 NOTES = {
     1: "*Distance*: the largest of the outputs (absolute), of pixels in [-1, 1], of gradients "
        "(relative to the largest of their parameter) or of losses (relative). Trainings are "
-       "compared with torch in fp32 on the CPU; a continued run with one that was not "
-       "interrupted, whose own repetition gives what is allowed. TF32 is off.",
+       "compared with torch in fp32 on the CPU; *missed* is how far their weights are from that, "
+       "over how far it moved them. A continued run is compared with one that was not "
+       "interrupted by that measure; its own repetition gives what is allowed. TF32 is off.",
     2: "Each stage in a process of its own. *Predicted* is the planner's; *in use* is the "
        "allocator's peak and the context with the libraries loaded into it; *allocated* is the "
        "peak of live tensors. Where a step has more micro-batches than were accumulated, images/s "
@@ -112,11 +113,14 @@ def _part(part: int, rows: list[Row], header: Row) -> str:
 
 
 def _numbers(one: Row, header: Row) -> list[str]:
-    said = "equal" if one.get("is_equal") else ("ok" if one["status"] == MEASURED else "**DIFFERS**")
+    said = (
+        "equal" if one.get("is_equal") else ("ok" if one["status"] == MEASURED else "**DIFFERS**")
+    )
     losses = "-"
     if "first" in one:
         losses = f"{one['first']:.4f} to {one['last']:.4f} ({one['expected']:.4f})"
-    return [said, f"{one['error']:.1e}", f"{one['bound']:.0e}", losses]
+    missed = _number(one.get("missed"), "{:.1e}")
+    return [said, f"{one['error']:.1e}", f"{one['bound']:.0e}", missed, losses]
 
 
 def _memory(one: Row, header: Row) -> list[str]:
@@ -189,7 +193,8 @@ def _beside_minimagen(rows: list[Row]) -> list[Row]:
 
 
 _TABLES: dict[int, tuple[list[str], Any]] = {
-    1: (["", "result", "distance", "allowed", "loss, first to last (expected)"], _numbers),
+    1: (["", "result", "distance", "allowed", "missed", "loss, first to last (expected)"],
+        _numbers),
     2: (["", "planned", "accumulated here", "predicted", "in use", "allocated", "reserved",
          "context", "host predicted", "host measured", "images/s", "TFLOP/s",
          "of the measured peak", "of the stated peak"], _memory),

@@ -25,6 +25,7 @@ from imagen_scale.sampling.runtimes.tensorrt_library import find_library
 from imagen_scale.sampling.stage import Inputs, Stage
 from imagen_scale.training.memory_use import is_out_of_memory
 
+NO_GRAPHS = "no runtime records CUDA graphs of eager torch; torch.compile records its own"
 STEPS, MINIMAGEN_STEPS, SCALE = 25, 1000, 3.0
 KNOWN = ("auto", "torch", "compile", "onnx", "tensorrt", "openvino")
 
@@ -35,6 +36,7 @@ class How(NamedTuple):
     name: str
     options: dict[str, Any]  # of `RuntimeOptions`
     steps: int = STEPS
+    is_extra: bool = False  # measured when all else is
 
 
 def ways(half: str) -> list[How]:
@@ -67,17 +69,8 @@ def ways(half: str) -> list[How]:
         *found,
         How("ONNX Runtime fp16", {"runtime": "onnx", "precision": "fp16"}),
         How("TensorRT fp16", {"runtime": "tensorrt", "precision": "fp16"}),
-        How("ONNX Runtime fp32", {"runtime": "onnx", "precision": "fp32"}),
+        How("ONNX Runtime fp32", {"runtime": "onnx", "precision": "fp32"}, is_extra=True),
     ]
-
-
-def tell_no_graphs() -> dict[str, Any]:
-    """Says that CUDA graphs are no runtime of their own.
-
-    Raises:
-        LeftOut: Always.
-    """
-    raise LeftOut("no runtime records CUDA graphs of eager torch; torch.compile records its own")
 
 
 def has_graphs() -> bool:
@@ -97,7 +90,7 @@ def measure(
         folder: Where the network's files lie, for all that sample it.
         rehearse: Small networks.
     """
-    _check(options)
+    _check(options, rehearse=rehearse)
     what = scene(rehearse=rehearse)
     speed, figures = what.sampled[network], {}
     run = Path(folder) / f"network{network}"
@@ -117,10 +110,10 @@ def measure(
 def _measure(stage: Stage, batch: int, evaluations: int, steps: int) -> dict[str, Any]:
     inputs, size = random_inputs(stage.config, batch), stage.config.size
     x_t = torch.randn(batch, 3, size, size, device=stage.device)
-    t = torch.full((batch,), 500, device=stage.device)
+    t = torch.full((batch,), stage.config.timesteps // 2, device=stage.device)
     cond = Conditioning(inputs.text, SCALE)
     if stage.config.is_super_resolution:
-        cond = cond._replace(lowres_img=x_t.clone(), lowres_t=torch.full_like(t, 200))
+        cond = cond._replace(lowres_img=x_t.clone(), lowres_t=t // 2)
     denoiser = stage.runtime.bind(cond)
     first = _seconds(lambda: denoiser(x_t, t))
     _seconds(lambda: denoiser(x_t, t))  # CUDA graphs are recorded at the second call
@@ -139,7 +132,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return now() - start
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check(options: dict[str, Any], *, rehearse: bool) -> None:
     """Leaves out what cannot run here before minutes go into its export.
 
     Raises:
@@ -148,6 +141,8 @@ def _check(options: dict[str, Any]) -> None:
         EnvironmentProblem: Likewise.
     """
     runtime = options["runtime"]
+    if runtime == "compile" and rehearse:
+        raise LeftOut("a rehearsal compiles nothing: it would take minutes")
     if runtime == "tensorrt":
         require_driver(device(), runtime)
         find_library()
@@ -162,7 +157,11 @@ def _check(options: dict[str, Any]) -> None:
 
 @contextmanager
 def sampled_stage(
-    config: dict[str, Any], number: int, where: torch.device, run: Path | None = None, **options: Any
+    config: dict[str, Any],
+    number: int,
+    where: torch.device,
+    run: Path | None = None,
+    **options: Any,
 ) -> Iterator[Stage]:
     """A stage with random weights, exported if that is what is asked for.
 

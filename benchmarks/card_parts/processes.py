@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from card_parts.child import AGAIN
-from card_parts.measurement import CRASHED, SKIPPED, TIMED_OUT, Measurement, Row, row
 from support import ROOT
 from support.environment import without_launcher
+
+from card_parts.child import AGAIN
+from card_parts.measurement import CRASHED, LEFT_OUT, SKIPPED, TIMED_OUT, Measurement, Row, row
 
 LEAST_S = 5.0  # with less time than this nothing is begun
 POLL_S = 0.05
@@ -42,7 +43,10 @@ class Processes:
 
     def run(self, measurements: Iterable[Measurement]) -> Iterator[Row]:
         """Gives a row for each, as soon as it is known."""
-        for group, members in groupby(measurements, lambda one: one.group or one.name):
+        measurements = list(measurements)
+        yield from (row(one, LEFT_OUT, why=one.reason) for one in measurements if one.reason)
+        possible = (one for one in measurements if not one.reason)
+        for group, members in groupby(possible, lambda one: one.group or one.name):
             remaining = list(members)
             while remaining:
                 if self.left() < LEAST_S:

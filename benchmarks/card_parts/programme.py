@@ -37,7 +37,7 @@ def programme(
         parts: Which parts.
         limit: Bytes of the card that training may use.
         models: Folder for networks that are sampled.
-        rehearse: Small networks; a part shares one process.
+        rehearse: Small networks, every kind once, in one process.
     """
     what, has_bf16 = scene(rehearse=rehearse), header.get("has_bf16", True)
     half = "bf16" if has_bf16 else ("fp16" if "fp16" in ways.precisions() else "fp32")
@@ -48,11 +48,13 @@ def programme(
         *_switches(what, half, rehearse),
         *_sampling(what, "bf16" if has_bf16 else "fp16", models, rehearse),
     ]
-    chosen = [one for _, one in sorted(found, key=lambda pair: pair[0]) if one.part in parts]
-    if rehearse:
-        chosen = sorted(chosen, key=lambda one: one.part)
-        return [one._replace(group=f"part {one.part}") for one in chosen]
-    return chosen
+    if rehearse:  # every kind once, in one process
+        return [
+            one._replace(group="rehearsal")
+            for order, one in found
+            if order == 0 and one.part in parts
+        ]
+    return [one for _, one in sorted(found, key=lambda pair: pair[0]) if one.part in parts]
 
 
 _Ordered = tuple[int, Measurement]  # 0 before 1, and otherwise as they stand
@@ -63,21 +65,24 @@ def _numbers(rehearse: bool) -> list[_Ordered]:
         return 0, Measurement(1, name, f"card_parts.{call}", arguments, limit_s, "numbers")
 
     scaled = {"rehearse": rehearse}
-    taken, _ = ways.ways()
+    taken, refused = ways.ways()
+    every = 6 if rehearse else 1
     return [
         *(one(f"MinImagen's record {path.stem}", "equality:golden", record=path.name)
           for path in RECORDS),
         *(one(f"pictures of {sampler}, CPU and here", "equality:samplers", sampler=sampler,
-              **scaled) for sampler in get_args(Sampler)),
+              **scaled) for sampler in get_args(Sampler)[::every]),
         *(one(f"gradients, {precision}, checkpointing none and "
               f"{level if level != 'none' else 'none again'}", "equality:checkpointing",
               level=level, precision=precision, **scaled)
-          for precision in ("fp32", "bf16") for level in ("none", "norms", "blocks")),
+          for precision in ("fp32", "bf16")
+          for level in ("none", "norms", "blocks")[:: 2 if rehearse else 1]),
         # The first one compiles DeepSpeed's Adam for the host.
         *(one(f"continued: {way.name}", "equality:resume", 300, way=way, **scaled)
-          for way in RESUMED if way in taken),
-        *(one(way.name, "ways:measure", way=way, **scaled) for way in taken),
-        one("other ways", "ways:tell_refused"),
+          for way in RESUMED[::every] if way in taken),
+        *(one(way.name, "ways:measure", way=way, **scaled)
+          for way in taken[:: 10 if rehearse else 1]),
+        (0, Measurement(1, "other ways", "", {}, reason=ways.refusal(taken, refused))),
     ]  # fmt: skip
 
 
@@ -111,17 +116,18 @@ def _switches(what: Scene, half: str, rehearse: bool) -> list[_Ordered]:
                 "card_parts.switches:measure",
                 {"name": switch.name, "network": network, "half": half, "rehearse": rehearse},
                 120 + (COMPILES if "compile" in switch.name else 0),
+                reason=switches.reason_to_leave_out(switch, rehearse=rehearse),
             ),
         )
         for network, speed in enumerate(what.trained)
-        for switch in switches.SWITCHES
+        for switch in switches.SWITCHES[:: 3 if rehearse else 1]
     ]
 
 
 def _sampling(what: Scene, half: str, models: Path, rehearse: bool) -> list[_Ordered]:
     found = [
         (
-            0,
+            int(how.is_extra),
             Measurement(
                 4,
                 f"{pictures.network_name(speed)}: {how.name}",
@@ -137,7 +143,6 @@ def _sampling(what: Scene, half: str, models: Path, rehearse: bool) -> list[_Ord
         for how in pictures.ways(half)
     ]  # fmt: skip
     if not pictures.has_graphs():
-        found.append(
-            (0, Measurement(4, "CUDA graphs of eager torch", "card_parts.pictures:tell_no_graphs"))
-        )
+        graphs = "CUDA graphs of eager torch"
+        found.append((0, Measurement(4, graphs, "", {}, reason=pictures.NO_GRAPHS)))
     return found

@@ -4,10 +4,10 @@ import json
 from typing import Any, NamedTuple
 
 from gpu_memory import CONFIGS, left_to_planner
-
-from imagen_scale.config import Config, load_config, parse_config
 from support import ROOT
 from support.tiny import TINY
+
+from imagen_scale.config import Config, load_config, parse_config
 
 # Both kinds of network, small and of every layer there is, for comparing numbers.
 _SMALL = {
@@ -52,8 +52,8 @@ def scene(*, rehearse: bool) -> Scene:
         stages = [Speed("tiny", tiny, number, 4) for number in (1, 2)]
         return Scene(
             small=tiny, cascades={"tiny": left_to_planner(parse_config(json.dumps(TINY)))},
-            trained=stages[:1], sampled=stages, batches=(1, 2), steps=2, warm_up=1, evaluations=2,
-            matrix=128,
+            trained=stages[:1], sampled=stages[1:], batches=(1, 2), steps=1, warm_up=1,
+            evaluations=2, matrix=128,
         )  # fmt: skip
     files = {name: ROOT / "configs" / f"{name}.json" for name in (*CONFIGS, "pokemon_64")}
     base = _without_training(json.loads(files["pokemon_64"].read_text()))

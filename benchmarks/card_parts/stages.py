@@ -7,7 +7,7 @@ import torch
 
 from card_parts.measurement import LeftOut
 from card_parts.scenes import scene
-from card_parts.steps import Timed, micro_batches, open_session, timed_steps
+from card_parts.steps import Timed, micro_batches, session_of, timed_steps
 from card_parts.timing import device, now
 from imagen_scale.config import Config
 from imagen_scale.models.unet import UNet
@@ -57,7 +57,7 @@ def measure(
     planned = setup.accumulation
     setup = setup._replace(accumulation=min(planned, MAX_ACCUMULATION))
     predicted = _predicted(setup, activations)
-    with open_session(stage, setup) as session:
+    with session_of(stage, setup) as session:
         baseline = session.baseline
         timed = timed_steps(session, warm_up=WARM_UP, steps=STEPS, planned=planned)
         figures = _speed(config, number, setup, timed)

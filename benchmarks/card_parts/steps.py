@@ -1,25 +1,29 @@
 """Real training steps on random pictures: the trainer's own engine, loss and stepper."""
 
+import importlib
+import os
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from gpu_memory import full_step_seconds
+from support.environment import rank_variables, reserved_port
 from torch import Tensor
 
 from card_parts.timing import now
 from imagen_scale.config import StageConfig
 from imagen_scale.data.sequence import Batch
+from imagen_scale.files.pictures import from_uint8
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training import ranks
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.session import Session
 
 PICTURES = 16  # different ones; every sample has noise of its own
-LR = 1e-4
 
 
 class Timed(NamedTuple):
@@ -32,26 +36,50 @@ class Timed(NamedTuple):
     reserved: int  # peak of the allocator
 
 
-def open_session(stage: StageConfig, setup: Setup) -> Session:
-    """A session in the one process that there is."""
+def optional(module: str, name: str) -> Any:
+    """What a module of the program has under a name; None in a version without it."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+_FEED = optional("imagen_scale.training.feed", "Feed")  # copies batches ahead of their use
+_SWITCHED = optional("imagen_scale.training.switches", "switched")  # TF32 and its like
+
+
+@contextmanager
+def session_of(stage: StageConfig, setup: Setup) -> Iterator[Session]:
+    """A session in the one process that there is, with the switches of its configuration."""
     if not torch.distributed.is_initialized():
-        ranks.fill_environment()
-        ranks.check_machine()
-        ranks.join()
-    return Session(stage, setup, print)
+        with reserved_port() as port:
+            os.environ.update(rank_variables(0, 1, port))
+            ranks.check_machine()
+            ranks.join()
+    switches = nullcontext() if _SWITCHED is None else _SWITCHED(stage.training)
+    with switches, Session(stage, setup, print) as session:
+        yield session
 
 
 def micro_batches(stage: StageConfig, micro_batch: int) -> Iterator[Batch]:
-    """Endless micro-batches as the loader gives them; a sample depends on its position alone."""
+    """Endless micro-batches as the loader gives them.
+
+    What a sample is depends on its position alone, whatever the micro-batch.
+    """
     size, width = stage.size, stage.network.text_embed_dim
     tokens = stage.network.max_text_len
     generator = torch.Generator().manual_seed(0)
     shape = (PICTURES, stage.imagen.channels, size, size)
-    images = torch.rand(shape, generator=generator) * 2 - 1
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if _FEED is None:
+        images = from_uint8(images)
     text_embeds = torch.randn(PICTURES, tokens, width, generator=generator)
     words = torch.arange(PICTURES) * tokens // PICTURES + 1  # captions of every length
     text_mask = torch.arange(tokens) < words[:, None]
     text_embeds[~text_mask] = 0
+    text_embeds = text_embeds.half()  # as they are stored
+    if _FEED is None:
+        text_embeds = text_embeds.float()
 
     @cache
     def parts(first: int) -> list[Tensor]:
@@ -62,6 +90,17 @@ def micro_batches(stage: StageConfig, micro_batch: int) -> Iterator[Batch]:
     for position in count(step=micro_batch):
         positions = torch.arange(position, position + micro_batch)
         yield Batch(*parts(position % PICTURES), positions, [""] * micro_batch)
+
+
+def feed(session: Session, batches: Iterator[Batch] | None = None) -> Any:
+    """Micro-batches as the stepper takes them.
+
+    Args:
+        session: Whose.
+        batches: None for its own, from the first on.
+    """
+    batches = batches or micro_batches(session.stage, session.setup.micro_batch)
+    return batches if _FEED is None else _FEED(batches, session.engine.device)
 
 
 def take_noise_from_cpu(objective: Objective) -> None:
@@ -75,8 +114,13 @@ def take_noise_from_cpu(objective: Objective) -> None:
     objective.draw = draw  # type: ignore[method-assign]
 
 
-def losses_of(session: Session, batches: Iterator[Batch], steps: int) -> list[float]:
+def losses_of(session: Session, batches: Any, steps: int) -> list[float]:
     """Loss of each of some steps, the average updated as in a run.
+
+    Args:
+        session: It is.
+        batches: From `feed`.
+        steps: How many.
 
     Raises:
         RuntimeError: If a step was left out.
@@ -90,6 +134,26 @@ def losses_of(session: Session, batches: Iterator[Batch], steps: int) -> list[fl
         if not stepped.applied and session.setup.precision != "fp16":  # which looks for its scale
             raise RuntimeError(f"step {session.step} was left out: a gradient was not finite")
     return losses
+
+
+def weights_of(session: Session) -> dict[str, Tensor]:
+    """Every weight as the masters have it, fp32 on the CPU."""
+    return {
+        name: session.engine.gather(parameter).detach().float().cpu().clone()
+        for name, parameter in session.engine.module.named_parameters()
+    }
+
+
+def missed(
+    found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]
+) -> float:
+    """How far weights are from where they should be, over how far they should have moved.
+
+    1 is what weights that were not trained at all would have.
+    """
+    away = sum((found[name] - expected[name]).square().sum().item() for name in expected)
+    moved = sum((expected[name] - start[name]).square().sum().item() for name in expected)
+    return (away / moved) ** 0.5
 
 
 def timed_steps(session: Session, *, warm_up: int, steps: int, planned: int | None = None) -> Timed:
@@ -113,7 +177,7 @@ def timed_steps(session: Session, *, warm_up: int, steps: int, planned: int | No
                 marks.append(now())
             yield batch
 
-    batches = clocked(micro_batches(session.stage, setup.micro_batch))
+    batches = feed(session, clocked(micro_batches(session.stage, setup.micro_batch)))
     losses = losses_of(session, batches, warm_up)
     step_s, micro_s = [], []
     for _ in range(steps):
@@ -121,7 +185,7 @@ def timed_steps(session: Session, *, warm_up: int, steps: int, planned: int | No
         start = now()
         losses += losses_of(session, batches, 1)
         step_s.append(now() - start)
-        micro_s += [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        micro_s += [b - a for a, b in pairwise(marks)]
     seconds = statistics.median(step_s)
     if is_shortened:
         seconds = full_step_seconds([seconds], micro_s, setup.accumulation, planned)

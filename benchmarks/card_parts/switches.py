@@ -1,5 +1,6 @@
 """Part 3: what a switch gains or costs, on and off in turn: A B B A."""
 
+import os
 import statistics
 import typing
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import torch
 
 from card_parts.measurement import LeftOut
 from card_parts.scenes import Speed, scene, written
-from card_parts.steps import Timed, open_session, timed_steps
+from card_parts.steps import Timed, session_of, timed_steps
 from card_parts.ways import TO_HOST, setup_of
 from imagen_scale.config import Config, TrainingConfig
 from imagen_scale.training.memory_use import release_memory
@@ -46,6 +47,7 @@ SWITCHES = (
     _key("cudnn_benchmark"),
     _key("channels_last"),
     _key("compile"),
+    _key("deterministic"),
     Switch("`training.compile` and `channels_last`",
            {"compile": False, "channels_last": False}, {"compile": True, "channels_last": True},
            needs="compile"),
@@ -76,19 +78,20 @@ def measure(name: str, network: int, half: str, *, rehearse: bool) -> dict[str, 
         rehearse: Small networks.
 
     Raises:
-        LeftOut: If this version has no such key.
+        LeftOut: If the card lacks the numbers.
     """
     switch, what = switch_named(name), scene(rehearse=rehearse)
+    if switch.needs == "deterministic":  # read when cuBLAS starts, and not again
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     speed = what.trained[network]
     ways = [_config(speed, switch, way, half) for way in (switch.before, switch.after)]
     found: list[list[Timed]] = [[], []]
     for which in ORDER:
         stage = ways[which].stage(speed.number)
-        with open_session(stage, setup_of(stage)) as session:
+        with session_of(stage, setup_of(stage)) as session:
             found[which].append(timed_steps(session, warm_up=what.warm_up, steps=what.steps))
         release_memory()
-        if hasattr(torch, "compiler"):
-            torch.compiler.reset()
+        torch.compiler.reset()
     before, after = (statistics.median(timed.step_s for timed in timeds) for timeds in found)
     images = speed.micro_batch * switch.micro_batches
     return {
@@ -106,8 +109,6 @@ def measure(name: str, network: int, half: str, *, rehearse: bool) -> dict[str, 
 
 def _config(speed: Speed, switch: Switch, way: dict[str, Any], half: str) -> Config:
     """A configuration of one side of a switch."""
-    for key in switch.needs, *(key for key in way if key in ("compile", "channels_last")):
-        _check(key)
     if half == "fp32" and (way.get("precision") == "bf16" or "data_types" in way):
         raise LeftOut("this card has no bf16")
     common = {
@@ -120,16 +121,15 @@ def _config(speed: Speed, switch: Switch, way: dict[str, Any], half: str) -> Con
     return written(speed.config, **options)
 
 
-def _check(key: str | None) -> None:
-    """Leaves out a switch that this version lacks.
-
-    Raises:
-        LeftOut: If there is no such key, or it is not switched on and off.
-    """
-    if key is None:
-        return
-    field = TrainingConfig.model_fields.get(key)
-    if field is None:
-        raise LeftOut(f"this version has no training.{key}")
-    if field.annotation is not bool and bool not in typing.get_args(field.annotation):
-        raise LeftOut(f"training.{key} is not true or false")
+def reason_to_leave_out(switch: Switch, *, rehearse: bool) -> str:
+    """Why a switch cannot be measured with this version; empty where it can."""
+    for key in (key for key in (switch.needs, *switch.after) if key is not None):
+        if key not in ("zero", "memory", "data_types", "precision"):
+            field = TrainingConfig.model_fields.get(key)
+            if field is None:
+                return f"this version has no training.{key}"
+            if field.annotation is not bool and bool not in typing.get_args(field.annotation):
+                return f"training.{key} is not true or false"
+    if rehearse and switch.needs == "compile":
+        return "a rehearsal compiles nothing: it would take minutes"
+    return ""
