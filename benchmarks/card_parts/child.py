@@ -69,7 +69,7 @@ def main(questions: str, answers: str) -> None:
             if measurement.part == 1:  # read when cuBLAS starts: the same bits each time
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             answer = measure(measurement)
-            out.write(json.dumps(answer) + "\n")
+            out.write(json.dumps(answer, default=str) + "\n")
             out.flush()
             if answer["status"] in (FAILED, FULL):
                 sys.exit(AGAIN)

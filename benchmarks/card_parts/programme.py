@@ -115,7 +115,7 @@ def _switches(what: Scene, half: str, rehearse: bool) -> list[_Ordered]:
                 f"{switch.name}; {speed.name}",
                 "card_parts.switches:measure",
                 {"name": switch.name, "network": network, "half": half, "rehearse": rehearse},
-                120 + (COMPILES if "compile" in switch.name else 0),
+                300 + (COMPILES if "compile" in switch.name else 0),  # the first builds an Adam
                 reason=switches.reason_to_leave_out(switch, rehearse=rehearse),
             ),
         )
