@@ -101,7 +101,12 @@ def has_card() -> bool:
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=20, show_default=True,
               help="For everything.")  # fmt: skip
 @click.option("--parts", default="1,2,3,4", show_default=True, help="Which, with commas.")
-@click.option("--memory", default="12GB", show_default=True, help="The limit of part 2.")
+@click.option(
+    "--memory",
+    default="12GB",
+    show_default=True,
+    help="The limit of part 2; a smaller card's own size where that is less.",
+)
 @click.option("--rehearse", is_flag=True, help="Tiny networks on the CPU.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 def main(
@@ -129,9 +134,10 @@ def main(
         )
     results.add(header)
     say(header)
+    bound = min(limit, header.get("memory", limit))
     missing = [
         one
-        for one in programme(header, chosen, limit, models, rehearse=rehearse)
+        for one in programme(header, chosen, bound, models, rehearse=rehearse)
         if not results.is_done(one.part, one.name)
     ]
     faults = 0

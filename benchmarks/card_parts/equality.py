@@ -100,7 +100,7 @@ def resume(way: list[str], *, rehearse: bool) -> dict[str, Any]:
         Differs: If its weights are further away than those of two uninterrupted runs.
     """
     without_tf32()
-    stage = Way(*way).stage(rehearse=rehearse)
+    stage = Way(*way).stage(rehearse=rehearse, deterministic=True)
     setup = setup_of(stage)
     start, whole = _whole_run(stage, setup)
     _, again = _whole_run(stage, setup)

@@ -128,7 +128,7 @@ def _numbers(one: Row, header: Row) -> list[str]:
 
 def _memory(one: Row, header: Row) -> list[str]:
     if "full" in one:
-        return [f"**out of memory**: {_escaped(one['full'])}", "-", "-", "-",
+        return [f"**out of memory**: {_escaped(one['full'])}", "-", "-", "-", "-", "-",
                 _gb(one["allocated"])]  # fmt: skip
     peaks = header.get("peaks", {})
     measured = peaks.get(one.get("precision"))
@@ -137,7 +137,12 @@ def _memory(one: Row, header: Row) -> list[str]:
     return [
         _escaped(one["planned"]),
         " of ".join(map(str, one["accumulated"])) if "accumulated" in one else "-",
-        *(_gb(one.get(key)) for key in ("predicted", "in_use", "allocated", "reserved", "context")),
+        *(_gb(one.get(key)) for key in ("limit", "predicted", "in_use")),
+        _number(
+            one.get("in_use") and one.get("predicted") and one["in_use"] / one["predicted"],
+            "{:.3f}",
+        ),
+        *(_gb(one.get(key)) for key in ("allocated", "reserved", "context")),
         *(_gb(one.get(key)) for key in ("host_predicted", "host")),
         f"{one['images_per_s']:.2f}",
         _number(tflops, "{:.2f}"),
@@ -198,7 +203,8 @@ def _beside_minimagen(rows: list[Row]) -> list[Row]:
 _TABLES: dict[int, tuple[list[str], Any]] = {
     1: (["", "result", "distance", "allowed", "missed", "loss, first to last (expected)"],
         _numbers),
-    2: (["", "planned", "accumulated here", "predicted", "in use", "allocated", "reserved",
+    2: (["", "planned", "accumulated here", "limit", "predicted", "in use", "ratio",
+         "allocated", "reserved",
          "context", "host predicted", "host measured", "images/s", "TFLOP/s",
          "of the measured peak", "of the stated peak"], _memory),
     3: (["", "first", "second", "faster", "images/s, first", "second", "allocated, first",

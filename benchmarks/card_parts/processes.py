@@ -127,7 +127,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds goes later
+            process.wait(30)
 
 
 def _last_words(code: int, log: Path) -> str:

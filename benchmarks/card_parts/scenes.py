@@ -65,7 +65,7 @@ def scene(*, rehearse: bool) -> Scene:
         cascades={name: left_to_planner(load_config(files[name])) for name in CONFIGS},
         trained=[
             Speed("44 M, 64 px, batch 16", base, 1, 16),
-            Speed("111 M, 64 -> 256 px, batch 4", half, 2, 4),
+            Speed("113 M, 64 -> 256 px, batch 4", half, 2, 4),
         ],
         sampled=[
             Speed("44 M, 64 px", base, 1, 16),

@@ -49,7 +49,8 @@ def measure(
     outside = bound_card(limit, context)
     budget = this_machine(ranks=1)
     if limit is not None and budget.card is not None:
-        budget = budget._replace(card=limit)
+        # What is free now is free beside this process's context, which a plan counts.
+        budget = budget._replace(card=min(limit, budget.card + CARD_PROCESS))
     plan = Planner(stage, budget).plan()
     setup, activations = plan.choice.setup, plan.choice.activations
     if plan.fault:
@@ -63,6 +64,7 @@ def measure(
         figures = _speed(config, number, setup, timed)
     return figures | predicted | memory(timed, outside, context) | {
         "parameters": activations.num_parameters,
+        "limit": budget.card,
         "planned": in_words(plan.choice.setup),
         "accumulated": [setup.accumulation, planned],
         "host": peak_host_bytes() - baseline,
