@@ -255,7 +255,7 @@ def run_card(*options):
 def test_a_rehearsal_measures_something_of_every_part(tmp_path):
     document, out = tmp_path / "cards.md", tmp_path / "out"
     names = pages.BLOCKS.values()
-    marks = (f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names)
+    marks = (f"<!-- {name}: begin -->\n(to be replaced)\n<!-- {name}: end -->\n" for name in names)
     document.write_text("".join(marks))
     done = run_card("--rehearse", "--out", out, "--minutes", 10, "--write", document)
     assert done.returncode == 0, done.stderr
@@ -273,7 +273,7 @@ def test_a_rehearsal_measures_something_of_every_part(tmp_path):
     text = (out / "card.md").read_text()
     for name in names:
         assert f"<!-- {name}: begin -->" in text
-    assert "old" not in document.read_text()
+    assert "(to be replaced)" not in document.read_text()
     assert "1000 steps" in document.read_text()
     assert not (out / "models").exists()
 

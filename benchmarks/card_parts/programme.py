@@ -121,7 +121,7 @@ def _switches(what: Scene, half: str, rehearse: bool) -> list[_Ordered]:
             ),
         )
         for network, speed in enumerate(what.trained)
-        for switch in switches.SWITCHES[:: 3 if rehearse else 1]
+        for switch in switches.SWITCHES[:: 6 if rehearse else 1]
     ]
 
 
