@@ -190,7 +190,7 @@ def test_every_stage_is_planned_and_trained(tiny_config, tmp_path):
         "`tiny` U-Net 1, 16 px", "`tiny` U-Net 2, 32 px",
     ]  # fmt: skip
     for stage in stages:
-        assert "checkpointing norms" in stage["planned"]
+        assert "checkpointing none" in stage["planned"]
         assert stage["accumulated here"] == "1 of 1"
         assert stage["predicted"].endswith("GB") and stage["host measured"].endswith("GB")
         assert float(stage["images/s"]) > 0

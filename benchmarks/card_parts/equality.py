@@ -15,13 +15,14 @@ from card_parts.pictures import random_inputs, sampled_stage
 from card_parts.scenes import scene, written
 from card_parts.steps import feed, losses_of, micro_batches, missed, session_of, weights_of
 from card_parts.timing import device, without_tf32
-from card_parts.ways import BATCH, Way, exact, setup_of
+from card_parts.ways import BATCH, Way, setup_of
 from imagen_scale.config import StageConfig
 from imagen_scale.config.section import CheckpointingLevel
 from imagen_scale.diffusion.names import Sampler
 from imagen_scale.planning.setup import Setup
 from imagen_scale.sampling.options import StageSettings
 from imagen_scale.training.building import build_unet
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.session import Session
 from imagen_scale.training.shards import file_name, load_shards, save_shard
@@ -60,7 +61,7 @@ def checkpointing(level: CheckpointingLevel, precision: str, *, rehearse: bool) 
     """
     without_tf32()
     config = written(
-        scene(rehearse=rehearse).small, precision=precision, **exact(), global_batch=BATCH
+        scene(rehearse=rehearse).small, precision=precision, tf32=False, global_batch=BATCH
     )
     worst, is_equal = 0.0, True
     for stage in config.stages():
@@ -143,7 +144,7 @@ def _whole_run(stage: StageConfig, setup: Setup) -> tuple[dict[str, Tensor], End
         return start, _end_of_run(session, batches)
 
 
-def _end_of_run(session: Session, batches: Any) -> End:
+def _end_of_run(session: Session, batches: Feed) -> End:
     return End(losses_of(session, batches, GOING_ON), weights_of(session))
 
 

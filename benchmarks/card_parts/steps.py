@@ -1,10 +1,9 @@
 """Real training steps on random pictures: the trainer's own engine, loss and stepper."""
 
-import importlib
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from itertools import count, pairwise
 from typing import Any, NamedTuple
@@ -17,11 +16,13 @@ from torch import Tensor
 from card_parts.timing import now
 from imagen_scale.config import StageConfig
 from imagen_scale.data.sequence import Batch
-from imagen_scale.files.pictures import from_uint8
+from imagen_scale.files.pinning import can_pin
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training import ranks
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.session import Session
+from imagen_scale.training.switches import switched
 
 PICTURES = 16  # different ones; every sample has noise of its own
 
@@ -36,18 +37,6 @@ class Timed(NamedTuple):
     reserved: int  # peak of the allocator
 
 
-def optional(module: str, name: str) -> Any:
-    """What a module of the program has under a name; None in a version without it."""
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
-
-
-_FEED = optional("imagen_scale.training.feed", "Feed")  # copies batches ahead of their use
-_SWITCHED = optional("imagen_scale.training.switches", "switched")  # TF32 and its like
-
-
 @contextmanager
 def session_of(stage: StageConfig, setup: Setup) -> Iterator[Session]:
     """A session in the one process that there is, with the switches of its configuration."""
@@ -56,8 +45,7 @@ def session_of(stage: StageConfig, setup: Setup) -> Iterator[Session]:
             os.environ.update(rank_variables(0, 1, port))
             ranks.check_machine()
             ranks.join()
-    switches = nullcontext() if _SWITCHED is None else _SWITCHED(stage.training)
-    with switches, Session(stage, setup, print) as session:
+    with switched(stage.training), Session(stage, setup, print) as session:
         yield session
 
 
@@ -71,28 +59,24 @@ def micro_batches(stage: StageConfig, micro_batch: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     shape = (PICTURES, stage.imagen.channels, size, size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    if _FEED is None:
-        images = from_uint8(images)
     text_embeds = torch.randn(PICTURES, tokens, width, generator=generator)
     words = torch.arange(PICTURES) * tokens // PICTURES + 1  # captions of every length
     text_mask = torch.arange(tokens) < words[:, None]
     text_embeds[~text_mask] = 0
     text_embeds = text_embeds.half()  # as they are stored
-    if _FEED is None:
-        text_embeds = text_embeds.float()
 
     @cache
     def parts(first: int) -> list[Tensor]:
         which = torch.arange(first, first + micro_batch) % PICTURES
         chosen = [part[which] for part in (images, text_embeds, text_mask)]
-        return [part.pin_memory() for part in chosen] if torch.cuda.is_available() else chosen
+        return [part.pin_memory() for part in chosen] if can_pin() else chosen
 
     for position in count(step=micro_batch):
         positions = torch.arange(position, position + micro_batch)
         yield Batch(*parts(position % PICTURES), positions, [""] * micro_batch)
 
 
-def feed(session: Session, batches: Iterator[Batch] | None = None) -> Any:
+def feed(session: Session, batches: Iterator[Batch] | None = None) -> Feed:
     """Micro-batches as the stepper takes them.
 
     Args:
@@ -100,7 +84,7 @@ def feed(session: Session, batches: Iterator[Batch] | None = None) -> Any:
         batches: None for its own, from the first on.
     """
     batches = batches or micro_batches(session.stage, session.setup.micro_batch)
-    return batches if _FEED is None else _FEED(batches, session.engine.device)
+    return Feed(batches, session.engine.device)
 
 
 def take_noise_from_cpu(objective: Objective) -> None:
@@ -114,7 +98,7 @@ def take_noise_from_cpu(objective: Objective) -> None:
     objective.draw = draw  # type: ignore[method-assign]
 
 
-def losses_of(session: Session, batches: Any, steps: int) -> list[float]:
+def losses_of(session: Session, batches: Feed, steps: int) -> list[float]:
     """Loss of each of some steps, the average updated as in a run.
 
     Args:

@@ -18,8 +18,8 @@ from card_parts.steps import (
     weights_of,
 )
 from card_parts.timing import without_tf32
-from imagen_scale.config import StageConfig, TrainingConfig
-from imagen_scale.config.section import OptimizerName
+from imagen_scale.config import StageConfig
+from imagen_scale.config.section import OptimizerName, Precision
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.training.building import build_unet
@@ -73,7 +73,7 @@ class Way(NamedTuple):
 
         Args:
             rehearse: A smaller one.
-            deterministic: The same bits each time, where this version can promise that.
+            deterministic: The same bits each time.
 
         Raises:
             ConfigError: If the configuration refuses it.
@@ -86,7 +86,8 @@ class Way(NamedTuple):
             precision=self.precision,
             optimizer=self.optimizer,
             grad_clip=None if in_backward else 1.0,
-            **exact(deterministic=deterministic),
+            tf32=False,
+            deterministic=deterministic,
             global_batch=BATCH,
             micro_batch=BATCH if in_backward else BATCH // 2,
             lr=1e-3 if self.optimizer != "adafactor" else 1e-2,  # relative to the weights there
@@ -94,16 +95,11 @@ class Way(NamedTuple):
         return config.stage(1)
 
 
-def exact(*, deterministic: bool = False) -> dict[str, bool]:
-    """Keys of `training` for numbers that are compared, as far as this version has them."""
-    wanted = {"tf32": False, "deterministic": deterministic}
-    return {key: value for key, value in wanted.items() if key in TrainingConfig.model_fields}
-
-
 def precisions() -> tuple[str, ...]:
-    """What the configuration takes, fp32 first."""
-    annotation = TrainingConfig.model_fields["precision"].annotation
-    return tuple(sorted(get_args(annotation), key=lambda name: name != "fp32"))
+    """What the configuration takes by name, fp32 first."""
+    return tuple(
+        sorted(set(get_args(Precision)) - {"auto"}, key=lambda name: (name != "fp32", name))
+    )
 
 
 def ways() -> tuple[list[Way], list[Way]]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
+from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.errors import ImagenScaleError
 
 OPTIONS = (
@@ -56,6 +58,8 @@ def main(
     """Trains every U-Net of a cascade in turn; run again, it continues where it stopped."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    wait_asleep()
+    settle_allocators()
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         if resume and fresh:

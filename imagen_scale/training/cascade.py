@@ -7,6 +7,7 @@ from imagen_scale.config import Config
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
+from imagen_scale.training.choice import check_precision
 from imagen_scale.training.job import Job
 from imagen_scale.training.may_continue import (
     check_run,
@@ -15,9 +16,12 @@ from imagen_scale.training.may_continue import (
     open_run,
     unet_numbers,
 )
+from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
+from imagen_scale.training.switches import prepare_determinism
 from imagen_scale.training.telemetry import say as say_aloud
+from imagen_scale.training.threads import share_cores
 from imagen_scale.training.unet import train_unet
 from imagen_scale.training.watchdog import Watchdog
 
@@ -44,10 +48,12 @@ def train(
         plan_check: Compare predicted with measured memory after so many steps of each U-Net.
 
     Raises:
-        Preempted: If SIGTERM, SIGUSR1 or SIGINT asked to stop; everything is saved.
+        Preempted: If SIGTERM, SIGUSR1, SIGHUP or SIGINT asked to stop; everything is saved.
         ImagenScaleError: With what to do next.
     """
     ranks.fill_environment()
+    prepare_determinism(config.training)
+    share_cores()
     say = say_aloud if rank() == 0 else _silent
     # On every rank: one that went on alone would wait for the others for ever. And all before
     # anything is written.
@@ -56,15 +62,19 @@ def train(
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, say, resume=resume, fresh=fresh)
+    check_owner(run_dir, numbers)
     ranks.check_machine()
+    check_precision(config)
     # Prepared before the group is joined: it may take longer than any collective may wait.
     size = config.stage(numbers[0]).size if len(numbers) == 1 else None
     prepared = prepare(config, progress=_progress(say), size=size)
     check_text_width(config, prepared.embeddings.dim)
     check_split(config, prepared.source.keys)
     ranks.join()
+    owner = Owner(run_dir, numbers, say)
     try:
         with Watchdog(config.training.hang_timeout) as watchdog:
+            from_rank_0(owner.take)
             from_rank_0(
                 lambda: open_run(
                     config, run_dir, fresh=numbers if fresh else [], report=prepared.report
@@ -82,6 +92,7 @@ def train(
                     )  # fmt: skip
             say(f"run: {run_dir}")
     finally:
+        owner.release()
         ranks.stop()
 
 
