@@ -10,6 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from support.ranks import Small, equal
 
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.skipped_steps import SkippedSteps
 
 ZERO = {"1": (1, False), "2": (2, False), "2-offload": (2, True), "3-offload": (3, True)}
@@ -98,7 +99,7 @@ def test_an_overflow_is_no_fault_lowers_the_scale_and_reaches_nothing(name):
 
 
 def batches(trained):
-    return iter([trained.batch(0), trained.batch(4)])
+    return Feed(iter([trained.batch(0), trained.batch(4)]), torch.device("cpu"))
 
 
 def test_at_the_smallest_scale_an_overflow_counts_and_nothing_is_raised():
@@ -125,7 +126,7 @@ def test_a_loss_that_is_not_a_number_counts_and_its_picture_is_named():
             batch.images[-1, 0, 3, 3] = float("nan")
             yield batch
 
-    stepped = trained.stepper.step(spoiled(), lr=1e-3)
+    stepped = trained.stepper.step(Feed(spoiled(), torch.device("cpu")), lr=1e-3)
     assert not stepped.applied
     assert skipped.tell(1, stepped, telemetry) is None
     assert "the loss of picture 3, picture 7 was not finite" in said[0]

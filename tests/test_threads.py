@@ -46,9 +46,9 @@ def test_every_launcher_says_how_many_are_here(variables, expected, launched):
 
 def test_cores_are_physical_shared_and_never_none(monkeypatch):
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 32 if logical else 16)
-    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: list(range(32)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: list(range(32)))
     assert [cores_each(ranks) for ranks in (1, 4, 16, 64)] == [16, 4, 1, 1]
-    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 1])  # a container's
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: [0, 1])  # a container's
     assert cores_each(1) == 2
 
 
@@ -62,7 +62,7 @@ def test_cores_are_physical_shared_and_never_none(monkeypatch):
 def test_the_users_own_number_stays(variables, threads, launched, monkeypatch):
     launched(**variables, LOCAL_WORLD_SIZE="2")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 12)
-    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: list(range(12)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: list(range(12)))
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     share_cores()

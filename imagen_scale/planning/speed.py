@@ -13,6 +13,9 @@ FLOPS_PER_S = {"bf16": 13e12, "fp16": 13e12, "fp32": 6e12}
 PCIE_BYTES_PER_S = 12e9
 CARD_BYTES_PER_S = 250e9
 HOST_BYTES_PER_S = 25e9
+# Of what is exchanged while the cards compute, this is not waited for: the last bucket, and every
+# layer's weights before it starts, are.
+HIDDEN_SHARE = 0.5
 # Starting the kernels of one forward and backward pass: what makes tiny micro-batches slow.
 LAUNCH_S = 0.05
 # Normalisations and activations move bytes rather than compute: recomputing them costs this share
@@ -38,8 +41,8 @@ def step_seconds(
     if any(level != "none" for level in setup.checkpointing):
         compute *= 1 + NORMS_SHARE
     exchange = cost.exchange_micro / link
-    busy = max(compute, exchange) if setup.exchanges_in_backward else compute + exchange
-    micro_step = busy + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
+    hidden = HIDDEN_SHARE * min(exchange, compute) if setup.exchanges_in_backward else 0.0
+    micro_step = compute + exchange - hidden + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
     # Weight, gradient and moments are read and written once.
     moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2}[setup.optimizer]
     if setup.offloads_optimizer:

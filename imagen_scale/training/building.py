@@ -27,6 +27,7 @@ def build_unet(stage: StageConfig, setup: Setup) -> nn.Module:
         apply_channels_last(unet)
     if stage.training.compile:
         _check_compilable(setup)
+        torch.compiler.reset()  # frees other U-Nets' graphs, of which it keeps a few and no more
         unet.compile(dynamic=False)  # in place: its parameters keep their names
     return unet
 

@@ -17,8 +17,9 @@ def cores_each(ranks: int) -> int:
     """Physical cores for each of the processes of this machine, at least one."""
     import psutil
 
-    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else 1
-    physical = psutil.cpu_count(logical=False) or allowed
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    # A container or SLURM may allow fewer; macOS does not tell.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return max(1, min(physical // ranks, allowed))
 
 
