@@ -18,6 +18,10 @@ pytest.register_assert_rewrite("support.runs")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job is deaf to Ctrl-C, and would make the programs under test so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if (
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+):  # and what `nohup` starts to a closed terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Timings on a shared machine say nothing.
 settings.register_profile("imagen-scale", deadline=None, max_examples=30)

@@ -361,7 +361,7 @@ def test_the_records_are_those_that_the_program_writes(tmp_path):
     problems = []
     assert records.read_record(path, records.DataReport, problems).used == 6
     with Telemetry(tmp_path, config, 1, 0, 6) as telemetry:
-        telemetry.train(1, loss=0.5, lr=1e-3, grad_norm=None, images=8)
+        telemetry.train(1, loss=0.5, lr=1e-3, grad_norm=None, loss_scale=None, images=8)
         telemetry.write(1, val_loss=0.25)
         telemetry.write(1, **{key: 1.0 for _, curves in SAMPLES for key in curves.values()})
     metrics = read_metrics(telemetry.path, problems)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import sys
 import sysconfig
 import time
@@ -148,28 +147,27 @@ def told_by_rank_0(make: Callable[[], Any]) -> Any:
     """
     import torch
 
-    if world_size() == 1:
-        return from_rank_0(make)
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    _told.append(None)
-    key = f"imagen-scale told by rank 0, {len(_told)}"
-    result: list[Any] = [None, None]
-    failure = None
+    made: list[Any] = [None, None]
     if rank() == 0:
         try:
-            result[0] = make()
+            made[0] = make()
         except Exception as error:
-            failure = error
-            result[1] = _portable(error)
-        store.set(key, pickle.dumps(result))
-    else:
+            made[1] = error
+    if world_size() > 1:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        _told.append(None)
+        key = f"imagen-scale told by rank 0, {len(_told)}"
+        if rank() == 0:
+            store.set(key, "done")
         while not store.check([key]):
             time.sleep(LOOK_S)
-        result = pickle.loads(store.get(key))  # of our own rank 0
-    _trace(failure)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
+
+    def give() -> Any:
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    return from_rank_0(give)
 
 
 def from_all(value: Any) -> list[Any]:
