@@ -14,7 +14,7 @@ from imagen_scale.errors import CheckpointError, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
-from imagen_scale.training.ranks import from_rank_0, rank, together, world_size
+from imagen_scale.training.ranks import from_rank_0, rank, side_by_side, together, world_size
 from imagen_scale.training.session import Session
 from imagen_scale.training.shards import file_name, load_shards, save_shard, state_bytes
 
@@ -172,7 +172,7 @@ class Saver:
 
     def _save_inference(self, ema: Ema, step: int) -> None:
         """All ranks gather, rank 0 writes."""
-        weights = ema.named_weights()
+        weights = side_by_side(ema.named_weights())
         failure: Exception | None = None
         if rank() == 0:
             try:
