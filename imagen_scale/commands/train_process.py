@@ -85,7 +85,7 @@ def main() -> None:
     Several processes meet first: a mistake that one of them finds ends all, and is said once.
     """
     met: Any = nullcontext()
-    is_alone = True
+    is_alone = False
     try:
         fill_environment()
         if is_alone := os.environ["WORLD_SIZE"] == "1":
