@@ -121,7 +121,7 @@ def join(store: "Store | None" = None) -> None:
         if world_size() > 1:  # as DeepSpeed does: NCCL then needs not guess the card
             options["device_id"] = torch.device("cuda", torch.cuda.current_device())
     if store is None and world_size() == 1:
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     if store is not None:
         options |= {"store": store, "rank": rank(), "world_size": world_size()}
     try:
