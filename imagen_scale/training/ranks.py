@@ -154,7 +154,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         except Exception as error:
             failure = error
             result[1] = _portable(error)
-    _come_to_exchange()
+    come_to_exchange()
     torch.distributed.broadcast_object_list(result, src=0)
     _trace(failure)
     if result[1] is not None:
@@ -172,7 +172,7 @@ def together(work: Callable[[], None]) -> None:
     except Exception as error:
         failure = error
     failures: list[Any] = [None] * world_size()
-    _come_to_exchange()
+    come_to_exchange()
     torch.distributed.all_gather_object(failures, failure and _portable(failure))
     _trace(failure)
     for portable in failures:
@@ -184,7 +184,7 @@ def side_by_side(items: Iterable[T]) -> Iterator[T]:
     """The same items, which all ranks make together; one that is slow to use an item is behind."""
     for item in items:
         yield item
-        _come_to_exchange()
+        come_to_exchange()
 
 
 def mean_over_ranks(value: "Tensor") -> float:
@@ -195,7 +195,8 @@ def mean_over_ranks(value: "Tensor") -> float:
     return value.item() / world_size()
 
 
-def _come_to_exchange() -> None:
+def come_to_exchange() -> None:
+    """Counts that this rank has done its part and waits; one that has not come is behind."""
     global _exchanges
     _exchanges += 1
 
