@@ -70,8 +70,8 @@ def random_batch(config: Config, unet_index: int, batch: int, text_embed_dim: in
     """Pictures and text of one micro-batch as the data loader would give them."""
     size, tokens = config.imagen.image_sizes[unet_index], config.unets[unet_index].max_text_len
     return Batch(
-        images=torch.rand(batch, config.imagen.channels, size, size) * 2 - 1,
-        text_embeds=torch.randn(batch, tokens, text_embed_dim),
+        images=torch.randint(256, (batch, config.imagen.channels, size, size), dtype=torch.uint8),
+        text_embeds=torch.randn(batch, tokens, text_embed_dim).half(),
         text_mask=torch.ones(batch, tokens, dtype=torch.bool),
         positions=torch.arange(batch),
         captions=[""] * batch,

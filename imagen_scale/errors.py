@@ -69,6 +69,10 @@ class EnvironmentProblem(ImagenScaleError):
     """The machine lacks something (compiler, process group, disk); the message says what."""
 
 
+class DiskProblem(EnvironmentProblem):
+    """A disk is full or may not be written: what was to be saved can be saved later."""
+
+
 class ShapeError(ImagenScaleError):
     """A tensor has a shape the operation does not accept."""
 

@@ -67,9 +67,14 @@ def unet_errors(
     return errors
 
 
-def check(path: str | Path) -> dict[str, float]:
-    """Largest error of each output in the record at `path`."""
-    with safe_open(path, "pt") as file:
+def check(path: str | Path, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Largest error of each output in the record at `path`, computed on `device`."""
+    with torch.device(device):
+        return _errors(path, torch.empty(0).device)
+
+
+def _errors(path: str | Path, device: torch.device) -> dict[str, float]:
+    with safe_open(path, "pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     imagen, unets = json.loads(metadata["imagen"]), json.loads(metadata["unets"])
@@ -78,7 +83,7 @@ def check(path: str | Path) -> dict[str, float]:
         json.dumps({"imagen": cascade, "unets": unets, "training": {"precision": "fp32"}})
     )
     errors = {}
-    schedule = NoiseSchedule.linear(imagen["timesteps"])
+    schedule = NoiseSchedule.linear(imagen["timesteps"]).to(device)
     for name, value in tensors.items():
         if name.startswith("schedule/"):
             ours = minimagen_tables(schedule.timesteps)[name.removeprefix("schedule/")]

@@ -1,17 +1,23 @@
 """The benchmarks: what they compute without peers or a card, and a run on the CPU."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import card
 import click
 import gpu_memory
 import peers
 import pytest
 import torch
 import training_memory
+from card_parts import machine, pages, switches, ways
+from card_parts.measurement import Measurement
+from card_parts.processes import Processes
 from report import table, write_between_marks
 from support import ROOT
 from support.environment import LAUNCHER_VARIABLES
@@ -184,7 +190,7 @@ def test_every_stage_is_planned_and_trained(tiny_config, tmp_path):
         "`tiny` U-Net 1, 16 px", "`tiny` U-Net 2, 32 px",
     ]  # fmt: skip
     for stage in stages:
-        assert "checkpointing norms" in stage["planned"]
+        assert "checkpointing none" in stage["planned"]
         assert stage["accumulated here"] == "1 of 1"
         assert stage["predicted"].endswith("GB") and stage["host measured"].endswith("GB")
         assert float(stage["images/s"]) > 0
@@ -235,3 +241,169 @@ def test_stages_are_measured_under_every_limit(tiny_config, unets, expected):
     assert [(task["unet_index"], task["limit"]) for _, task in found] == expected
     assert all(task["steps"] == 3 for _, task in found)
     json.dumps(found)  # sent to a process
+
+
+# ------------------------------------------------------------------------------------------ card
+
+
+def run_card(*options):
+    command = [sys.executable, str(ROOT / "benchmarks" / "card.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.distributed
+def test_a_rehearsal_measures_something_of_every_part(tmp_path):
+    document, out = tmp_path / "cards.md", tmp_path / "out"
+    names = pages.BLOCKS.values()
+    marks = (f"<!-- {name}: begin -->\n(to be replaced)\n<!-- {name}: end -->\n" for name in names)
+    document.write_text("".join(marks))
+    done = run_card("--rehearse", "--out", out, "--minutes", 10, "--write", document)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    kinds = {(row["part"], row["status"]) for row in rows}
+    assert {(part, "measured") for part in range(5)} <= kinds
+    assert {status for _, status in kinds} == {"measured", "left out"}
+    left_out = {row["name"]: row["why"] for row in rows if row["status"] == "left out"}
+    assert "needs an NVIDIA card" in left_out["tiny, stage 2: TensorRT fp16"]
+    for row in rows:
+        if row["part"] == 1 and row["status"] == "measured":
+            assert row["error"] <= row["bound"]
+        if row["part"] == 2:
+            assert row["images_per_s"] > 0
+    text = (out / "card.md").read_text()
+    for name in names:
+        assert f"<!-- {name}: begin -->" in text
+    assert "(to be replaced)" not in document.read_text()
+    assert "1000 steps" in document.read_text()
+    assert not (out / "models").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
+def test_measuring_a_card_needs_one(tmp_path):
+    done = run_card("--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "needs an NVIDIA card and torch finds none; --rehearse" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def faulty(name, part=1, limit_s=60.0, group="together"):
+    return Measurement(part, name, f"support.card_faults:{name}", {}, limit_s, group)
+
+
+def test_what_fails_hangs_or_dies_loses_its_own_row_alone(tmp_path):
+    sequence = ["measures", "raises", "differs", "hangs", "cannot", "dies", "fills", "measures"]
+    asked = [faulty(name, limit_s=3 if name == "hangs" else 60) for name in sequence]
+    asked += [Measurement(1, "known", "", {}, reason="not here"), faulty("measures", 2, group="")]
+    known, *rows = Processes(tmp_path, 5, on_card=False).run(asked)
+    assert (known["status"], known["why"]) == ("left out", "not here")
+    assert [row["status"] for row in rows] == [
+        "measured", "failed", "differs", "timed out", "left out", "crashed", "out of memory",
+        "measured", "measured",
+    ]  # fmt: skip
+    assert [row["name"] for row in rows] == [*sequence, "measures"]
+    why = {row["name"]: row["why"] for row in rows}
+    assert why["raises"] == "ValueError: as it was told"
+    assert why["hangs"].startswith("after 3")
+    assert why["cannot"] == "it is not installed"
+    assert why["dies"].startswith("killed by SIGKILL")
+    assert rows[2]["error"] == 0.5 and rows[-1]["part"] == 2
+    text = pages.page([known, *rows])
+    assert "| raises | **failed**: ValueError: as it was told |" in text
+    assert "1 timed out" in text
+
+
+def test_no_process_outlives_its_measurement(tmp_path):
+    (row,) = Processes(tmp_path, 5, on_card=False).run([faulty("hangs_with_a_child", limit_s=4)])
+    assert row["status"] == "timed out"
+    pid = int((tmp_path / "log" / "together.txt").read_text())
+    with contextlib.suppress(FileNotFoundError):  # gone, or not yet reaped by its new parent
+        assert ") Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    late, later = Processes(tmp_path, 1e-3, on_card=False).run([faulty("dies"), faulty("raises")])
+    assert late["status"] == later["status"] == "skipped"
+    assert late["why"] == "the time was up"
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    results = card.Results(tmp_path)
+    for status in ("measured", "failed"):
+        results.add({"part": 1, "name": status, "status": status, "why": "", "seconds": 1.0,
+                     "error": 0, "bound": 1})  # fmt: skip
+    again = card.Results(tmp_path)
+    assert again.is_done(1, "measured") and not again.is_done(1, "failed")
+    assert not again.is_done(2, "measured")
+
+
+def test_the_page_of_a_card_has_every_figure():
+    def row(part, name, **figures):
+        return {"part": part, "name": name, "status": "measured", "why": "", "seconds": 1} | figures
+
+    sizes = dict.fromkeys(
+        ("predicted", "in_use", "allocated", "reserved", "context", "host_predicted", "host"), 2e9
+    )
+    rows = [
+        row(0, "machine", machine="8 cores", is_card=True, versions={"torch": "2"}, card="X",
+            memory=12e9, free=11e9, capability="8.6", cuda="13.0", cudnn=9, peak_by_name=25.0,
+            peaks={"bf16": 20.0}, context=None),
+        row(1, "a", error=1e-6, bound=1e-4, is_equal=True),
+        row(2, "b", planned="p|q", accumulated=[2, 64], images_per_s=3.0, tflops=10.0,
+            precision="bf16", **sizes),
+        row(2, "c", planned="fp32", full="tried to", allocated=11e9),
+        row(3, "d", before_s=0.2, after_s=0.1, faster=2.0, before_images_per_s=5.0,
+            after_images_per_s=10.0, before_bytes=2e9, after_bytes=1e9),
+        row(4, "n: minimagen", first_1=1.0, evaluation_1=0.1, picture_1=100.0,
+            full_8="tried to", is_extrapolated=True, allocated=3e9),
+        row(4, "n: ours", first_1=1.0, evaluation_1=0.05, picture_1=1.0, first_8=1.0,
+            evaluation_8=0.2, picture_8=0.5, allocated=3e9),
+    ]  # fmt: skip
+    lines = pages.page(rows).splitlines()
+    tables = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
+    assert tables["a"] == ["a", "equal", "1.0e-06", "1e-04", "-", "-"]
+    assert tables["b"][-3:] == ["10.00", "50 %", "40 %"] and "2 of 64" in tables["b"]
+    assert "**out of memory**: tried to" in tables["c"] and "11.00 GB" in tables["c"]
+    assert tables["d"][1:4] == ["200.0 ms", "100.0 ms", "2.000x"]
+    assert "**batch 8: out of memory**" in tables["n: minimagen"]
+    assert tables["n: ours"][4] == "100x"
+    widths = {len(cells(line)) for line in lines if line.startswith(("| n: ", "|  | first call"))}
+    assert len(widths) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 3060 Ti", 32.4),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", None),
+        ("another", None),
+    ],
+)
+def test_peaks_are_found_by_name(name, peak):
+    assert machine.peak_by_name(name) == peak
+
+
+def test_ways_and_switches_are_those_of_this_version():
+    taken, refused = ways.ways()
+    names = {way.name for way in taken}
+    assert {"fp32, adamw, ZeRO-0", "bf16, adamw_8bit, ZeRO-3, optimizer offloaded"} <= names
+    assert any(way.optimizer == "adafactor" and way.where == "ZeRO-1" for way in refused)
+    for switch in switches.SWITCHES:
+        reason = switches.reason_to_leave_out(switch, rehearse=False)
+        assert not reason or "training." in reason
+    unknown = switches._key("no_such_key")
+    reason = switches.reason_to_leave_out(unknown, rehearse=False)
+    assert reason == "this version has no training.no_such_key"
+
+
+def test_the_document_about_cards_has_the_marks():
+    pages.check_document(ROOT / "docs" / "cards.md")
+
+
+@pytest.mark.parametrize("parts", ["", "5", "1,x"])
+def test_parts_that_do_not_exist_are_refused(parts):
+    with pytest.raises(click.UsageError, match="--parts"):
+        card.parts_of(parts)

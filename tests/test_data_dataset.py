@@ -16,6 +16,7 @@ from imagen_scale.data.prepared import cache_dir, prepare
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
+from imagen_scale.files.pictures import from_uint8
 
 
 def captions_at(dataset, positions):
@@ -113,20 +114,18 @@ def test_half_of_the_samples_are_mirrored_as_the_position_says():
 def test_collate():
     dataset = sequence(flip=True, max_text_len=6)
     batch = dataset.collate([dataset[g] for g in range(20, 28)])
-    assert batch.images.shape == (8, 3, SIZE, SIZE) and batch.images.dtype == torch.float32
+    assert batch.images.shape == (8, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     pictures = np.stack([dataset[g].image for g in range(20, 28)])
-    np.testing.assert_allclose(batch.images, pictures / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(batch.images, pictures)
     lengths = [min(6, len(EMBEDDINGS[caption])) for caption in batch.captions]
     assert batch.text_mask.sum(1).tolist() == lengths
-    assert batch.text_embeds.shape == (8, 6, 2)
+    assert batch.text_embeds.shape == (8, 6, 2) and batch.text_embeds.dtype == torch.float16
     assert batch.positions.tolist() == list(range(20, 28))
     assert batch.positions.dtype == torch.int64
 
 
 def test_black_and_white_are_minus_one_and_one():
-    dataset = sequence()
-    sample = dataset[0]._replace(image=np.array([0, 255, 0], np.uint8).reshape(3, 1, 1))
-    assert dataset.collate([sample]).images.flatten().tolist() == [-1, 1, -1]
+    assert from_uint8(torch.tensor([0, 255, 0], dtype=torch.uint8)).tolist() == [-1, 1, -1]
 
 
 # ---------------------------------------------------------------------------- batches

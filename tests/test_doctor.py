@@ -117,7 +117,7 @@ def test_what_only_training_needs_is_no_problem_without_deepspeed(monkeypatch, v
     ("free", "capability", "state", "said"),
     [
         (11 * GIB, (8, 6), "ok", ""),
-        (11 * GIB, (7, 5), "warning", "precision to fp32"),
+        (11 * GIB, (7, 5), "warning", "precision at auto"),
         (3 * GIB, (8, 6), "warning", "nvidia-smi"),
     ],
 )

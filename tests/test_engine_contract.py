@@ -12,6 +12,7 @@ from imagen_scale.config import parse_config
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training.building import make_engine
 from imagen_scale.training.ema import Ema
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.in_backward import InBackwardEngine
 from imagen_scale.training.shards import load_shards, save_shard
 from imagen_scale.training.stepping import Stepper
@@ -152,7 +153,7 @@ def test_average_steps_and_shards_need_no_deepspeed(tmp_path):
 
     def train(engine, ema, stepper, steps):
         for number in steps:
-            stepped = stepper.step(iter([Batch]), lr=1e-2)
+            stepped = stepper.step(Feed(iter([Batch]), engine.device), lr=1e-2)
             assert stepped.applied and stepped.positions == list(range(8))
             ema.update(number)
         return dict(ema.named_weights())

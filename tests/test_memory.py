@@ -12,10 +12,13 @@ from support.tiny import TINY
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.files import pinning
 from imagen_scale.files.tensors import write_tensors
+from imagen_scale.models import memory
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.planning.activations import _Parked
 from imagen_scale.planning.live_bytes import LiveBytes
+from imagen_scale.training.memory_use import is_out_of_memory
 from imagen_scale.training.objective import Objective, crop_at
 from imagen_scale.training.optimizers import GROUP_ELEMENTS, MatrixAdafactor, bounded_groups
 
@@ -152,6 +155,37 @@ def test_crops_are_everywhere_on_the_grid_of_low_resolution_pixels():
     corners = cropping(8).draw(torch.arange(2500), torch.Size((3, 8, 8)), "train").corners
     assert corners.unique().tolist() == list(range(0, 25, 2))
     assert len(corners.unique(dim=0)) == 13 * 13
+
+
+# Memory that cannot be pinned, or is full.
+
+
+def test_nothing_is_pinned_under_wsl(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "save_on_cpu", lambda pin_memory: asked.append(pin_memory))
+    for release in ("6.8.0-generic", "5.15.153.1-microsoft-standard-WSL2"):
+        monkeypatch.setattr(pinning.platform, "release", lambda release=release: release)
+        in_host_memory()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    in_host_memory()
+    assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+    (MemoryError(), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+    (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), False),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+    (RuntimeError("shapes do not match"), False),
+    (ValueError("CUDNN_STATUS_ALLOC_FAILED"), False),
+])  # fmt: skip
+def test_what_is_said_when_memory_is_full(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 # Files written a tensor at a time.

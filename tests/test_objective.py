@@ -9,6 +9,7 @@ from support.tiny import TINY
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.files.pictures import from_uint8
 from imagen_scale.training.objective import Objective
 
 
@@ -88,3 +89,21 @@ def test_what_the_network_sees_and_must_answer(index, size):
         noised = objective.schedule.q_sample(lowres, draws.lowres_t, draws.lowres_eps)
         assert torch.equal(seen["lowres"][0], noised)
         assert torch.equal(seen["lowres"][1], draws.lowres_t)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_travels_small_gives_the_same_losses_bit_for_bit(index):
+    """Pictures in 8 bits and text in 16, beside the floats that they stand for."""
+    objective = make_objective(index)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = torch.randn(4, 5, 384, generator=generator).half()
+    small = Batch(pictures, text, torch.ones(4, 5, dtype=torch.bool), torch.arange(4), ["x"] * 4)
+    large = small._replace(images=from_uint8(pictures), text_embeds=text.float())
+
+    def network(x_t, t, embeds, mask, keep, *lowres):
+        assert x_t.dtype == embeds.dtype == torch.float32
+        return x_t * embeds.mean(dim=(1, 2))[:, None, None, None] + sum(lowres[:1])
+
+    losses = [objective.losses(network, batch) for batch in (small, large)]
+    assert torch.equal(*losses) and losses[0].isfinite().all()

@@ -8,7 +8,7 @@ import pytest
 
 from imagen_scale.training.preemption import SAME_REQUEST, SIGNALS, Preempted, StopRequest
 
-TOLD = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+TOLD = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
 
 
 def test_the_signals_are_those_of_a_terminal_of_slurm_and_of_the_system():
@@ -27,6 +27,19 @@ def test_a_signal_is_noted_said_and_interrupts_nothing(signum, capsys):
     said = capsys.readouterr().err
     assert said == f"{signum.name}: saving at the end of this step; again to stop at once\n"
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("signum", TOLD)
+def test_a_signal_that_is_ignored_stays_so(signum):
+    """As `nohup` and a shell's background jobs ask for."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signum)
+            assert not stop.signum
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 @pytest.mark.parametrize("signum", TOLD)

@@ -1,12 +1,14 @@
 """What is measured on the pictures drawn while training."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from imagen_scale.training.preview import _drift
+from imagen_scale.training import preview
+from imagen_scale.training.preview import _drift, show_grid
 
 SIZE = 4
 LEVELS = np.array([40, 100, 130, 200], np.uint8)
@@ -38,3 +40,25 @@ def test_drift_is_the_difference_of_mean_and_spread_in_levels(prepared):
 def test_drift_from_the_pictures_shown(prepared):
     found = _drift(samples([130, 40]), prepared, SIZE, [2, 0])
     assert found == pytest.approx({"colour_drift_mean": 0, "colour_drift_std": 0}, abs=1e-4)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), OSError("no space"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), ValueError("of ours"),
+])  # fmt: skip
+def test_whatever_a_preview_dies_of_is_said_and_its_memory_given_back(error, monkeypatch, tmp_path):
+    class Network:
+        pass
+
+    alive, said = [], []
+
+    def draw_grid(*_):
+        network = Network()
+        alive.append(weakref.ref(network))
+        raise error
+
+    monkeypatch.setattr(preview, "draw_grid", draw_grid)
+    stage = SimpleNamespace(name="U-Net 1", number=1)
+    show_grid(tmp_path, stage, 7, None, None, said.append)
+    assert said == [f"U-Net 1: no pictures at step 7: {type(error).__name__}: {error}"]
+    assert alive[0]() is None

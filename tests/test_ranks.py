@@ -31,7 +31,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage(saved):
 
 
 @pytest.mark.parametrize("where", ["data", "loss", "gradient"])
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")]
+)
 def test_a_gradient_that_is_not_a_number_reaches_nothing(stage, where, precision, process_group):
     *_, skipped, untouched, goes_on = ranks._spoiled(stage, precision, 1.0, where, rank=0)
     assert skipped and untouched and goes_on

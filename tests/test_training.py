@@ -310,6 +310,72 @@ def test_a_save_that_fails_costs_nothing_but_that_save(config, launch, reference
     assert all(torch.equal(v, weights(reference[0])[name]) for name, v in weights(run).items())
 
 
+FAULT = """
+import errno, sys
+sys.path.insert(0, ".")
+from imagen_scale.training import saving
+
+def fails(*inputs):
+    raise ERROR
+
+saving.save_shard = fails
+sys.argv.pop(0)
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "survived"),
+    [
+        ("AttributeError('no such attribute')", False),
+        ("FileNotFoundError(errno.ENOENT, 'No such file', 'runs/x')", False),
+        ("OSError(errno.EROFS, 'Read-only file system', 'runs/x')", True),
+    ],
+)
+def test_only_a_disk_may_spoil_a_save(error, survived, config, launch, tmp_path):
+    """Any other failure would come again: training ends at the first save, not at the last."""
+    script = tmp_path / "fault.py"
+    script.write_text(FAULT.replace("ERROR", error))
+    run = tmp_path / "run"
+    done = launch(config, run, "--unet", "1", plain=True, script=script, check=False)
+    assert done.returncode == 1
+    assert error.partition("(")[0] in done.stderr
+    assert "Traceback" in done.stderr or error.startswith(("FileNotFound", "OSError"))
+    assert (6 in losses(run)) == survived
+    assert ("Training goes on" in done.stdout) == survived
+
+
+FP16 = """
+import sys
+sys.path.insert(0, ".")
+from deepspeed.accelerator import get_accelerator
+
+type(get_accelerator()).is_fp16_supported = lambda self: True  # slow here, not wrong
+sys.argv.pop(0)
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_fp16_trains_and_continues_bit_for_bit(config, launch, tmp_path):
+    script = tmp_path / "fp16.py"
+    script.write_text(FP16)
+    options = ("--unet", "2", 'training.precision="fp16"', "training.micro_batch=4")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    done = launch(config, whole, *options, plain=True, script=script)
+    assert "fp16" in done.stdout
+    launch(config, halves, *options, "training.steps=3", plain=True, script=script)
+    launch(config, halves, *options, plain=True, script=script)
+    assert losses(halves, 2) == losses(whole, 2)
+    assert all(
+        torch.equal(value, weights(whole, 2)[name]) for name, value in weights(halves, 2).items()
+    )
+    assert '"loss_scale": 65536.0' in (whole / "unet2" / "metrics.jsonl").read_text()
+    manifest = json.loads((whole / "unet2" / "step_00000006" / "manifest.json").read_text())
+    assert manifest["precision"] == "fp16" and manifest["loss_scale"]["cur_iter"] == 6
+
+
 NOT_A_NUMBER = """
 import sys
 import torch

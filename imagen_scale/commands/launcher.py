@@ -138,13 +138,17 @@ def _ask(launcher: int) -> None:
 
 @contextlib.contextmanager
 def _told_by_signals() -> Iterator[None]:
-    """Takes a request to end (SLURM's too), or a closed terminal, as an interruption."""
+    """Takes a request to end (SLURM's too), or a closed terminal, as an interruption.
+
+    Not where `nohup` has it ignored.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

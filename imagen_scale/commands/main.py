@@ -16,6 +16,7 @@ from imagen_scale.commands.sample import sample
 from imagen_scale.commands.train import train
 from imagen_scale.commands.ui import ui
 from imagen_scale.commands.upscale import upscale
+from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.version import __version__
 
 COMMANDS = (
@@ -37,6 +38,7 @@ def main() -> None:
     Exit codes: 0 done, 1 a failure, 2 wrong use, 3 an export differs from the network, 130
     interrupted. NO_COLOR turns colours off; output that is piped is plain.
     """
+    wait_asleep()
 
 
 for command in COMMANDS:

@@ -18,7 +18,10 @@ from imagen_scale.errors import UsageError
 @set_option
 @click.option("--memory", help="Memory of each card, e.g. 12GB; default what this one has free.")
 @click.option("--ram", help="Memory of the computer, e.g. 32GB; default what is available here.")
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="On each machine."
+)
+@click.option("--machines", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--unet", type=click.IntRange(min=1), help="Plan this U-Net only.")
 @click.option("--explain", is_flag=True, help="Say what was not chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -30,6 +33,7 @@ def plan(
     memory: str | None,
     ram: str | None,
     gpus: int,
+    machines: int,
     unet: int | None,
     explain: bool,
     as_json: bool,
@@ -54,9 +58,11 @@ def plan(
     from imagen_scale.planning.planner import Planner
     from imagen_scale.planning.report import as_dict, print_plan
 
-    machine = this_machine(gpus)
+    machine = this_machine(gpus * machines)._replace(local_ranks=gpus)
     if card_bytes is not None:
-        machine = machine._replace(card=card_bytes)
+        is_other = machine.card is None  # no card here: one of today's is meant
+        precision = "bf16" if is_other else machine.auto_precision
+        machine = machine._replace(card=card_bytes, auto_precision=precision)
     if ram_bytes is not None:
         machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
     ratio = calibration(machine.name)

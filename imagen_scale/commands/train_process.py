@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
+from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.errors import ImagenScaleError, UsageError
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
@@ -84,6 +86,8 @@ def main() -> None:
 
     Several processes meet first: a mistake that one of them finds ends all, and is said once.
     """
+    wait_asleep()
+    settle_allocators()
     met: Any = nullcontext()
     is_alone = False
     try:

@@ -164,9 +164,9 @@ class CommsLogger(DeepSpeedSection):
 
 
 class DataTypes(DeepSpeedSection):
-    """Precision of accumulation."""
+    """Precision of accumulation: fp32 wherever there is any, written or not."""
 
-    grad_accum_dtype: Dtype | None = None
+    grad_accum_dtype: Literal["fp32"] | None = None
 
 
 class FlopsProfiler(DeepSpeedSection):

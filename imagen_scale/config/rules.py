@@ -156,14 +156,16 @@ def _memory_checks(stage: StageConfig) -> list[str]:
             f"{stage.name}; give one value, or one per level."
         )
     zero = stage.zero_optimization or {}
-    zero_stage, fp32 = zero.get("stage", 0), stage.training.precision == "fp32"
-    if stage.optimizer == "adafactor" and (zero_stage or not fp32):
+    zero_stage, precision = zero.get("stage", 0), stage.training.precision
+    if stage.optimizer == "adafactor" and (zero_stage or precision != "fp32"):
         problems.append(
             "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
             "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             "adamw_8bit."
         )
-    if stage.optimizer == "adamw_bf16" and (fp32 or (zero and not zero.get("offload_optimizer"))):
+    offload = zero.get("offload_optimizer") or {}
+    is_offloaded = not zero or offload.get("device", "none") != "none"
+    if stage.optimizer == "adamw_bf16" and not (precision == "bf16" and is_offloaded):
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
             "offloaded; set training.precision to bf16 and "
@@ -171,6 +173,30 @@ def _memory_checks(stage: StageConfig) -> list[str]:
         )
     if stage.optimizer_in_backward:
         problems += _in_backward_checks(stage)
+    if stage.training.compile:
+        problems += _compile_checks(stage)
+    if stage.training.deterministic and stage.training.cudnn_benchmark:
+        problems.append(
+            "training.cudnn_benchmark: what is fastest may be another each time, which "
+            "training.deterministic excludes; set one of them to false."
+        )
+    return problems
+
+
+def _compile_checks(stage: StageConfig) -> list[str]:
+    key = "training.compile"
+    problems = []
+    if (stage.zero_optimization or {}).get("stage", 0) == 3:
+        problems.append(
+            f"{key}: ZeRO-3 gathers weights between the layers that a compiled network joins; set "
+            f"deepspeed.zero_optimization.stage to 2 or less, or {key} to false."
+        )
+    for name in ("optimizer_in_backward", "offload_activations"):
+        if getattr(stage, name):
+            problems.append(
+                f"{key}: memory.{name} acts between the layers that a compiled network joins, and "
+                f"would save nothing; set one of them to false."
+            )
     return problems
 
 
@@ -203,9 +229,10 @@ def _deepspeed_checks(config: Config) -> list[str]:
     if problems:
         return problems
     zero = config.deepspeed.get("zero_optimization", {})
-    if config.training.precision == "bf16" and zero and zero.get("stage", 0) == 0:
+    precision = config.training.precision
+    if precision != "fp32" and zero and zero.get("stage", 0) == 0:
         problems.append(
-            "training.precision: bf16 needs fp32 master weights, which ZeRO keeps; set "
-            "deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
+            f"training.precision: {precision} needs fp32 master weights, which ZeRO keeps; set "
+            f"deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
         )
     return problems

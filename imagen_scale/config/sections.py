@@ -11,6 +11,7 @@ from imagen_scale.config.section import (
     PerUnet,
     PositiveFloat,
     PositiveInt,
+    Precision,
     Probability,
     Section,
     parse_bytes,
@@ -55,7 +56,12 @@ class DataConfig(Section):
     val_fraction: Probability = Field(
         0.0, description="Share of pictures held out for the validation loss, chosen by hash."
     )
-    num_workers: NaturalInt = Field(0, description="Loader processes per rank.")
+    num_workers: NaturalInt | None = Field(
+        None,
+        description="Loader processes per rank, of training and of validation. null: none where "
+        "there is no card or the resized pictures are stored (cache_images_gb); else up to 4, as "
+        "there are cores beside the ranks.",
+    )
     cache_dir: str | None = Field(
         None, description="Prepared pictures and text; null: ~/.cache/imagen-scale."
     )
@@ -110,8 +116,11 @@ class TrainingConfig(Section):
     grad_clip: PositiveFloat | None = Field(
         1.0, description="Largest norm of the gradient; null: it is not clipped."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="What the network computes in; with bf16 the optimizer keeps fp32."
+    precision: Precision = Field(
+        "auto",
+        description="What the network computes in; the optimizer keeps fp32. auto: bf16 on cards "
+        "that have it (RTX 30xx, A100 and later), fp16 with a dynamic loss scale on older ones, "
+        "fp32 without a card.",
     )
     ema_decay: Probability = Field(
         0.9999, description="Decay of the averaged weights that pictures are sampled from."
@@ -151,6 +160,34 @@ class TrainingConfig(Section):
     )
     sample_steps: PositiveInt = Field(50, description="Sampling steps of these grids.")
     sample_cond_scale: PositiveFloat = Field(3.0, description="Their guidance.")
+    tf32: bool = Field(
+        True,
+        description="On a card, what is computed in fp32 takes inputs rounded to 10 bits of "
+        "mantissa (bf16 has 7): convolutions, as torch does by itself, and products of matrices "
+        "alike. false: both in full fp32, several times slower.",
+    )
+    cudnn_benchmark: bool = Field(
+        False,
+        description="On a card, time the ways to compute each convolution and take the fastest. "
+        "They take memory that no plan counts, and two runs may choose differently.",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile the U-Net: fewer, larger kernels; the first step takes "
+        "minutes. ZeRO stages 0 to 2, not with memory.optimizer_in_backward or "
+        "memory.offload_activations. Plans are those of the uncompiled network.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Lay activations out as cuDNN's 16-bit convolutions read them. Of use on a "
+        "card, and beside compile: by themselves group normalisations lay them out anew.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="On a card, take only operations that give the same bits each time, slower: "
+        "what a continued run needs to be the uninterrupted one bit for bit. On a CPU it is so "
+        "anyway.",
+    )
 
 
 class MemoryConfig(Section):
@@ -161,9 +198,9 @@ class MemoryConfig(Section):
     """
 
     budget: str | None = Field(
-        None,
+        "auto",
         description='Memory of each card that training may use, e.g. "12GB"; "auto" is what the '
-        "card has free. null: nothing is planned.",
+        "cards have free, and plans nothing where there is none. null: nothing is planned.",
     )
 
     @field_validator("budget")

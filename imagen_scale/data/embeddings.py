@@ -2,10 +2,10 @@
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from imagen_scale.data.encoder import (
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 from imagen_scale.errors import DataError
 
+StoredEmbedding: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16]  # (L, D)
 SHARD_CAPTIONS = 4096  # at most this much encoding is lost when a build is killed
 
 
@@ -81,10 +82,14 @@ class EmbeddingStore:
 
     def __getitem__(self, caption: str) -> Embedding:
         """Features of a caption's tokens, (L, D) float32; KeyError if it was never encoded."""
+        return self.stored(caption).astype(np.float32)
+
+    def stored(self, caption: str) -> StoredEmbedding:
+        """The same in `text.store_dtype`, half as many bytes to move with float16."""
         shard, start, end = self._rows[caption]
         if shard not in self._shards:
             self._shards[shard] = np.load(self._folder / f"{shard}.npy", mmap_mode="r")
-        return np.array(self._shards[shard][start:end], dtype=np.float32)
+        return np.array(self._shards[shard][start:end])
 
     def num_tokens(self, caption: str) -> int:
         """Length L of a caption's features; KeyError if it was never encoded."""
@@ -162,20 +167,21 @@ def _to_dtype(embed: Embedding, dtype: str, caption: str) -> npt.NDArray[Any]:
     return stored
 
 
-def pad_embeddings(embeds: list[Embedding], max_len: int) -> tuple[Tensor, Tensor]:
+def pad_embeddings(embeds: Sequence[StoredEmbedding], max_len: int) -> tuple[Tensor, Tensor]:
     """Stacks token features of unequal length, cutting text and mask together.
 
     Args:
-        embeds: For each of B captions (L_i, D).
+        embeds: For each of B captions (L_i, D), all of one type.
         max_len: Tokens kept at most.
 
     Returns:
-        Features (B, L, D) float32, zero beyond a caption's end, and mask (B, L) bool, true on its
-        tokens; L is the longest caption's length after cutting.
+        Features (B, L, D) of that type, zero beyond a caption's end, and mask (B, L) bool, true on
+        its tokens; L is the longest caption's length after cutting.
     """
     cut = [embed[:max_len] for embed in embeds]
     longest = max(len(embed) for embed in cut)
-    text_embeds = torch.zeros(len(cut), longest, cut[0].shape[1])
+    dtype = torch.from_numpy(cut[0]).dtype
+    text_embeds = torch.zeros(len(cut), longest, cut[0].shape[1], dtype=dtype)
     text_mask = torch.zeros(len(cut), longest, dtype=torch.bool)
     for i, embed in enumerate(cut):
         text_embeds[i, : len(embed)] = torch.from_numpy(embed)

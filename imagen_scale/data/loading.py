@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from imagen_scale.data.sequence import Batch, CaptionedImages
 from imagen_scale.errors import ConfigError, DataError, EnvironmentProblem
+from imagen_scale.files.pinning import can_pin
 
 
 class _PositionBatches:
@@ -32,6 +33,25 @@ class _PositionBatches:
             for offset in range(0, self._global_batch, stride):
                 start = step * self._global_batch + offset + self._rank * self._micro_batch
                 yield list(range(start, start + self._micro_batch))
+
+
+MOST_PROCESSES = 4
+
+
+def loader_processes(written: int | None, *, are_stored: bool, cores: int) -> int:
+    """How many processes load for each rank.
+
+    Args:
+        written: `data.num_workers`.
+        are_stored: Whether resized pictures lie ready; copying them out of a memory map takes less
+            than sending them from one process to another.
+        cores: Those of each rank; one is the rank's own.
+    """
+    if written is not None:
+        return written
+    if are_stored or not torch.cuda.is_available():  # without a card it has the cores to itself
+        return 0
+    return max(1, min(MOST_PROCESSES, cores - 1))
 
 
 def batches(
@@ -79,7 +99,7 @@ def batches(
         ),
         collate_fn=dataset.collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=can_pin(),
         # The loader draws a seed for its workers; from the global generator it would change the
         # noise of a resumed run.
         generator=torch.Generator(),
@@ -99,7 +119,7 @@ def batches(
     return _plain_errors(loaded)
 
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -8,29 +8,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imagen_scale.data.embeddings import EmbeddingStore, pad_embeddings
-from imagen_scale.data.encoder import Embedding
+from imagen_scale.data.embeddings import EmbeddingStore, StoredEmbedding, pad_embeddings
 from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sources.images import PixelArray
 from imagen_scale.errors import DataError
-from imagen_scale.files.pictures import from_uint8
 
 
 class TrainingSample(NamedTuple):
     """One picture with its caption."""
 
     image: PixelArray  # (3, H, W) uint8
-    text_embeds: Embedding  # (L, D)
+    text_embeds: StoredEmbedding
     position: int
     caption: str
 
 
 class Batch(NamedTuple):
-    """One micro-batch of B samples."""
+    """One micro-batch of B samples, as small as it is stored: the device makes floats of it."""
 
-    images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
-    text_embeds: Tensor  # (B, L, D) float32, zero where masked
+    images: Tensor  # (B, 3, H, W) uint8; float32 in [-1, 1] is as good
+    text_embeds: Tensor  # (B, L, D) float16 or float32, zero where masked
     text_mask: Tensor  # (B, L) bool, true on tokens
     positions: Tensor  # (B,) int64, place of each sample in the endless sequence
     captions: list[str]
@@ -118,7 +116,7 @@ class CaptionedImages(Dataset[TrainingSample]):
         if self._flip and seeded("flip", self._seed, position) % 2:
             image = image[:, :, ::-1]
         caption = self._captions[i]
-        return TrainingSample(image, self._embeddings[caption], position, caption)
+        return TrainingSample(image, self._embeddings.stored(caption), position, caption)
 
     def picture(self, position: int) -> int:
         """Which picture of the source stands at a position."""
@@ -126,12 +124,12 @@ class CaptionedImages(Dataset[TrainingSample]):
         return self._indices[self._epoch_order(epoch)[place]]
 
     def collate(self, samples: list[TrainingSample]) -> Batch:
-        """Stacks samples; pictures become float32 in [-1, 1]."""
+        """Stacks samples."""
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         embeds = [sample.text_embeds for sample in samples]
         text_embeds, text_mask = pad_embeddings(embeds, self._max_text_len)
         return Batch(
-            from_uint8(images),
+            images,
             text_embeds,
             text_mask,
             torch.tensor([sample.position for sample in samples]),

@@ -66,6 +66,8 @@ class LayerNorm(nn.Module):
 class ChanLayerNorm(nn.Module):
     """Layer normalisation over the channels of an image, with a scale only."""
 
+    memory_format = torch.contiguous_format  # of what it gives
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
@@ -73,11 +75,14 @@ class ChanLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (B, C, H, W) at each pixel."""
         tokens = x.movedim(1, -1)
-        return F.layer_norm(tokens, tokens.shape[-1:], self.g.flatten()).movedim(-1, 1).contiguous()
+        normed = F.layer_norm(tokens, tokens.shape[-1:], self.g.flatten()).movedim(-1, 1)
+        return normed.contiguous(memory_format=self.memory_format)
 
 
 class OverPixels(nn.Module):
     """Applies a token function to an image whose pixels are the tokens."""
+
+    memory_format = torch.contiguous_format  # of what it gives
 
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
@@ -88,8 +93,9 @@ class OverPixels(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
         out = self.fn(tokens) if context is None else self.fn(tokens, context)
         # Contiguous: a channels-last stride that leaks into the next convolution makes its
-        # weight gradient twice as slow on small images.
-        return out.transpose(1, 2).contiguous().unflatten(2, x.shape[2:])
+        # weight gradient twice as slow on small images, on a CPU.
+        image = out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return image.contiguous(memory_format=self.memory_format)
 
 
 class ToOut(nn.Sequential):
@@ -342,3 +348,13 @@ class Upsample(nn.Sequential):
         super().__init__(
             nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1)
         )
+
+
+def apply_channels_last(unet: nn.Module) -> None:
+    """Makes the layers that choose a layout choose channels last; for inputs that have it too.
+
+    Weights stay as they are: ZeRO flattens them, and would make them so again.
+    """
+    for module in unet.modules():
+        if isinstance(module, ChanLayerNorm | OverPixels):
+            module.memory_format = torch.channels_last

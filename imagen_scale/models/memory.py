@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from imagen_scale.config.section import CheckpointingLevel
+from imagen_scale.files.pinning import can_pin
 from imagen_scale.models.layers import (
     Attention,
     Block,
@@ -40,8 +40,8 @@ Hold = Callable[[], AbstractContextManager[Any]]
 
 
 def in_host_memory() -> AbstractContextManager[Any]:
-    """Saves tensors in host memory, pinned where there is a card, and brings them back."""
-    return save_on_cpu(pin_memory=torch.cuda.is_available())
+    """Saves tensors in host memory, pinned where that is possible, and brings them back."""
+    return save_on_cpu(pin_memory=can_pin())
 
 
 def apply_checkpointing(

@@ -36,6 +36,7 @@ def measure(
     *,
     micro_batch: int,
     checkpointing: tuple[CheckpointingLevel, ...],
+    precision: str | None = None,
     offload_activations: bool = False,
     real: bool = False,
 ) -> Activations:
@@ -47,10 +48,12 @@ def measure(
         stage: The U-Net.
         micro_batch: Pictures.
         checkpointing: Per resolution level, as for `apply_checkpointing`.
+        precision: "bf16", "fp16" (as many bytes) or "fp32"; None for what is written.
         offload_activations: As in the configuration.
         real: Run on real CPU tensors instead, to check the prediction.
     """
-    dtype = torch.bfloat16 if stage.training.precision == "bf16" else torch.float32
+    is_fp32 = (precision or stage.training.precision) == "fp32"
+    dtype = torch.float32 if is_fp32 else torch.bfloat16
     parked = _Parked()
     with nullcontext() if real else FakeTensorMode():
         with _default_dtype(dtype):

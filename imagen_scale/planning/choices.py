@@ -1,13 +1,19 @@
 """The ways to train a U-Net that a planner may choose from: what is written stays as it is."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, get_args
 
 from imagen_scale.config import StageConfig
 from imagen_scale.config.section import CheckpointingLevel, OptimizerName
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.machine import Machine
-from imagen_scale.planning.setup import OFFLOAD, Setup, accumulation, is_offloaded
+from imagen_scale.planning.setup import (
+    OFFLOAD,
+    Setup,
+    accumulation,
+    is_offloaded,
+    precision_of,
+)
 
 MAX_MICRO_BATCH = 256
 
@@ -37,12 +43,15 @@ class Choices:
     def __init__(self, stage: StageConfig, machine: Machine) -> None:
         self.stage, self.machine = stage, machine
         self.levels = stage.unet.num_levels
+        self.precision = precision_of(stage, machine.auto_precision)
 
     def modes(self) -> Iterator[Mode]:
         """Where weights, gradients and moments may live."""
         for optimizer in self._optimizers:
             for in_backward in self._in_backwards(optimizer):
                 for zero in self._zeros(optimizer, in_backward):
+                    if self.stage.training.compile and (in_backward or zero.get("stage") == 3):
+                        continue  # what acts between layers; see config/rules.py
                     on_host = is_offloaded(zero, "offload_optimizer")
                     written = self.stage.memory.ema_offload
                     for ema in (False,) if on_host else (False, True):
@@ -54,7 +63,7 @@ class Choices:
         written = self.stage.optimizer
         if written is not None:
             return (written,)
-        is_bf16 = self.stage.training.precision == "bf16"
+        is_bf16 = self.precision == "bf16"
         return ("adamw", "adamw_8bit", "adamw_bf16") if is_bf16 else ("adamw", "adamw_8bit")
 
     def _in_backwards(self, optimizer: OptimizerName) -> tuple[bool, ...]:
@@ -65,7 +74,7 @@ class Choices:
         micro_batch = self.stage.micro_batch
         is_possible = (
             self.machine.ranks == 1
-            and training.precision == "fp32"
+            and self.precision == "fp32"
             and training.grad_clip is None
             and micro_batch in (None, self.stage.global_batch)
             and not (self.stage.zero_optimization or {}).get("stage")
@@ -79,16 +88,18 @@ class Choices:
             return [written]
         if in_backward or optimizer == "adafactor":
             return [{"stage": 0}]
-        offloads: list[dict[str, Any]] = [{"stage": 2, "offload_optimizer": OFFLOAD}]
-        if self.machine.ranks > 1:
-            offloads.append({"stage": 3, "offload_optimizer": OFFLOAD})
-        offloads.append({"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD})
+        # On one card stage 3 shares nothing out, but keeps the sums of gradients on the host.
+        offloads: list[dict[str, Any]] = [
+            {"stage": 2, "offload_optimizer": OFFLOAD},
+            {"stage": 3, "offload_optimizer": OFFLOAD},
+            {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
+        ]
         if optimizer == "adamw_bf16":
             return offloads
         plain: list[dict[str, Any]] = [{"stage": 1}]
         if self.machine.ranks > 1:
-            plain = [{"stage": 2}, {"stage": 3}]
-        if self.stage.training.precision == "fp32":
+            plain += [{"stage": 2}, {"stage": 3}]
+        if self.precision == "fp32":
             plain.insert(0, {"stage": 0})
         if self.machine.card is None:
             return plain[:1]  # host memory is all there is: nothing to offload from
@@ -100,13 +111,13 @@ class Choices:
         if self.stage.checkpointing is not None:
             levels = [self.stage.checkpointing]
         else:
-            blocks, norms = cast(tuple[CheckpointingLevel, ...], ("blocks", "norms"))
+            none, norms, blocks = get_args(CheckpointingLevel)
             # Blocks where the pictures are largest hold the most; more mixtures gain little.
-            levels = [
+            levels = [(none,) * self.levels] + [
                 (blocks,) * finest + (norms,) * (self.levels - finest)
                 for finest in sorted({0, 1, self.levels})
             ]
-        offload = self.stage.offload_activations
+        offload = False if self.stage.training.compile else self.stage.offload_activations
         if offload is not None:
             return [(level, offload) for level in levels]
         return [*((level, False) for level in levels), (levels[-1], True)]

@@ -40,6 +40,8 @@ class Cost(NamedTuple):
     disk: int  # one checkpoint and the inference file
     transfer: int  # over PCIe per optimizer step and rank
     transfer_micro: int  # and per micro-batch
+    exchange: int  # sent to the other ranks per optimizer step and rank
+    exchange_micro: int  # and per micro-batch
 
     @property
     def card(self) -> int:
@@ -60,7 +62,8 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
             context is counted.
     """
     P, W = activations.num_parameters, setup.ranks
-    width = 2 if setup.precision == "bf16" else 4
+    width = 4 if setup.precision == "fp32" else 2
+    sums = 4 if setup.sums_in_fp32 else width  # what gradients are added up in
     master = 2 if setup.optimizer == "adamw_bf16" else 4
     moments = _moments(setup, activations)
     bucket = int(setup.zero.get("reduce_bucket_size", bucket_elements(P)))
@@ -80,16 +83,19 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         weights = width * P // W
         # Prefetched and live weights come on top of the rank's own share.
         buckets = width * bucket + width * min(live + bucket, P)
+        if setup.sums_in_fp32:  # a bucket's share is widened before it is added
+            buckets += sums * bucket // W
         if setup.offloads_optimizer:
-            host = (2 * master + width) * P + moments
+            host = (2 * master + sums) * P + moments
             transfer = (width + width) * P // W
-            transfer_micro = width * P // W
+            # Added up on the card: each micro-batch brings the sum there and back.
+            transfer_micro = (2 if setup.accumulation > 1 else 1) * sums * P // W
             if setup.offloads_parameters:
                 weights = 0
                 host += width * P
                 transfer_micro += 2 * width * P
         else:
-            gradients = width * P // W
+            gradients = sums * P // W
             optimizer = (master * P + moments) // W
             update = 6 * min(GROUP_ELEMENTS + largest, P // W)
     elif setup.offloads_optimizer:
@@ -97,21 +103,26 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         buckets = temporary + (1 if W == 1 else 2) * width * bucket
         host = (2 * master + width) * P + moments + W * temporary
         transfer, transfer_micro = width * P // W, width * P // W
-        if setup.accumulation > 1 and setup.optimizer != "adamw_bf16":
+        if setup.sums_in_fp32:  # on the card until the last micro-batch
+            gradients = sums * P // W
+            transfer, transfer_micro = (width + sums) * P // W, 0
+        elif setup.accumulation > 1:
             host += width * P
             transfer_micro += 2 * width * P // W
     else:
-        gradients = width * P // (W if setup.zero_stage == 2 else 1)
+        gradients = sums * P // (W if setup.zero_stage == 2 else 1)
         optimizer = (master * P + moments) // W
-        buckets = (1 if W == 1 else 2) * width * bucket
-        update = 6 * min(GROUP_ELEMENTS + largest, P // W)
+        # One is filled while the other is on its way, and what is sent is gathered once more.
+        buckets = (1 if W == 1 else 3 if on_card else 2) * width * bucket
+        update = 0 if setup.sums_in_fp32 else 6 * min(GROUP_ELEMENTS + largest, P // W)
 
     has_host_masters = setup.offloads_optimizer and setup.zero_stage > 0
     ema = 0
     if has_host_masters or setup.ema_offload:
-        host += 4 * P
+        copies = W if setup.zero_stage == 0 else 1  # without ZeRO every rank averages all
+        host += 4 * P * copies
         if not has_host_masters:
-            transfer += 4 * P // W
+            transfer += 4 * P * copies // W
     else:
         ema = 4 * P // W if setup.zero_stage > 0 else 4 * P
     pinned = host - 4 * P if has_host_masters else 0
@@ -135,7 +146,24 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         disk=int((master + 4 + 4) * P + moments),  # EMA twice
         transfer=transfer,
         transfer_micro=transfer_micro + 2 * activations.on_host,
+        **_exchange(setup, width * P * (W - 1) // W),
     )
+
+
+def _exchange(setup: Setup, once: int) -> dict[str, int]:
+    """Bytes that a rank sends.
+
+    Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
+
+    Args:
+        setup: How the U-Net is trained.
+        once: Of a network of which it sends every other rank's share, or its own to all.
+    """
+    if setup.zero_stage < 2:  # gradients to their owner and weights back, once a step
+        return {"exchange": 2 * once, "exchange_micro": 0}
+    if setup.zero_stage == 2:
+        return {"exchange": once, "exchange_micro": once}
+    return {"exchange": 0, "exchange_micro": 3 * once}  # weights forward and backward, gradients
 
 
 def process_bytes(*, on_card: bool) -> int:

@@ -14,7 +14,8 @@ from imagen_scale.planning.speed import step_seconds
 from imagen_scale.planning.traps import traps
 from imagen_scale.planning.words import gb
 
-# Batches at which activations are measured; between them a straight line is an upper bound.
+# Batches at which activations are measured. Nothing in a U-Net mixes pictures, so all others lie on
+# the straight line through them.
 MEASURED_BATCHES = (1, 8)
 # How the optimizers differ from exact AdamW; a lower tier is preferred whatever it costs.
 TIERS: dict[OptimizerName, int] = {"adamw": 0, "adafactor": 0, "adamw_8bit": 1, "adamw_bf16": 2}
@@ -95,12 +96,17 @@ class Planner:
         """Predicted peak on the card, corrected by what was measured on it before."""
         return int(cost.card * self.ratio)
 
+    def host_bytes(self, cost: Cost) -> int:
+        """Predicted memory of one machine; without a card its processes' tensors lie there too."""
+        tensors = self.card_bytes(cost) * self.machine.ranks if self.machine.card is None else 0
+        return self.machine.share(cost.host + tensors)
+
     def excess(self, cost: Cost) -> int:
         """Bytes beyond what there is; 0 or less fits."""
+        host = self.host_bytes(cost) - self.machine.ram
         if self.machine.card is None:
-            return self.card_bytes(cost) * self.machine.ranks + cost.host - self.machine.ram
-        card = self.card_bytes(cost) - self.machine.card
-        return max(card, cost.host - self.machine.ram)
+            return host
+        return max(self.card_bytes(cost) - self.machine.card, host)
 
     def fits(self, cost: Cost) -> bool:
         """Whether a candidate stays within card and host memory."""
@@ -127,13 +133,8 @@ class Planner:
             for micro_batch in self.choices.micro_batches(mode)
         ]
         fitting = [c for c in candidates if self.fits(c.cost)]
-        # The line between measured batches is a bound; the choice is measured itself.
-        for candidate in sorted(fitting, key=self._order)[:2]:
-            exact = self._candidate(
-                mode, checkpointing, offload, candidate.setup.micro_batch, exact=True
-            )
-            if self.fits(exact.cost):
-                return exact
+        if fitting:
+            return min(fitting, key=self._order)
         return min(candidates, key=lambda c: self.excess(c.cost), default=None)
 
     def _candidate(
@@ -142,14 +143,12 @@ class Planner:
         checkpointing: tuple[CheckpointingLevel, ...],
         offload: bool,
         micro_batch: int,
-        *,
-        exact: bool = False,
     ) -> Candidate:
         setup = Setup(
             ranks=self.machine.ranks,
             micro_batch=micro_batch,
             accumulation=self.stage.global_batch // (micro_batch * self.machine.ranks),
-            precision=self.stage.training.precision,
+            precision=self.choices.precision,
             checkpointing=checkpointing,
             offload_activations=offload,
             optimizer=mode.optimizer,
@@ -157,22 +156,24 @@ class Planner:
             zero=mode.zero,
             ema_offload=mode.ema_offload,
         )
-        activations = self._activations(setup, exact)
+        activations = self._activations(setup)
         cost = step_cost(setup, activations, on_card=self.machine.card is not None)
         flops = cached_flops(self.stage, checkpointing=checkpointing)
-        return Candidate(setup, cost, activations, step_seconds(setup, cost, activations, flops))
+        seconds = step_seconds(setup, cost, activations, flops, link=self.machine.link)
+        return Candidate(setup, cost, activations, seconds)
 
-    def _activations(self, setup: Setup, exact: bool) -> Activations:
+    def _activations(self, setup: Setup) -> Activations:
         def measured(micro_batch: int) -> Activations:
             return cached_measure(
                 self.stage,
                 micro_batch=micro_batch,
+                precision=setup.precision,
                 checkpointing=setup.checkpointing,
                 offload_activations=setup.offload_activations,
             )
 
         batch = setup.micro_batch
-        if exact or batch in MEASURED_BATCHES:
+        if batch in MEASURED_BATCHES:
             return measured(batch)
         small, large = MEASURED_BATCHES
         low, high = measured(small), measured(large)
@@ -203,7 +204,5 @@ class Planner:
                 f"the card: {gb(self.card_bytes(cost))} needed, {gb(self.machine.card)} there; "
                 f"the largest term is {worst} with {gb(terms[worst])}"
             )
-        needed = cost.host
-        if self.machine.card is None:
-            needed += self.card_bytes(cost) * self.machine.ranks
+        needed = self.host_bytes(cost)
         return f"host memory: {gb(needed)} needed, {gb(self.machine.ram)} there"

@@ -101,13 +101,15 @@ def print_plan(
     for term in TERMS:
         row(term, [_number(getattr(c.cost, term)) for c in choices])
     cards = [int(c.cost.card * ratio) for c in choices]
-    hosts = [c.cost.host for c in choices]
-    if machine.card is None:  # a process's tensors lie in host memory, too
-        hosts = [host + machine.ranks * card for host, card in zip(hosts, cards, strict=True)]
+    hosts = [
+        # Without a card a process's tensors lie in host memory, too.
+        machine.share(c.cost.host + (machine.ranks * card if machine.card is None else 0))
+        for c, card in zip(choices, cards, strict=True)
+    ]
     where = "of a process" if machine.card is None else "on the card"
     row(f"total {where}", [_number(card) for card in cards], style="bold", end_section=True)
     row("host memory", [_number(host) for host in hosts])
-    row("of it pinned", [_number(c.cost.pinned) for c in choices])
+    row("of it pinned", [_number(machine.share(c.cost.pinned)) for c in choices])
     row("disk per checkpoint", [_number(c.cost.disk) for c in choices])
     row("relative step cost", [f"{p.choice.seconds / _fastest(p):.2f}" for p in plans])
     row("fits", ["yes" if plan.fault is None else "NO" for plan in plans])
@@ -130,11 +132,12 @@ def print_plan(
 
 
 def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> str:
-    card, host = other.cost.card * ratio, other.cost.host
+    card, host = int(other.cost.card * ratio), machine.share(other.cost.host)
     too_large = []
     if machine.card is None:
-        if card * machine.ranks + host > machine.ram:
-            too_large.append(f"memory {gb(card * machine.ranks + host)}")
+        everything = machine.share(other.cost.host + machine.ranks * card)
+        if everything > machine.ram:
+            too_large.append(f"memory {gb(everything)}")
     elif card > machine.card:
         too_large.append(f"card {gb(card)}")
     if machine.card is not None and host > machine.ram:
@@ -171,6 +174,9 @@ def _number(nbytes: int) -> str:
 def _title(machine: Machine, ratio: float) -> str:
     ram = f"{gb(machine.ram)} of host memory to spend"
     processes = f"{machine.ranks} process{'' if machine.ranks == 1 else 'es'}"
+    if 0 < machine.local_ranks < machine.ranks:
+        ram += " on each machine"
+        processes += f", {machine.local_ranks} on each machine"
     if machine.card is None:
         return f"Memory plan: no card, {ram}, {processes}"
     title = f"Memory plan: {gb(machine.card)} on each card, {ram}, {processes}"

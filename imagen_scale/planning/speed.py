@@ -9,18 +9,24 @@ from imagen_scale.planning.activations import Activations
 from imagen_scale.planning.cost import Cost
 from imagen_scale.planning.setup import Setup
 
-FLOPS_PER_S = {"bf16": 13e12, "fp32": 6e12}
+FLOPS_PER_S = {"bf16": 13e12, "fp16": 13e12, "fp32": 6e12}
 PCIE_BYTES_PER_S = 12e9
 CARD_BYTES_PER_S = 250e9
 HOST_BYTES_PER_S = 25e9
+# Of what is exchanged while the cards compute, this is not waited for: the last bucket, and every
+# layer's weights before it starts, are.
+HIDDEN_SHARE = 0.5
 # Starting the kernels of one forward and backward pass: what makes tiny micro-batches slow.
 LAUNCH_S = 0.05
 # Normalisations and activations move bytes rather than compute: recomputing them costs this share
-# of a step beyond its FLOPs (measured on CPU: benchmarks/training_memory.py).
-NORMS_SHARE = 0.02
+# of a step beyond its FLOPs (2 % on a CPU: benchmarks/training_memory.py; 3 % on a card by the
+# bytes that they move, not measured).
+NORMS_SHARE = 0.03
 
 
-def step_seconds(setup: Setup, cost: Cost, activations: Activations, flops: int) -> float:
+def step_seconds(
+    setup: Setup, cost: Cost, activations: Activations, flops: int, *, link: float
+) -> float:
     """Estimated seconds of one optimizer step.
 
     Args:
@@ -28,12 +34,15 @@ def step_seconds(setup: Setup, cost: Cost, activations: Activations, flops: int)
         cost: From `step_cost`.
         activations: Of one micro-batch.
         flops: Of one picture, recomputation included.
+        link: Bytes per second between the cards; used while they compute, where DeepSpeed can.
     """
     parameters = activations.num_parameters
     compute = setup.micro_batch * flops / FLOPS_PER_S[setup.precision]
     if any(level != "none" for level in setup.checkpointing):
         compute *= 1 + NORMS_SHARE
-    micro_step = compute + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
+    exchange = cost.exchange_micro / link
+    hidden = HIDDEN_SHARE * min(exchange, compute) if setup.exchanges_in_backward else 0.0
+    micro_step = compute + exchange - hidden + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
     # Weight, gradient and moments are read and written once.
     moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2}[setup.optimizer]
     if setup.offloads_optimizer:
@@ -42,4 +51,5 @@ def step_seconds(setup: Setup, cost: Cost, activations: Activations, flops: int)
         update = (14 + moments) * parameters / setup.ranks / CARD_BYTES_PER_S
     ema_on_host = setup.offloads_optimizer or setup.ema_offload
     update += 12 * parameters / (HOST_BYTES_PER_S if ema_on_host else CARD_BYTES_PER_S)
-    return setup.accumulation * micro_step + cost.transfer / PCIE_BYTES_PER_S + update
+    between = cost.transfer / PCIE_BYTES_PER_S + cost.exchange / link
+    return setup.accumulation * micro_step + between + update

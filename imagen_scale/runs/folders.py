@@ -2,6 +2,7 @@
 
 ```
 RUN/config.json  data_report.json  evaluation.json
+    .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
     export/unetN/onnx-fp32/...
@@ -47,6 +48,11 @@ def metrics_path(run: Path, unet_number: int) -> Path:
 def setup_path(run: Path, unet_number: int) -> Path:
     """How the U-Net is trained: what was planned, or learned by running out of memory."""
     return unet_dir(run, unet_number) / "setup.json"
+
+
+def owner_path(run: Path, unet_number: int) -> Path:
+    """Who trains a U-Net at the moment; beside its folder, which `--fresh` deletes."""
+    return run / f".unet{unet_number}.owner"
 
 
 def samples_dir(run: Path) -> Path:

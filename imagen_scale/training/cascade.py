@@ -9,6 +9,7 @@ from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
 from imagen_scale.training.agreement import agree
 from imagen_scale.training.beats import PREPARING
+from imagen_scale.training.choice import check_precision
 from imagen_scale.training.job import Job
 from imagen_scale.training.may_continue import (
     check_run,
@@ -18,9 +19,12 @@ from imagen_scale.training.may_continue import (
     unet_numbers,
 )
 from imagen_scale.training.meeting import Meeting
+from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
+from imagen_scale.training.switches import prepare_determinism
 from imagen_scale.training.telemetry import say as say_aloud
+from imagen_scale.training.threads import share_cores
 from imagen_scale.training.unet import train_unet
 
 
@@ -48,9 +52,11 @@ def train(
         plan_check: Compare predicted with measured memory after so many steps of each U-Net.
 
     Raises:
-        Preempted: If SIGTERM, SIGUSR1 or SIGINT asked to stop; everything is saved.
+        Preempted: If SIGTERM, SIGUSR1, SIGHUP or SIGINT asked to stop; everything is saved.
         ImagenScaleError: With what to do next.
     """
+    prepare_determinism(config.training)
+    share_cores()
     meeting.watchdog.timeout = config.training.hang_timeout
     say = say_aloud if rank() == 0 else _silent
     # On every rank: one that went on alone would wait for the others for ever. And all before
@@ -60,7 +66,9 @@ def train(
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, say, resume=resume, fresh=fresh)
+    check_owner(run_dir, numbers)
     ranks.check_machine()
+    check_precision(config)
     # Prepared before the group is joined: it may take longer than any collective may wait.
     with meeting.watchdog.phase(PREPARING):
         size = config.stage(numbers[0]).size if len(numbers) == 1 else None
@@ -70,7 +78,9 @@ def train(
         call = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
         agree(meeting, config, call, prepared, run_dir)
     meeting.join()
+    owner = Owner(run_dir, numbers, say)
     try:
+        from_rank_0(owner.take)
         from_rank_0(
             lambda: open_run(
                 config, run_dir, fresh=numbers if fresh else [], report=prepared.report
@@ -89,6 +99,7 @@ def train(
                 )  # fmt: skip
         say(f"run: {run_dir}")
     finally:
+        owner.release()
         ranks.stop()
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.config import MemoryConfig, StageConfig, parse_bytes
+from imagen_scale.config import Config, MemoryConfig, StageConfig, parse_bytes
 from imagen_scale.errors import EnvironmentProblem
 from imagen_scale.files.atomic import write_atomically
-from imagen_scale.planning.machine import Machine, calibration, this_machine
+from imagen_scale.models.card import has_bf16
+from imagen_scale.planning.machine import Machine, calibration
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words, why
 from imagen_scale.planning.setup import Setup, written_setup
@@ -21,20 +22,29 @@ from imagen_scale.runs.folders import setup_path, unet_dir
 
 
 def choose_setup(
-    stage: StageConfig, run_dir: Path, ranks: int, say: Callable[[str], None]
+    stage: StageConfig, run_dir: Path, found: Machine, say: Callable[[str], None]
 ) -> Setup:
     """The setup in force; call it on rank 0 and tell the others.
+
+    Args:
+        stage: The U-Net.
+        run_dir: The run's folder.
+        found: What all ranks may count on.
+        say: Told what was planned.
 
     Raises:
         EnvironmentProblem: If nothing fits `memory.budget`.
         ConfigError: If the batch sizes do not fit the number of processes.
     """
-    asked, kept = _asked(stage, ranks), _read(run_dir, stage.number)
+    asked, kept = _asked(stage, found.ranks), _read(run_dir, stage.number)
     if kept is not None and kept["asked"] == asked:
         return _setup_of(kept["setup"])
-    machine = budget_machine(stage.memory, ranks)
+    machine = budget_machine(stage.memory, found)
     if machine is None:
-        setup = written_setup(stage, ranks, on_card=_has_card())
+        setup = written_setup(
+            stage, found.ranks,
+            on_card=found.card is not None, auto_precision=found.auto_precision,
+        )  # fmt: skip
     else:
         planner = Planner(stage, machine, ratio=calibration(machine.name))
         has_checkpoints = bool(list_checkpoints(unet_dir(run_dir, stage.number)))
@@ -56,13 +66,28 @@ def choose_setup(
     return setup
 
 
-def budget_machine(memory: MemoryConfig, ranks: int) -> Machine | None:
-    """What `memory.budget` allows on this machine; None without a budget."""
+def budget_machine(memory: MemoryConfig, found: Machine) -> Machine | None:
+    """What `memory.budget` allows of a machine; None where nothing is to be planned."""
     budget = memory.budget
-    if budget is None:
+    if budget is None or (budget == "auto" and found.card is None):
         return None
-    machine = this_machine(ranks)
-    return machine if budget == "auto" else machine._replace(card=parse_bytes(budget))
+    return found if budget == "auto" else found._replace(card=parse_bytes(budget))
+
+
+def check_precision(config: Config) -> None:
+    """Refuses bf16 on a card that would emulate it.
+
+    Raises:
+        EnvironmentProblem: Naming the card.
+    """
+    import torch
+
+    if config.training.precision == "bf16" and torch.cuda.is_available() and not has_bf16():
+        raise EnvironmentProblem(
+            f"training.precision: bf16, but {torch.cuda.get_device_name()} was made before it and "
+            f"would emulate it, many times slower. Set it to fp16, or to auto: --set "
+            f"training.precision=auto."
+        )
 
 
 def smaller(setup: Setup) -> Setup | None:
@@ -116,9 +141,3 @@ def _read(run_dir: Path, unet_number: int) -> dict[str, Any] | None:
 def _write(run_dir: Path, unet_number: int, asked: dict[str, Any], setup: Setup) -> None:
     text = json.dumps({"asked": asked, "setup": setup._asdict()}, indent=1)
     write_atomically(setup_path(run_dir, unet_number), lambda temporary: temporary.write_text(text))
-
-
-def _has_card() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.training.engine import Engine
+from imagen_scale.training.ferry import Ferry
 
 EXCHANGE_ELEMENTS = 2**20  # 4 MiB at a time
 
@@ -44,10 +45,14 @@ class Ema:
         if all(map(_are_alike, self.shards, masters)):
             torch._foreach_lerp_(self.shards, masters, 1 - decay)
             return
+        bring = _as_float32
+        if not _are_near(self.shards[0], masters[0]):
+            # Made anew: torch keeps what was pinned once.
+            bring = Ferry(EXCHANGE_ELEMENTS, masters[0].device).bring
         for shard, master in zip(self.shards, masters, strict=True):
-            ours, theirs = shard.view(-1), master.view(-1)
-            for piece in _pieces(ours):  # brought over a little at a time
-                ours[piece].lerp_(theirs[piece].to(ours), 1 - decay)
+            ours = shard.view(-1)
+            for piece, theirs in bring(master.view(-1), _pieces(ours)):
+                ours[piece].lerp_(theirs, 1 - decay)
 
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Type and shape of what `named_weights` yields, in its order."""
@@ -120,6 +125,15 @@ def _exchange(master: Tensor, shard: Tensor) -> None:
 def _pieces(flat: Tensor) -> Iterator[slice]:
     for start in range(0, flat.numel(), EXCHANGE_ELEMENTS):
         yield slice(start, start + EXCHANGE_ELEMENTS)
+
+
+def _as_float32(flat: Tensor, pieces: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+    for piece in pieces:
+        yield piece, flat[piece].float()
+
+
+def _are_near(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:

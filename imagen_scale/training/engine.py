@@ -5,7 +5,7 @@ An engine holds the network and updates *masters*: tensors of this rank alone, i
 parameter is its own master; ZeRO joins the rank's share of many parameters in few flat ones.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,18 @@ class Engine(Protocol):
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradients before clipping; None where it is not known."""
+
+    # The loss scale of fp16, which grows until a gradient overflows and shrinks then.
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next loss is multiplied by; None where nothing is scaled, or no further down."""
+
+    def loss_scale_state(self) -> dict[str, Any] | None:
+        """All that the next scales depend on, for a checkpoint; None where nothing is scaled."""
+
+    def load_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Goes on with a saved scale, if there is one and it is needed."""
 
     # Weights.
 

@@ -5,6 +5,8 @@ bytes a parameter on the card and none on the host. What needs all gradients at 
 their norm, accumulation) is refused by the configuration.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -36,7 +38,8 @@ class InBackwardEngine:
             parameter: make_optimizer([parameter], stage, setup)
             for parameter in self.module.parameters()
         }
-        self._is_finite = True
+        self._takes_flag = all(map(_takes_flag, self._optimizers.values()))
+        self._bad = torch.zeros((), device=device)  # 1 from a step's first bad gradient on
         for parameter in self._optimizers:
             parameter.register_post_accumulate_grad_hook(self._apply)
 
@@ -59,20 +62,27 @@ class InBackwardEngine:
                 group["lr"] = lr
 
     def backward(self, loss: Tensor) -> None:
-        """Backward and update in one; nothing when the loss is not finite.
+        """Backward and update in one; nothing is updated when the loss is not finite.
 
         A gradient that is not finite though the loss is ends the updates of this step there.
         """
-        self._is_finite = bool(loss.isfinite())
-        if self._is_finite:
-            loss.backward()
+        self._bad.copy_(~loss.detach().isfinite())
+        loss.backward()
 
     def step(self) -> bool:
-        """Tells how `backward` went; nothing is left to do."""
-        return self._is_finite
+        """Tells how `backward` went, for which it waits; nothing is left to do."""
+        return not self._bad.item()
 
     def grad_norm(self) -> None:
         """None: the gradients never exist together."""
+
+    loss_scale = None
+
+    def loss_scale_state(self) -> None:
+        """None: fp32 needs no scale."""
+
+    def load_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Does nothing."""
 
     def masters(self) -> list[Tensor]:
         """The parameters: each is its own master."""
@@ -110,9 +120,20 @@ class InBackwardEngine:
 
     def _apply(self, parameter: Parameter) -> None:
         assert parameter.grad is not None
+        optimizer: Any = self._optimizers[parameter]
         # From the first bad gradient on nothing of this step is applied.
-        if self._is_finite and bool(parameter.grad.isfinite().all()):
-            self._optimizers[parameter].step()
-        else:
-            self._is_finite = False
+        self._bad.logical_or_(~parameter.grad.isfinite().all())
+        if self._takes_flag:
+            optimizer.found_inf = self._bad
+            optimizer.step()
+        elif not self._bad.item():
+            optimizer.step()
         parameter.grad = None
+
+
+def _takes_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can be left out on the device, without the host waiting to know.
+
+    torch's fused optimizers do so for its GradScaler; the others here do not.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,13 +1,19 @@
 """What stays the same through every attempt at training one U-Net."""
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 from imagen_scale.config import Config
+from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
+from imagen_scale.planning.machine import joined, this_machine
+from imagen_scale.training.link import link_bytes_per_s
 from imagen_scale.training.preemption import StopRequest
+from imagen_scale.training.ranks import from_all, world_size
 from imagen_scale.training.samples import split_samples
 from imagen_scale.training.saving import Saver
+from imagen_scale.training.threads import cores_each, ranks_here
 from imagen_scale.training.watchdog import Watchdog
 
 
@@ -26,7 +32,10 @@ class Job:
 
     Attributes:
         stage: The U-Net.
+        machine: What all ranks may count on: made by all of them together, before anything is on
+            the cards.
         samples: Those of `prepared` that it is trained and validated on.
+        num_workers: Processes that load them for each rank.
         saver: Its checkpoints and its file for sampling.
     """
 
@@ -45,7 +54,14 @@ class Job:
         self.config, self.run_dir, self.prepared = config, run_dir, prepared
         self.say, self.request, self.watchdog = say, request, watchdog
         self.plan_check = plan_check
+        here = this_machine(world_size())._replace(link=link_bytes_per_s())
+        self.machine = joined(from_all((platform.node(), here)))
         # The learned null embedding of every caption is as wide as the encoder's features.
         self.stage = config.stage(unet_number, prepared.embeddings.dim)
         self.samples = split_samples(config, self.stage, prepared)
+        self.num_workers = loader_processes(
+            config.data.num_workers,
+            are_stored=prepared.images[self.stage.size].file is not None,
+            cores=cores_each(ranks_here()),
+        )
         self.saver = Saver(config, self.stage, run_dir, prepared, say)

@@ -13,6 +13,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.data.loading import batches
 from imagen_scale.data.sequence import Batch
 from imagen_scale.errors import ImagenScaleError
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.job import Job
 from imagen_scale.training.memory_use import check_plan
 from imagen_scale.training.preemption import Preempted
@@ -90,7 +91,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
         ImagenScaleError: If the weights are not finite.
     """
     stage, watchdog, first = session.stage, job.watchdog, session.step
-    loaded = watchdog.loading(_micro_batches(session, job))
+    loaded = Feed(watchdog.loading(_micro_batches(session, job)), session.engine.device)
     skipped = SkippedSteps(job)
     losses: list[Tensor] = []  # of this rank since the last report
     with _telemetry(session, job) as telemetry, watchdog.phase("step"):
@@ -152,7 +153,7 @@ def _micro_batches(session: Session, job: Job) -> Iterator[Batch]:
         micro_batch=session.setup.micro_batch,
         rank=rank(),
         world_size=world_size(),
-        num_workers=job.config.data.num_workers,
+        num_workers=job.num_workers,
     )
 
 
@@ -174,7 +175,7 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
     step, phase = session.step, job.watchdog.phase
     if due.validation and job.samples.held_out is not None:
         with phase("validating"):
-            loss = validation_loss(session, job.samples.held_out)
+            loss = validation_loss(session, job.samples.held_out, job.num_workers)
             if telemetry is not None:
                 telemetry.write(step, val_loss=loss)
     if due.checkpoint:
@@ -211,6 +212,7 @@ def _report(session: Session, telemetry: Telemetry | None, lr: float, losses: li
             loss=loss if math.isfinite(loss) else None,
             lr=lr,
             grad_norm=engine.grad_norm(),
+            loss_scale=engine.loss_scale,
             images=session.setup.global_batch,
         )
 

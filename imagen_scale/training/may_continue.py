@@ -19,7 +19,7 @@ from imagen_scale.runs.folders import (
 
 # Keys of `training` that bend the loss curve: they may change, and that is said.
 _TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
-         "ema_decay")  # fmt: skip
+         "ema_decay", "precision")  # fmt: skip
 # What may change when a run is continued: sections whole (None), or some of their keys.
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "logging": None,
@@ -33,6 +33,7 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "training": ("micro_batch", "optimizer", "checkpoint_every", "keep_checkpoints", "keep_every",
                  "max_skipped", "hang_timeout", "val_every", "val_batches",
                  "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
+                 "tf32", "cudnn_benchmark", "compile", "channels_last", "deterministic",
                  *_TOLD),
 }  # fmt: skip
 
@@ -107,7 +108,7 @@ def check_run(
             raise UsageError(
                 f"--resume: {run_dir} holds no run yet. Leave --resume out to start one."
             )
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or _holds_anything(run_dir)):
             raise UsageError(
                 f"{run_dir} exists and is not a run (it has no config.json); nothing is written "
                 f"into it. Name another folder with --run."
@@ -125,6 +126,11 @@ def check_run(
         )
     for change in told:
         say(f"changed since this run was started: {change}")
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more than a training leaves that was killed as it began."""
+    return any(not path.match(".unet*.owner") for path in folder.iterdir())
 
 
 def open_run(

@@ -16,8 +16,20 @@ from imagen_scale.planning.setup import Setup
 from imagen_scale.planning.words import gb
 
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
-# What allocators say when there is no more: torch's on the CPU, and CUDA outside torch's own.
-_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
+# What is said when there is no more: torch's allocator on the CPU, CUDA outside torch's own, cuBLAS
+# and cuDNN 8 and 9 for what they allocate themselves. torch passes over each of cuDNN's ways to
+# compute a convolution whose workspace does not fit (ATen/native/cudnn/Conv_v8.cpp, try_plans) and
+# then says that it found none. A bare CUDNN_STATUS_INTERNAL_ERROR may be anything.
+_FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -83,6 +95,7 @@ def check_plan(stage: StageConfig, setup: Setup, baseline: int, say: Callable[[s
     activations = cached_measure(
         stage,
         micro_batch=setup.micro_batch,
+        precision=setup.precision,
         checkpointing=setup.checkpointing,
         offload_activations=setup.offload_activations,
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagen_scale.config import StageConfig
@@ -12,6 +13,7 @@ from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.files.pictures import from_uint8
 
 
 class Draws(NamedTuple):
@@ -55,7 +57,7 @@ class Objective:
             batch: On any device.
             purpose: Keeps the random numbers of validation apart from those of training.
         """
-        x_0 = batch.images.to(self.device, non_blocking=True)
+        x_0 = _as_floats(_at(self.device, batch.images))
         draws = self.draw(batch.positions, x_0.shape[1:], purpose)
         lowres_img = None
         if self.stage.small_size is not None:
@@ -70,17 +72,33 @@ class Objective:
         if lowres_img is not None:
             assert draws.lowres_eps is not None
             noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
-            lowres = (noised, draws.lowres_t)
-        text = batch.text_embeds.to(self.device), batch.text_mask.to(self.device)
-        prediction = unet(x_t, draws.t, *text, draws.keep_mask, *lowres)
+            lowres = (self._laid_out(noised), draws.lowres_t)
+        text = self._text(batch)
+        prediction = unet(self._laid_out(x_t), draws.t, *text, draws.keep_mask, *lowres)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
         return image_loss(prediction, target, self.stage.imagen.loss_type)
 
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in the layout in which the network computes."""
+        is_last = self.stage.training.channels_last
+        return images.contiguous(memory_format=torch.channels_last) if is_last else images
+
+    def _text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, L, D) float32 and mask (B, L) on the device."""
+        embeds, mask = (
+            _at(self.device, batch.text_embeds).float(),
+            _at(self.device, batch.text_mask),
+        )
+        if self.stage.training.compile:  # one shape for all batches, or each is compiled for
+            missing = self.stage.unet.max_text_len - mask.shape[1]
+            embeds, mask = F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        return embeds, mask
+
     def draw(self, positions: Tensor, shape: torch.Size, purpose: str) -> Draws:
-        """Random numbers of the samples at `positions`, (B,), for pictures of `shape`."""
+        """Random numbers of the samples at `positions`, (B,) on the host, for such a `shape`."""
         if self.crop is not None:
             shape = torch.Size((shape[0], self.crop, self.crop))
-        samples = [self._draw_one(int(position), shape, purpose) for position in positions]
+        samples = [self._draw_one(position, shape, purpose) for position in positions.tolist()]
         t, eps, keep_mask, lowres_t, lowres_eps, corners = zip(*samples, strict=True)
         return Draws(
             torch.stack(t),
@@ -120,9 +138,17 @@ def crop_at(images: Tensor, corners: Tensor, side: int) -> Tensor:
     Returns:
         (B, C, side, side).
     """
-    places = corners.tolist()
-    windows = [
-        image[:, top : top + side, left : left + side]
-        for image, (top, left) in zip(images, places, strict=True)
-    ]
-    return torch.stack(windows)
+    # By indices that stay on the device: slices would make the host wait for the corners.
+    steps = torch.arange(side, device=images.device)
+    rows, columns = (corners[:, i, None] + steps for i in range(2))  # (B, side)
+    picture = torch.arange(len(images), device=images.device)[:, None, None]
+    # Indices that are not side by side put the channels, left whole, last.
+    return images[picture, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+
+
+def _at(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+def _as_floats(pictures: Tensor) -> Tensor:
+    return from_uint8(pictures) if pictures.dtype == torch.uint8 else pictures

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,12 @@ def build(operator: Operator, say: Callable[[str], None]) -> None:
     Raises:
         EnvironmentProblem: With the compiler's complaint.
     """
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise EnvironmentProblem(
+            f"{operator.name}: it cannot be compiled, since Python's headers are missing. Install "
+            f"them: `apt install python3-dev` (Debian, Ubuntu), `dnf install python3-devel` "
+            f"(Fedora)."
+        )
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     # An environment that is called without being activated: ninja lies beside its python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,4 +1,6 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (as SLURM is asked to send) and SIGINT (Ctrl-C).
+"""Being told to stop: SIGTERM, SIGUSR1 (as SLURM is asked to send), SIGHUP and SIGINT (Ctrl-C).
+
+A signal that is ignored when training starts stays so: `nohup` asks for that.
 
 It is a flag that the ranks compare after each step: one that saved alone would wait for the others
 for ever. Loader workers ignore the signals from before their first instruction, since a launcher
@@ -16,7 +18,7 @@ import torch
 
 from imagen_scale.errors import ImagenScaleError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # A terminal's Ctrl-C reaches the ranks and the launcher, which passes it on at once: one request.
 SAME_REQUEST = 1.0  # seconds
 
@@ -43,7 +45,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
     def __exit__(

@@ -1,11 +1,11 @@
 """Pictures drawn while training, from fixed prompts with the EMA weights."""
 
 import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from imagen_scale.config import StageConfig
@@ -14,7 +14,6 @@ from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.diffusion.lowres import resize
-from imagen_scale.errors import CheckpointError
 from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
 from imagen_scale.runs.inference import read_inference
@@ -22,6 +21,7 @@ from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistenc
 from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage, default_device
+from imagen_scale.training.memory_use import release_memory
 from imagen_scale.training.telemetry import Telemetry
 
 GRID_COLUMNS = 8
@@ -46,11 +46,14 @@ def show_grid(
     """Draws a grid and reports it, on rank 0; one that cannot be drawn is said."""
     try:
         drawn = draw_grid(run_dir, stage.number, step, prepared)
-    # Pictures are a pleasure, not a reason to stop. Without the file for sampling, which a
-    # full disk refused, there are none either.
-    except (torch.OutOfMemoryError, OSError, CheckpointError) as error:
-        say(f"{stage.name}: no pictures at step {step}: {error}")
+    # Pictures are a pleasure, not a reason to stop: whatever goes wrong, memory that is full in
+    # any library's words included, or a file for sampling that a full disk refused.
+    except Exception as error:
+        say(f"{stage.name}: no pictures at step {step}: {type(error).__name__}: {error}")
+        traceback.clear_frames(error.__traceback__)  # they hold the network
         return
+    finally:
+        release_memory()
     if telemetry is not None:
         telemetry.write(step, **drawn.measures)
         telemetry.picture(step, drawn.path)

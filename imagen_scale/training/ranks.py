@@ -1,8 +1,11 @@
 """Processes and the group they form."""
 
+import errno
 import os
+import pickle
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
+from imagen_scale.errors import DiskProblem, EnvironmentProblem, ImagenScaleError
 from imagen_scale.training.launch_variables import NETWORK_ADVICE, shows_one_card_each
 from imagen_scale.training.optimizers import has_compiler
 
@@ -20,6 +23,13 @@ if TYPE_CHECKING:
 
 # How long a collective waits for the other ranks.
 PATIENCE = timedelta(minutes=30)
+LOOK_S = 0.2  # between two looks into the store
+_told: list[None] = []  # one for each `told_by_rank_0`: every rank counts the same ones
+# What a full or unwritable disk answers. A path that is not there is none of it.
+_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
 _local_rank: int | None = None  # where LOCAL_RANK had to become the number of a card
 _exchanges = 0
 
@@ -162,18 +172,56 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def together(work: Callable[[], None]) -> None:
-    """Runs `work` on every rank; if it fails on one, all raise, so that none waits for ever."""
+def told_by_rank_0(make: Callable[[], Any]) -> Any:
+    """As `from_rank_0`, for work that may take minutes.
+
+    The others look into the group's store now and then. A collective would keep their cards busy
+    with waiting, and give up after `PATIENCE`.
+    """
     import torch
 
+    if world_size() == 1:
+        return from_rank_0(make)
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    _told.append(None)
+    key = f"imagen-scale told by rank 0, {len(_told)}"
+    result: list[Any] = [None, None]
+    failure = None
+    if rank() == 0:
+        try:
+            result[0] = make()
+        except Exception as error:
+            failure = error
+            result[1] = _portable(error)
+        store.set(key, pickle.dumps(result))
+    else:
+        while not store.check([key]):
+            time.sleep(LOOK_S)
+        result = pickle.loads(store.get(key))  # of our own rank 0
+    _trace(failure)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    import torch
+
+    found: list[Any] = [None] * world_size()
+    come_to_exchange()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def together(work: Callable[[], None]) -> None:
+    """Runs `work` on every rank; if it fails on one, all raise, so that none waits for ever."""
     failure = None
     try:
         work()
     except Exception as error:
         failure = error
-    failures: list[Any] = [None] * world_size()
-    come_to_exchange()
-    torch.distributed.all_gather_object(failures, failure and _portable(failure))
+    failures = from_all(failure and _portable(failure))
     _trace(failure)
     for portable in failures:
         if portable is not None:
@@ -205,7 +253,9 @@ def _portable(error: Exception) -> Exception:
     """The error as one that can be sent to other ranks."""
     if isinstance(error, ImagenScaleError):
         return error
-    return EnvironmentProblem(f"process {rank()}: {type(error).__name__}: {error}")
+    is_disk = isinstance(error, OSError) and error.errno in _DISK
+    problem = DiskProblem if is_disk else EnvironmentProblem
+    return problem(f"process {rank()}: {type(error).__name__}: {error}")
 
 
 def _trace(error: Exception | None) -> None:

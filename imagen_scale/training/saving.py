@@ -10,7 +10,7 @@ import torch
 from imagen_scale.config import Config, StageConfig
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import Prepared
-from imagen_scale.errors import CheckpointError, EnvironmentProblem
+from imagen_scale.errors import CheckpointError, DiskProblem, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
@@ -31,8 +31,9 @@ FORMAT = "imagen-scale checkpoint 1"
 class Saver:
     """Saves and resumes one U-Net.
 
-    A save that fails leaves the checkpoint before it, and no debris: training goes on and the
-    next save is tried. Only those of the last step have to succeed, as `finish` demands.
+    A save that a full or unwritable disk refuses leaves the checkpoint before it, and no debris:
+    training goes on and the next save is tried. Only those of the last step have to succeed, as
+    `finish` demands. Any other failure is a fault, and ends training: it would come again.
 
     Args:
         config: The run.
@@ -81,11 +82,12 @@ class Saver:
         optimizer = session.setup.optimizer
         together(lambda: load_shards(session.engine, session.ema, optimizer, folder))
         session.engine.publish()
+        session.engine.load_loss_scale(manifest.get("loss_scale"))
         session.step = session.saved_step = self._good = manifest["step"]
         self.say(f"{self.stage.name}: continues at step {session.step} of {self.steps}")
         facts = _facts(session.setup)
         if changed := [f"{key} {manifest[key]} -> {facts[key]}" for key in facts
-                       if manifest[key] != facts[key]]:  # fmt: skip
+                       if manifest.get(key, facts[key]) != facts[key]]:  # fmt: skip
             self.say(f"saved with another setup: {', '.join(changed)}")
 
     def save(self, session: Session) -> None:
@@ -138,7 +140,7 @@ class Saver:
     def _try(self, step: int, what: str, save: Callable[[], None]) -> bool:
         try:
             save()
-        except EnvironmentProblem as error:
+        except DiskProblem as error:
             from_rank_0(lambda: checkpoint.clear_staging(self.folder))
             where = f"{self.stage.name}: no {what} saved at step {step} in {self.folder}: {error}"
             if step >= self.steps:
@@ -166,6 +168,7 @@ class Saver:
         facts = {
             "format": FORMAT,
             **_facts(session.setup),
+            "loss_scale": engine.loss_scale_state(),
             "pictures": self.pictures,
             "text_encoder": self.encoder,
         }
@@ -207,6 +210,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "processes": world_size(),
         "zero_stage": setup.zero_stage,
         "optimizer": setup.optimizer,
+        "precision": setup.precision,
     }
 
 
@@ -214,12 +218,12 @@ def check_space(folder: Path, needed: int) -> None:
     """Refuses to begin what the disk cannot hold.
 
     Raises:
-        EnvironmentProblem: With the path, what is needed and what is free.
+        DiskProblem: With the path, what is needed and what is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise EnvironmentProblem(
+        raise DiskProblem(
             f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. "
             f"Free some, lower training.keep_checkpoints, or move the run to another disk."
         )

@@ -27,6 +27,9 @@ class SkippedSteps:
     def tell(self, step: int, stepped: Stepped, telemetry: Telemetry | None) -> str | None:
         """Says which samples spoiled a step; all ranks together.
 
+        In fp16 a gradient that overflows while every loss is finite is no fault: the scale was too
+        large, and is lowered. Such steps are said and counted apart, and end no row.
+
         Args:
             step: The one left out, from 1.
             stepped: What this rank did in it.
@@ -35,9 +38,17 @@ class SkippedSteps:
         Returns:
             Why training cannot go on like this, once `training.max_skipped` is reached; else None.
         """
+        spoilers, name = self._spoilers(stepped), self.job.stage.name
+        if not spoilers and stepped.loss_scale is not None:
+            self.job.say(
+                f"{name}: step {step} left out: a gradient overflowed fp16 at loss scale "
+                f"{stepped.loss_scale:g}, which is lowered"
+            )
+            if telemetry is not None:
+                telemetry.write(step, overflow=1)
+            return None
         self.in_a_row += 1
-        reason = _reason(self._spoilers(stepped))
-        name = self.job.stage.name
+        reason = _reason(spoilers)
         self.job.say(f"WARNING: {name}: step {step} left out: {reason}")
         if telemetry is not None:
             telemetry.write(step, skipped=1)

@@ -1,13 +1,12 @@
 """One optimizer step, left out when a gradient is not a number."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imagen_scale.data.sequence import Batch
 from imagen_scale.training.engine import Engine
+from imagen_scale.training.feed import Feed
 from imagen_scale.training.objective import Objective
 
 
@@ -18,6 +17,7 @@ class Stepped(NamedTuple):
     applied: bool  # the same on every rank
     positions: list[int]  # of its samples in the run
     losses: Tensor  # of each of them
+    loss_scale: float | None = None  # of fp16, while it can be lowered; see `Engine`
 
 
 class Stepper:
@@ -33,9 +33,10 @@ class Stepper:
         self.engine, self.objective, self.accumulation = engine, objective, accumulation
         self.is_updating = False  # memory that runs out now leaves half-made weights
 
-    def step(self, micro_batches: Iterator[Batch], lr: float) -> Stepped:
+    def step(self, micro_batches: Feed, lr: float) -> Stepped:
         """Takes `accumulation` micro-batches; every rank together."""
         self.engine.set_lr(lr)
+        loss_scale = self.engine.loss_scale
         all_losses, positions, applied = [], [], True
         for micro_step in range(1, self.accumulation + 1):
             batch = next(micro_batches)
@@ -44,8 +45,9 @@ class Stepper:
             positions += batch.positions.tolist()
             self.is_updating = self.engine.updates_in_backward
             self.engine.backward(losses.mean())
+            micro_batches.prefetch()  # before the engine waits to see how the gradients are
             self.is_updating |= micro_step == self.accumulation
             applied = self.engine.step()
         self.is_updating = False
         flat = torch.cat(all_losses)
-        return Stepped(flat.mean(), applied, positions, flat)
+        return Stepped(flat.mean(), applied, positions, flat, loss_scale)

@@ -79,8 +79,9 @@ class Telemetry:
         self._progress.update(self._task, completed=step)
 
     def train(
-        self, step: int, *, loss: float | None, lr: float, grad_norm: float | None, images: int
-    ) -> None:
+        self, step: int, *, loss: float | None, lr: float, grad_norm: float | None,
+        loss_scale: float | None, images: int,
+    ) -> None:  # fmt: skip
         """Reports the mean loss since the last report, and the speed.
 
         Args:
@@ -88,6 +89,7 @@ class Telemetry:
             loss: Mean over all ranks and steps since the last report; None if all were left out.
             lr: Learning rate of the step.
             grad_norm: Norm before clipping, where DeepSpeed tells it.
+            loss_scale: Of fp16; None where nothing is scaled.
             images: Pictures per step over all ranks.
         """
         now = time.monotonic()
@@ -105,9 +107,10 @@ class Telemetry:
                 f"U-Net {self.unet_number}  step {step}/{self._steps}  {status}  "
                 f"left {minutes}:{seconds:02d}"
             )
+        scale = {} if loss_scale is None else {"loss_scale": loss_scale}
         self.write(
             step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=images_per_s,
-            peak_memory_gib=memory,
+            peak_memory_gib=memory, **scale,
         )  # fmt: skip
 
     def write(self, step: int, **values: float | None) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
-from imagen_scale.planning.machine import this_machine
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup
@@ -18,8 +17,9 @@ from imagen_scale.training.memory_use import (
     release_memory,
     return_freed_host_memory,
 )
-from imagen_scale.training.ranks import from_rank_0, world_size
+from imagen_scale.training.ranks import from_rank_0, told_by_rank_0, world_size
 from imagen_scale.training.session import Session
+from imagen_scale.training.switches import switched
 
 T = TypeVar("T")
 
@@ -46,12 +46,16 @@ def train_unet(job: Job) -> None:
     if from_rank_0(job.saver.is_finished):
         job.say(f"{job.stage.name}: already trained ({job.stage.steps} steps)")
         return
-    setup: Setup = from_rank_0(lambda: choose_setup(job.stage, job.run_dir, world_size(), job.say))
+    with job.watchdog.phase("planning"):  # rank 0 may take a minute: no collective waits for it
+        setup: Setup = told_by_rank_0(
+            lambda: choose_setup(job.stage, job.run_dir, job.machine, job.say)
+        )
     if setup.zero_stage == 3 or setup.offloads_optimizer:
         return_freed_host_memory()
     has_gone_back = False
     while True:
-        outcome = _attempt(job, setup)
+        with switched(job.stage.training):
+            outcome = _attempt(job, setup)
         release_memory()  # of the attempt, which nothing refers to any more
         if isinstance(outcome, Finished):
             return
@@ -147,7 +151,7 @@ def _take_less(job: Job, setup: Setup, step: int, full: OutOfMemory) -> Setup:
 
 
 def _advice(job: Job, setup: Setup) -> str:
-    plan = Planner(job.stage, this_machine(world_size())).plan()
+    plan = Planner(job.stage, job.machine).plan()
     knobs = (
         "memory.checkpointing blocks, memory.offload_activations, "
         "deepspeed.zero_optimization with offload_optimizer, or unets[i].crop"

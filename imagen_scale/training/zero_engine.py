@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from imagen_scale.config import StageConfig
 from imagen_scale.errors import ConfigError
-from imagen_scale.planning.machine import can_pin
+from imagen_scale.files.pinning import can_pin
 from imagen_scale.planning.setup import Setup, complete_zero
 from imagen_scale.training import operators
 from imagen_scale.training.engine import Fragment
@@ -57,7 +57,7 @@ def make_zero_engine(
     except ValueError as error:  # pydantic's ValidationError is one
         raise ConfigError(
             f"deepspeed: DeepSpeed refuses the configuration: {error}\nCorrect that key of the "
-            f"deepspeed section; where bf16 is not supported, set training.precision to fp32."
+            f"deepspeed section; where bf16 is not supported, set training.precision to auto."
         ) from None
     return ZeroEngine(engine, setup.accumulation)
 
@@ -74,19 +74,29 @@ def engine_config(stage: StageConfig, setup: Setup, num_parameters: int) -> dict
     bf16: dict[str, Any] = {"enabled": setup.precision == "bf16", "check_grad_overflow": True}
     if setup.optimizer == "adamw_bf16":
         bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    sums: dict[str, Any] = {"grad_accum_dtype": "fp32"} if setup.sums_in_fp32 else {}
     return {
         "steps_per_print": 2**31,  # our own telemetry reports
         # The optimizer is ours even when its states are offloaded.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **stage.deepspeed,
-        "zero_optimization": complete_zero(setup.zero, num_parameters, pin=can_pin()),
+        "zero_optimization": complete_zero(
+            setup, num_parameters, pin=can_pin(), on_card=torch.cuda.is_available()
+        ),
         "train_batch_size": setup.global_batch,
         "train_micro_batch_size_per_gpu": setup.micro_batch,
         "gradient_accumulation_steps": setup.accumulation,
         "gradient_clipping": stage.training.grad_clip or 0.0,
         "bf16": bf16,
+        # 0: dynamic; it is halved by a gradient that overflows, doubled after 1000 without.
+        "fp16": {"enabled": setup.precision == "fp16", "loss_scale": 0},
+        "data_types": sums,
     }
+
+
+# What DeepSpeed's dynamic scale of fp16 consists of (runtime/fp16/loss_scaler.py).
+_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroEngine:
@@ -107,8 +117,15 @@ class ZeroEngine:
         self._engine, self._accumulation = engine, accumulation
         self._zero: Any = engine.optimizer  # ZeRO's, around the one that holds the moments
         self.zero_stage: int = engine.zero_optimization_stage()
+        self._scaler: Any = self._zero.loss_scaler if engine.fp16_enabled() else None
+        if self._scaler is not None:  # at the smallest scale a step is left out like any other
+            self._scaler.raise_error_at_min_scale = False
         self.module: nn.Module = engine.module
         self.device: torch.device = engine.device
+        if hasattr(self._zero, "update_offload_overflow_tracker"):
+            # One wait for the card per parameter in backward, and for nothing: the norm, which
+            # is computed from the same gradients, tells of every one that is not finite.
+            self._zero.update_offload_overflow_tracker = _look_away
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Runs the network."""
@@ -140,12 +157,36 @@ class ZeroEngine:
             engine.micro_steps += 1  # where DeepSpeed counts to the accumulation's end
             return False
         engine.step()
-        return not (is_last and getattr(self._zero, "overflow", False))
+        if not (is_last and getattr(self._zero, "overflow", False)):
+            return True
+        if self.zero_stage == 2:
+            # With offload DeepSpeed 0.19 keeps the fp32 sums of a step that it left out, NaN and
+            # all, and adds the next ones to them.
+            self._zero.averaged_gradients.clear()
+        return False
 
     def grad_norm(self) -> float | None:
         """Norm before clipping, over all ranks; None where DeepSpeed does not tell it."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Of fp16 while it can still be lowered; None otherwise."""
+        if self._scaler is None or self._scaler.cur_scale <= self._scaler.min_scale:
+            return None
+        return float(self._scaler.cur_scale)
+
+    def loss_scale_state(self) -> dict[str, Any] | None:
+        """Of DeepSpeed's scaler."""
+        if self._scaler is None:
+            return None
+        return {name: getattr(self._scaler, name) for name in _SCALE_STATE}
+
+    def load_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Makes DeepSpeed's scaler go on."""
+        if self._scaler is not None and state is not None:
+            vars(self._scaler).update({name: state[name] for name in _SCALE_STATE})
 
     def masters(self) -> list[Tensor]:
         """The parameters themselves without ZeRO, else flat tensors."""
@@ -278,6 +319,10 @@ def _cpu_adam(
     )  # fmt: skip
     optimizer.register_step_pre_hook(_forget_step_count())
     return optimizer
+
+
+def _look_away(gradient: Tensor | None) -> None:
+    """Takes the place of a check that another one makes again."""
 
 
 def _forget_step_count() -> Callable[..., None]:

@@ -12,9 +12,39 @@ a change there or to the tests' networks:
 import json
 from pathlib import Path
 
+from imagen_scale.config import parse_config
+from imagen_scale.planning.activations import Activations
+from imagen_scale.planning.cost import step_cost
+from imagen_scale.planning.machine import Machine
+from imagen_scale.planning.planner import Planner
+from imagen_scale.planning.setup import Setup
 from support import ROOT
+from support.tiny import TINY
 
 RECORD = ROOT / "tests" / "records" / "plan.json"
+
+
+GB = 10**9
+SMALL_CARD = Machine("a 12 GB card", 12 * GB, 62 * GB, 1)
+
+
+def plan(config, index=0, machine=SMALL_CARD, **options):
+    return Planner(config.stage(index + 1), machine, **options).plan()
+
+
+def tiny(*overrides):
+    return parse_config(json.dumps(TINY), overrides=("imagen.image_sizes=[16,32]", *overrides))
+
+
+def cost_of(**changes):
+    activations = Activations(1000, 10, 300, 500, 900, 0)
+    base = {
+        "ranks": 1, "micro_batch": 2, "accumulation": 1, "precision": "bf16",
+        "checkpointing": ("norms",), "offload_activations": False, "optimizer": "adamw",
+        "in_backward": False, "ema_offload": False,
+        "zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 100},
+    }  # fmt: skip
+    return step_cost(Setup(**base | changes), activations, on_card=False)
 
 
 def recorded() -> dict[str, object]:

@@ -98,12 +98,14 @@ class Small:
 
     def step(self, spoil=lambda batch, micro_step: batch):
         """(mean loss over all ranks, whether the step was applied)."""
+        from imagen_scale.training.feed import Feed
+
         start = self.done * GLOBAL_BATCH
         batches = [
             spoil(self.batch(start + (i * self.ranks + self.rank) * self.micro), i)
             for i in range(self.stepper.accumulation)
         ]
-        stepped = self.stepper.step(iter(batches), lr=1e-3)
+        stepped = self.stepper.step(Feed(iter(batches), self.engine.device), lr=1e-3)
         self.done += 1
         if stepped.applied:
             self.ema.update(self.done)

@@ -25,7 +25,18 @@ class Pictures:
 
 
 CAPTIONS = [f"number {i}" for i in range(COUNT)]
-EMBEDDINGS = {caption: np.full((i + 1, 2), i, np.float32) for i, caption in enumerate(CAPTIONS)}
+
+
+class Embeddings(dict):
+    """Encoded captions, kept in float16."""
+
+    def stored(self, caption):
+        return self[caption]
+
+
+EMBEDDINGS = Embeddings(
+    {caption: np.full((i + 1, 2), i, np.float16) for i, caption in enumerate(CAPTIONS)}
+)
 
 
 def sequence(indices=range(COUNT), *, seed=0, flip=False, max_text_len=256, shuffle=True):

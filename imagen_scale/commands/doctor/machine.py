@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagen_scale.commands.doctor.finding import Finding
+from imagen_scale.models.card import BF16_CAPABILITY
 
 GIB = 2**30
 SUPPORTED_PYTHON = ((3, 11), (3, 13))
@@ -18,7 +19,6 @@ LOW_RAM_BYTES = 8 * GIB
 LOW_DISK_BYTES = 20 * GIB  # two checkpoints of the 12 GB cascade
 NO_DISK_BYTES = 2 * GIB
 LOW_SHARED_BYTES = GIB
-BF16_CAPABILITY = (8, 0)  # NVIDIA's Ampere
 
 
 def python() -> Iterator[Finding]:
@@ -72,7 +72,7 @@ def card(index: int, name: str, free: int, total: int, capability: tuple[int, in
         f"compute capability {capability[0]}.{capability[1]}"
     )
     if capability < BF16_CAPABILITY:
-        remedy = "It has no bf16: set training.precision to fp32."
+        remedy = "It has no bf16: leave training.precision at auto, which takes fp16 here."
         return Finding(f"card {index}", "warning", seen, remedy)
     if free < 0.8 * total:
         remedy = "Other programs hold much of it: close them (`nvidia-smi` names them)."
@@ -183,7 +183,7 @@ def shared_memory() -> Iterator[Finding]:
     total = shutil.disk_usage(folder).total
     seen = f"{total / GIB:.2f} GiB in /dev/shm"
     if total < LOW_SHARED_BYTES:
-        remedy = "Start the container with --shm-size 4g, or keep data.num_workers at 0."
+        remedy = "Start the container with --shm-size 4g, or set data.num_workers to 0."
         yield Finding("shared memory", "warning", seen, remedy)
     else:
         yield Finding("shared memory", "ok", seen)

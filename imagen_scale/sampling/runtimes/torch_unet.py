@@ -5,10 +5,11 @@ from torch import Tensor
 
 from imagen_scale.diffusion.guidance import branches, guide
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.models.card import has_bf16
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
-from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.runtimes.options import Precision, RuntimeOptions
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,10 +35,8 @@ class TorchRuntime:
         *,
         say: Say = lambda sentence: None,
     ) -> None:
-        stage, precision = file.stage, options.precision
-        if precision is None:
-            is_bf16 = stage.training.precision == "bf16" and device.type == "cuda"
-            precision = "bf16" if is_bf16 else "fp32"
+        stage = file.stage
+        precision = options.precision or _default_precision(stage.training.precision, device)
         self.device, self.sequential, self.say = device, options.sequential, say
         self.compiled = options.runtime == "compile"
         kind = "torch.compile" if self.compiled else "torch"
@@ -151,6 +150,16 @@ class UNetDenoiser:
         # Copied: the next replay of a CUDA graph writes into the same memory.
         prediction = self.runtime.denoise(x_t, t, text, lowres_img, lowres_t)
         return prediction.to(torch.float32, copy=True)
+
+
+def _default_precision(trained_in: str, device: torch.device) -> Precision:
+    """16 bits on a card where the network has learned to live with them, else fp32."""
+    if device.type != "cuda" or trained_in == "fp32":
+        return "fp32"
+    if has_bf16(device):
+        return "bf16"
+    # What was trained in bf16 may leave fp16's range, which ends at 65504.
+    return "fp16" if trained_in == "fp16" else "fp32"
 
 
 def _twice(x: Tensor | None) -> Tensor | None:
