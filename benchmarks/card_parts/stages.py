@@ -49,8 +49,7 @@ def measure(
     outside = bound_card(limit, context)
     budget = this_machine(ranks=1)
     if limit is not None and budget.card is not None:
-        # What is free now is free beside this process's context, which a plan counts.
-        budget = budget._replace(card=min(limit, budget.card + CARD_PROCESS))
+        budget = budget._replace(card=min(limit, budget.card))
     plan = Planner(stage, budget).plan()
     setup, activations = plan.choice.setup, plan.choice.activations
     if plan.fault:

@@ -19,7 +19,7 @@ from card_parts.steps import (
 )
 from card_parts.timing import without_tf32
 from imagen_scale.config import StageConfig
-from imagen_scale.config.section import OptimizerName, Precision
+from imagen_scale.config.section import OptimizerName, TrainingPrecision
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.training.building import build_unet
@@ -98,7 +98,7 @@ class Way(NamedTuple):
 def precisions() -> tuple[str, ...]:
     """What the configuration takes by name, fp32 first."""
     return tuple(
-        sorted(set(get_args(Precision)) - {"auto"}, key=lambda name: (name != "fp32", name))
+        sorted(set(get_args(TrainingPrecision)) - {"auto"}, key=lambda name: (name != "fp32", name))
     )
 
 

@@ -227,6 +227,11 @@ class DeepSpeedConfig(DeepSpeedSection):
     zero_optimization: ZeroOptimization = ZeroOptimization()
 
 
+def is_offloaded(zero: dict[str, Any], key: str) -> bool:
+    """Whether an offload section of `zero_optimization` names a device."""
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
 def deepspeed_problems(section: dict[str, Any]) -> list[str]:
     """What is wrong with a `deepspeed` section, each in one sentence with its remedy."""
     problems = []

@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 
-from imagen_scale.config.deepspeed import deepspeed_problems
+from imagen_scale.config.deepspeed import deepspeed_problems, is_offloaded
 from imagen_scale.config.network import NORM_GROUPS, TEXT_ENCODER_DIMS, UnetConfig
 from imagen_scale.config.schema import Config
 from imagen_scale.config.stage import StageConfig
@@ -163,9 +163,8 @@ def _memory_checks(stage: StageConfig) -> list[str]:
             "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             "adamw_8bit."
         )
-    offload = zero.get("offload_optimizer") or {}
-    is_offloaded = not zero or offload.get("device", "none") != "none"
-    if stage.optimizer == "adamw_bf16" and not (precision == "bf16" and is_offloaded):
+    can_be_bf16 = precision == "bf16" and (not zero or is_offloaded(zero, "offload_optimizer"))
+    if stage.optimizer == "adamw_bf16" and not can_be_bf16:
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
             "offloaded; set training.precision to bf16 and "

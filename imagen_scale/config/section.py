@@ -15,7 +15,7 @@ PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cas
 
 CheckpointingLevel: TypeAlias = Literal["none", "norms", "blocks"]
 # What the network computes in; "auto" takes what the card at hand is made for.
-Precision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"]
+TrainingPrecision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"]
 
 

@@ -11,9 +11,9 @@ from imagen_scale.config.section import (
     PerUnet,
     PositiveFloat,
     PositiveInt,
-    Precision,
     Probability,
     Section,
+    TrainingPrecision,
     parse_bytes,
 )
 
@@ -116,7 +116,7 @@ class TrainingConfig(Section):
     grad_clip: PositiveFloat | None = Field(
         1.0, description="Largest norm of the gradient; null: it is not clipped."
     )
-    precision: Precision = Field(
+    precision: TrainingPrecision = Field(
         "auto",
         description="What the network computes in; the optimizer keeps fp32. auto: bf16 on cards "
         "that have it (RTX 30xx, A100 and later), fp16 with a dynamic loss scale on older ones, "

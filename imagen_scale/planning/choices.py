@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.deepspeed import is_offloaded
 from imagen_scale.config.section import CheckpointingLevel, OptimizerName
 from imagen_scale.errors import ConfigError
 from imagen_scale.planning.machine import Machine
@@ -11,7 +12,6 @@ from imagen_scale.planning.setup import (
     OFFLOAD,
     Setup,
     accumulation,
-    is_offloaded,
     precision_of,
 )
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.deepspeed import is_offloaded
 from imagen_scale.config.section import CheckpointingLevel, OptimizerName, per_level
 from imagen_scale.errors import ConfigError
 
@@ -68,11 +69,6 @@ class Setup(NamedTuple):
     def offloads_parameters(self) -> bool:
         """Whether the network's own weights live in host memory between uses."""
         return is_offloaded(self.zero, "offload_param")
-
-
-def is_offloaded(zero: dict[str, Any], key: str) -> bool:
-    """Whether an offload section of `zero_optimization` names a device."""
-    return (zero.get(key) or {}).get("device", "none") != "none"
 
 
 def precision_of(stage: StageConfig, auto: str) -> str:

@@ -1,6 +1,7 @@
 """Processes and the group they form."""
 
 import errno
+import itertools
 import os
 import sys
 import sysconfig
@@ -26,7 +27,7 @@ _SLURM = {
 # How long a collective waits for the other ranks.
 PATIENCE = timedelta(minutes=30)
 LOOK_S = 0.2  # between two looks into the store
-_told: list[None] = []  # one for each `told_by_rank_0`: every rank counts the same ones
+_told = itertools.count()  # of `told_by_rank_0`: every rank counts the same ones
 # What a full or unwritable disk answers. A path that is not there is none of it.
 _DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -155,8 +156,7 @@ def told_by_rank_0(make: Callable[[], Any]) -> Any:
             made[1] = error
     if world_size() > 1:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
-        _told.append(None)
-        key = f"imagen-scale told by rank 0, {len(_told)}"
+        key = f"imagen-scale told by rank 0, {next(_told)}"
         if rank() == 0:
             store.set(key, "done")
         while not store.check([key]):
