@@ -1,10 +1,10 @@
 """The benchmarks: what they compute without peers or a card, and a run on the CPU."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,8 +316,18 @@ def test_no_process_outlives_its_measurement(tmp_path):
     (row,) = Processes(tmp_path, 5, on_card=False).run([faulty("hangs_with_a_child", limit_s=4)])
     assert row["status"] == "timed out"
     pid = int((tmp_path / "log" / "together.txt").read_text())
-    with contextlib.suppress(FileNotFoundError):  # gone, or not yet reaped by its new parent
-        assert ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    end = time.monotonic() + 10  # a kill that was sent takes a moment to arrive
+    while not is_dead(pid):
+        assert time.monotonic() < end, f"process {pid} lives on"
+        time.sleep(0.05)
+
+
+def is_dead(pid: int) -> bool:
+    """Gone, or dead and not yet reaped by its new parent."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
