@@ -1,7 +1,8 @@
-# make demo       trains a small cascade, makes pictures from prompts and measures them
-# make test       runs what has to pass: lint and tests, side by side
-# make test-slow  runs the storms of faults and the benchmarks, small ones
-# make lint       style, types, import directions, spelling
+# make demo        trains a small cascade, makes pictures from prompts and measures them
+# make test        runs what has to pass: lint and tests, side by side
+# make test-slow   runs the storms of faults and the benchmarks, small ones
+# make test-hosts  trains on two and three machines in Linux namespaces (root, iproute2)
+# make lint        style, types, import directions, spelling
 # All create the environment in .venv first; nothing else is touched.
 
 VENV := .venv
@@ -14,7 +15,7 @@ PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning c
 # Of pytest, on two cores: some tests wait for processes rather than compute.
 WORKERS := 3
 
-.PHONY: demo test test-slow lint pytest check-machine clean
+.PHONY: demo test test-slow test-hosts lint pytest check-machine clean
 
 demo: $(VENV)/.demo
 	. $(BIN)/activate && deepspeed --num_accelerators 1 launch/train.py --config configs/emoji_demo.json
@@ -29,6 +30,9 @@ pytest: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	. $(BIN)/activate && python -m pytest -m slow
+
+test-hosts: $(VENV)/.test
+	. $(BIN)/activate && python -m pytest -m hosts
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

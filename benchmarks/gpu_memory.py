@@ -34,7 +34,7 @@ from imagen_scale.planning.machine import this_machine
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.report import in_words
 from imagen_scale.planning.setup import Setup
-from imagen_scale.training import ranks
+from imagen_scale.training import launch_variables, ranks
 from imagen_scale.training.building import make_engine
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.memory_use import (
@@ -89,7 +89,7 @@ def measure_stage(task: dict[str, Any]) -> dict[str, Any]:
         What `row` shows; bytes.
     """
     config, index = left_to_planner(load_config(task["config"])), task["unet_index"]
-    ranks.fill_environment()
+    launch_variables.fill_environment()
     ranks.check_machine()
     on_card, budget = torch.cuda.is_available(), this_machine(ranks=1)
     if task["limit"] is not None:

@@ -79,10 +79,10 @@ def launch(private_folders):
 @pytest.fixture(scope="session")
 def process_group(private_folders):
     """DeepSpeed in this process, as the only rank; it cannot be joined a second time."""
-    from imagen_scale.training import ranks
+    from imagen_scale.training import launch_variables, ranks
 
     with environment_of_no_launcher():
-        ranks.fill_environment()
+        launch_variables.fill_environment()
         ranks.check_machine()
         ranks.join()
         yield

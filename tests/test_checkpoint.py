@@ -1,9 +1,14 @@
 """Checkpoints on disk: whole or not there, verified, and pruned without losing a good one."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from imagen_scale.errors import CheckpointError
-from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.atomic import clear_temporary, temporary_path, write_atomically
 from imagen_scale.runs.checkpoint import (
     commit,
     list_checkpoints,
@@ -38,7 +43,8 @@ def test_a_commit_is_whole(tmp_path):
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path):
     staging = staging_folder(tmp_path, 3)
     (staging / "half").touch()
-    (tmp_path / ".inference.safetensors.123.tmp").touch()  # of a killed write_atomically
+    left = temporary_path(tmp_path / "inference.safetensors").name  # of a killed write_atomically
+    (tmp_path / left.replace(f"-{os.getpid()}.", "-4194305.")).touch()  # there is no such number
     assert names(tmp_path) == []
     save(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
@@ -144,3 +150,23 @@ def test_checkpoints_at_multiples_are_kept_for_good(tmp_path):
         remove_old(tmp_path, step, keep=2, every=3)
     assert names(tmp_path) == ["step_00000007", "step_00000006", "step_00000003"]
     assert not list(tmp_path.glob(".staging*"))
+
+
+def test_what_others_are_writing_is_not_cleared_away(tmp_path, monkeypatch):
+    """A folder that several machines share, as ~/.cache often is."""
+    file = tmp_path / "pictures.npy"
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = temporary_path(file)
+    alive = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{child.pid}."))
+    monkeypatch.setattr(platform, "node", lambda: "worker-2.cluster")
+    elsewhere, old = temporary_path(file), temporary_path(tmp_path / "pictures.npy.of.yore")
+    monkeypatch.undo()
+    assert len({own.name, alive.name, elsewhere.name}) == 3
+    for path in (own, alive, elsewhere, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    clear_temporary(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name, elsewhere.name}
+    child.communicate(b"\n")
+    clear_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]

@@ -303,7 +303,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(tiny_config, o
 
 def test_the_exit_code_is_the_launchers(monkeypatch, tiny_config):
     for code, expected in ((0, 0), (1, 1), (2, 2), (143, 143)):
-        monkeypatch.setattr(launcher, "run", lambda command, code=code: code)
+        monkeypatch.setattr(launcher, "run", lambda *how, code=code: code)
         assert cli("train", "--config", tiny_config).exit_code == expected
 
 

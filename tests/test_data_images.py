@@ -14,6 +14,7 @@ from imagen_scale.data.image_store import ImageStore, bytes_of, stored_sizes
 from imagen_scale.data.sources import images
 from imagen_scale.data.sources.images import load_picture
 from imagen_scale.errors import DataError, EnvironmentProblem
+from imagen_scale.files.atomic import temporary_path
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -311,7 +312,8 @@ def test_leftovers_and_cut_files_are_built_again(tmp_path):
     ImageStore.open(source, 4, tmp_path, stored=True)
     file = tmp_path / "images" / "abc123_4.npy"
     file.write_bytes(file.read_bytes()[:-10])
-    file.with_name(file.name + ".tmp").write_bytes(b"of a killed process")
+    left = temporary_path(file).name.replace(f"-{os.getpid()}.", "-4194305.")  # no such number
+    file.with_name(left).write_bytes(b"of a killed process")
     assert (ImageStore.open(source, 4, tmp_path, stored=True)[4] == 4).all()
     assert sorted(f.suffix for f in file.parent.iterdir()) in ([".npy"], [".lock", ".npy"])
 

@@ -1,11 +1,9 @@
 """DeepSpeed's engine in this process: EMA, refused pickles, build locks, batch arithmetic."""
 
 import json
-import os
 
 import pytest
 import torch
-from support.environment import environment_of_no_launcher
 from support.tiny import TINY
 
 from imagen_scale.config import parse_config
@@ -142,24 +140,6 @@ def test_learning_rate():
     assert learning_rate(config.stage(1), 99) < 0.001
     constant = make_config({"stage": 0}, steps=100, lr_schedule="constant", lr=[1.0, 2.0])
     assert learning_rate(constant.stage(2), 99) == 2.0
-
-
-def test_slurm_and_plain_python_fill_the_environment():
-    with environment_of_no_launcher():
-        ranks.fill_environment()
-        assert (ranks.rank(), ranks.world_size()) == (0, 1)
-    with environment_of_no_launcher():
-        os.environ |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-        os.environ |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-        os.environ["SLURM_STEP_ID"] = "0"
-        ranks.fill_environment()
-        assert (ranks.rank(), ranks.world_size()) == (3, 4)
-        assert os.environ["LOCAL_RANK"] == "1"
-        assert os.environ["MASTER_ADDR"] == "10.0.0.7"
-    with environment_of_no_launcher():  # the batch script itself, not a step of it
-        os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
-        ranks.fill_environment()
-        assert (ranks.rank(), ranks.world_size()) == (0, 1)
 
 
 def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a_machine(

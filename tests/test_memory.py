@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
 from imagen_scale.files import pinning
+from imagen_scale.files import tensors as writing
 from imagen_scale.files.tensors import write_tensors
 from imagen_scale.models import memory
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
@@ -216,3 +218,17 @@ def test_a_tensor_file_is_what_the_library_reads(tmp_path):
 def test_a_tensor_file_is_never_silently_wrong(wrong, tmp_path):
     with pytest.raises(AssertionError):
         write_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, wrong, {})
+
+
+def test_a_large_tensor_is_brought_to_the_disk_in_pieces(tmp_path, monkeypatch):
+    """A disk that writes is told from one that stands still while a checkpoint is written."""
+    monkeypatch.setattr(writing, "PIECE_BYTES", 1000)
+    path, synced = tmp_path / "weights", []
+    monkeypatch.setattr(writing.os, "fsync", lambda number: synced.append(path.stat().st_size))
+    tensors = {"a": torch.arange(1234.0), "b": torch.arange(100.0), "c": torch.arange(400.0)}
+    shapes = {name: (torch.float32, tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(path, shapes, tensors.items(), {})
+    assert len(synced) == 6
+    assert all(after - before < 2000 for before, after in pairwise(synced))
+    with safe_open(path, "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)

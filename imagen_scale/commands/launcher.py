@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -55,7 +55,7 @@ def launcher_command(processes: int, cards: list[str] | None, arguments: list[st
     ]  # fmt: skip
 
 
-def run(command: list[str]) -> int:
+def run(command: list[str], environment: Mapping[str, str] = os.environ) -> int:
     """Runs the launcher to its end and gives its exit code.
 
     The launcher gets a session of its own: Ctrl-C reaches this process only, which then ends all
@@ -65,15 +65,14 @@ def run(command: list[str]) -> int:
         EnvironmentProblem: If a signal ended a training process, or the launcher.
         KeyboardInterrupt: After every process has ended, if this one was interrupted.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    if "--include" not in command:
-        environment = dict(os.environ)
+    hidden = "CUDA_VISIBLE_DEVICES" if "--include" in command else ""
+    environment = {name: value for name, value in environment.items() if name != hidden}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     with _told_by_signals():
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            _end(process)
+            _end(process, are_here="--hostfile" not in command)
             raise
     check_signal(code)
     return code
@@ -104,10 +103,17 @@ def check_signal(code: int) -> None:
     )
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Asks the training processes to end and waits for them; asked again, kills all at once."""
+def _end(process: "subprocess.Popen[bytes]", *, are_here: bool) -> None:
+    """Asks the training processes to end and waits for them; asked again, kills all at once.
+
+    Those of other machines only the launcher can ask. They get 30 s from DeepSpeed, in which small
+    ones have saved.
+    """
     try:
-        _ask(process.pid)
+        if are_here:
+            _ask(process.pid)
+        else:
+            process.terminate()
         process.wait(GRACE_S)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
         pass

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import click
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.group import INTERRUPTED
 from imagen_scale.commands.train_process import run_folder, training_options
-from imagen_scale.errors import MissingExtraError, UsageError
+from imagen_scale.errors import MissingExtraError, UsageError, option
 
 
 @click.command(short_help="Train a cascade, or continue.")
@@ -22,7 +24,13 @@ from imagen_scale.errors import MissingExtraError, UsageError
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),
-    help="Processes, one for each card; default those the run was started with, else all cards.",
+    help="Processes, one for each card; default those the run was started with, else all cards. "
+    "With --hostfile: of each machine.",
+)
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    help="Train on several machines: a line `name slots=cards` for each, as DeepSpeed reads it.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the launcher's command line and stop.")
 @user_errors
@@ -36,12 +44,13 @@ def train(
     fresh: bool,
     plan_check: int | None,
     gpus: int | None,
+    hostfile: Path | None,
     dry_run: bool,
 ) -> None:
     """Train every U-Net of the cascade in CONFIG, a JSON file; run again, it continues.
 
     Ctrl-C ends all processes and waits while they save; a second one does not wait. `deepspeed
-    launch/train.py` takes the same options, for several machines or a launcher of your own.
+    launch/train.py` takes the same options; torchrun and srun start it too.
 
     \b
         imagen-scale train configs/cascade_64_256.json
@@ -63,27 +72,27 @@ def train(
             "training needs DeepSpeed, which is not installed: "
             "pip install -c constraints.txt '.[train]'."
         )
-    from imagen_scale.commands.launcher import launcher_command, run, visible_cards
+    from imagen_scale.commands.hosts import carried_variables
+    from imagen_scale.commands.launcher import run
 
     folder = run_folder(config, path, run_dir)
-    cards = visible_cards()
-    processes = gpus or (None if fresh else saved_processes(folder)) or _count(cards)
-    if cards is not None and processes > len(cards):
-        raise UsageError(
-            f"{processes} processes, but CUDA_VISIBLE_DEVICES names {len(cards)} card(s)."
-        )
     arguments: list[Any] = ["--config", path, "--run", folder]
     arguments += [part for override in overrides for part in ("--set", override)]
     arguments += ["--unet", unet] if unet else []
     arguments += ["--resume"] if resume else []
     arguments += ["--fresh"] if fresh else []
     arguments += ["--plan-check", plan_check] if plan_check else []
-    command = launcher_command(processes, cards, [str(argument) for argument in arguments])
+    words = [str(argument) for argument in arguments]
+    if hostfile is None:
+        command = _command_here(words, gpus, None if fresh else folder)
+    else:
+        command = _command_for_hosts(words, gpus, hostfile, reach=not dry_run)
     if dry_run:
         click.echo(shlex.join(command))
         return
     try:
-        code = run(command)
+        with nullcontext(os.environ) if hostfile is None else carried_variables() as environment:
+            code = run(command, environment)
     except KeyboardInterrupt:
         click.echo(
             f"interrupted: {folder} keeps its newest checkpoint, and the same command continues "
@@ -92,6 +101,41 @@ def train(
         )
         sys.exit(INTERRUPTED)
     sys.exit(code)
+
+
+def _command_here(words: list[str], gpus: int | None, folder: Path | None) -> list[str]:
+    """The launcher's command line for this machine; with as many processes as wrote `folder`.
+
+    Raises:
+        UsageError: If fewer cards are visible than processes asked for.
+    """
+    from imagen_scale.commands.launcher import launcher_command, visible_cards
+
+    cards = visible_cards()
+    processes = gpus or (folder and saved_processes(folder)) or _count(cards)
+    if cards is not None and processes > len(cards):
+        raise UsageError(
+            f"{processes} processes, but CUDA_VISIBLE_DEVICES names {len(cards)} card(s)."
+        )
+    return launcher_command(processes, cards, words)
+
+
+def _command_for_hosts(
+    words: list[str], gpus: int | None, hostfile: Path, *, reach: bool
+) -> list[str]:
+    """The same for all machines of a hostfile, the first of which is asked for its address."""
+    from imagen_scale.commands.hosts import address_of, hosts_command
+    from imagen_scale.commands.launcher import visible_cards
+    from imagen_scale.training.hostfile import machines_of
+
+    if visible_cards() is not None:
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES counts for one machine only, and {option('hostfile')} gives "
+            f"each its number of cards: unset it. To choose cards of each machine start "
+            f"`deepspeed --hostfile {hostfile} --include worker-1:0,1@worker-2:0,1` yourself."
+        )
+    first, *_ = machines_of(hostfile)
+    return hosts_command(hostfile, address_of(first) if reach else None, gpus, words)
 
 
 def saved_processes(folder: Path) -> int | None:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import click
 
 from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
+from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
-from imagen_scale.errors import ImagenScaleError
+from imagen_scale.errors import ImagenScaleError, UsageError
+from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
 OPTIONS = (
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key."),
     click.option(
         "--unet", type=click.IntRange(min=1), help="Train this U-Net only (1 is the base)."
     ),
-    click.option("--run", "run_dir", help="Folder of the run; default runs/<name of the config>."),
+    # torchrun takes --run for an option of its own, cut short.
+    click.option(
+        "--run",
+        "--run-dir",
+        "run_dir",
+        help="Folder of the run; default runs/<name of the config>.",
+    ),
     click.option("--resume", is_flag=True, help="Refuse to start anew if there is no run yet."),
     click.option("--fresh", is_flag=True, help="Delete the run's folder and start anew."),
     click.option(
@@ -29,11 +38,11 @@ OPTIONS = (
 )
 
 
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def training_options(called: Callable[..., Any]) -> Callable[..., Any]:
     """The options of training beside --config, the same whoever starts it."""
     for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+        called = option(called)
+    return called
 
 
 def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
@@ -41,11 +50,13 @@ def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
     return Path(run_dir or config.logging.run_dir or f"runs/{Path(config_path).stem}")
 
 
-@click.command()
+@click.command(name="train.py")
 @click.option("--config", "config_path", required=True, help="JSON file of the run.")
 @training_options
 @click.option("--local_rank", type=int, hidden=True)  # appended by the deepspeed launcher
-def main(
+@click.pass_obj
+def command(
+    meeting: Any,
     config_path: str,
     overrides: tuple[str, ...],
     unet: int | None,
@@ -53,37 +64,80 @@ def main(
     resume: bool,
     fresh: bool,
     plan_check: int | None,
-    local_rank: int | None,
+    local_rank: int | None,  # which the launcher has put into the environment too
 ) -> None:
     """Trains every U-Net of a cascade in turn; run again, it continues where it stopped."""
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other; give one.")
+    from imagen_scale.config import load_config
+
+    config = load_config(config_path, overrides)
+    folder = run_folder(config, config_path, run_dir)
+    # torch and deepspeed take seconds
+    from imagen_scale.training.cascade import train
+    from imagen_scale.training.meeting import Meeting
+
+    with nullcontext(meeting) if meeting else Meeting(_say) as met:
+        train(config, folder, met, unet_number=unet, resume=resume, fresh=fresh,
+              plan_check=plan_check)  # fmt: skip
+
+
+def main() -> None:
+    """Runs one training process, whoever started it, and exits.
+
+    Several processes meet first: a mistake that one of them finds ends all, and is said once.
+    """
+    outlive_listeners()
     wait_asleep()
     settle_allocators()
-    is_first = os.environ.get("RANK", "0") == "0"
+    met: Any = nullcontext()
+    is_alone = False
     try:
-        if resume and fresh:
-            raise click.UsageError("--resume and --fresh exclude each other; give one.")
-        from imagen_scale.config import load_config
+        fill_environment()
+        if is_alone := os.environ["WORLD_SIZE"] == "1":
+            sys.exit(_run(None))
+        from imagen_scale.training.meeting import Meeting
 
-        config = load_config(config_path, overrides)
-        from imagen_scale.training.cascade import train  # torch and deepspeed take seconds
+        met = Meeting(_say)
+    except (ImagenScaleError, OSError, KeyboardInterrupt) as error:
+        if is_alone or speaks_for_its_machine():
+            _tell(error)
+        sys.exit(_exit_code(error))
+    try:
+        with met:
+            code = _run(met)
+    except (ImagenScaleError, OSError, KeyboardInterrupt) as error:
+        sys.exit(_exit_code(error))  # one of the ranks has said it
+    sys.exit(code)
 
-        train(config, run_folder(config, config_path, run_dir), unet_number=unet,
-              resume=resume, fresh=fresh, plan_check=plan_check)  # fmt: skip
-    except ImagenScaleError as error:
-        if is_first:
-            click.echo(f"error: {with_flags(error.marked)}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written
-        click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        if is_first:
-            click.echo(
-                "interrupted: the same command continues from the newest checkpoint", err=True
-            )
-        sys.exit(130)
+
+def _run(meeting: Any) -> int:
+    """Runs the command line; an exit code where there is nothing more to do, as after --help."""
+    try:
+        with command.make_context("train.py", sys.argv[1:], obj=meeting) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        raise UsageError(f"{error.format_message().rstrip('.')}; see --help.") from None
+    return 0
+
+
+def _tell(error: BaseException) -> None:
+    if isinstance(error, ImagenScaleError):
+        _say(error.marked)
+    elif isinstance(error, OSError):  # a full disk, a folder that may not be written
+        _say(f"{error.filename or ''}: {error.strerror or error}")
+    else:
+        click.echo("interrupted: the same command continues from the newest checkpoint", err=True)
+
+
+def _exit_code(error: BaseException) -> int:
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def _say(message: str) -> None:
+    click.echo(f"error: {with_flags(message)}", err=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Encoded captions in a memory-mapped store."""
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +30,8 @@ SHARD_CAPTIONS = 4096  # at most this much encoding is lost when a build is kill
 class EmbeddingStore:
     """Encoded captions on disk: `store[caption]` is (L, D) float32.
 
-    A folder per encoder and dtype holds shards that are only ever added: `shard_<n>.npy`
-    (sum of L, D), then `shard_<n>.json` with the captions and the row at which each begins. The
+    A folder per encoder and dtype holds shards that are only ever added: `shard_<n>_<writer>.npy`
+    (sum of L, D), then the same with `.json`: the captions and the row at which each begins. The
     second appears last and by renaming, so it marks the shard as whole: a build that is killed
     loses nothing that was there before.
     """
@@ -131,7 +132,10 @@ class EmbeddingStore:
                 done += len(batch)
                 if progress:
                     progress("encoding captions", done, len(captions))
-            self._add_shard(self._folder / f"shard_{number}", embeds)
+            # Named after its writer, too: where locks do not reach other machines, rows of one
+            # would else stand beside captions of another.
+            name = f"shard_{number}_{uuid.uuid4().hex[:8]}"
+            self._add_shard(self._folder / name, embeds)
             number += 1
         self._read_shards()
 
@@ -144,7 +148,7 @@ class EmbeddingStore:
 
 
 def _shard_number(file: Path) -> int:
-    return int(file.stem.removeprefix("shard_"))
+    return int(file.stem.split("_")[1])
 
 
 def _slices(items: list[str], length: int) -> Iterator[list[str]]:

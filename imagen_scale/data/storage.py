@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.files.atomic import clear_temporary, temporary_path
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 PREPARATION = 3  # to be raised when prepared pictures change for the same files
@@ -46,13 +47,14 @@ def exclusive(path: Path) -> Iterator[None]:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that appears as `path` only after the block has written all of it.
 
-    Hold `exclusive` meanwhile: the temporary file has a fixed name, so that what a killed process
-    left behind is overwritten by the next one instead of piling up.
+    Hold `exclusive` meanwhile. Where locks do not reach other machines, each of them writes a file
+    of its own, and the last one stays. What killed processes left behind is removed first.
 
     Raises:
         EnvironmentProblem: If the disk refuses, e.g. because it is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    clear_temporary(path.parent, path.name)
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             yield file

@@ -7,6 +7,7 @@ Source: the format's description, huggingface/safetensors README, "Format".
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Brought onto the disk at once. Many GB in one call at the end look from outside like a disk that
+# does nothing.
+PIECE_BYTES = 256 * 2**20
 _NAMES = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8", "int8": "I8",
     "int64": "I64", "int32": "I32", "bool": "BOOL",
@@ -50,7 +54,7 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    expected = iter(shapes.items())
+    expected, waiting = iter(shapes.items()), 0
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -58,5 +62,11 @@ def write_tensors(
             wanted, (dtype, shape) = next(expected)
             assert (name, tensor.dtype, tuple(tensor.shape)) == (wanted, dtype, tuple(shape)), name
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(raw.numpy().data)  # unlike tofile it tells why it failed
+            for piece in raw.split(PIECE_BYTES):
+                file.write(piece.numpy().data)  # unlike tofile it tells why it failed
+                waiting += len(piece)
+                if waiting >= PIECE_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    waiting = 0
         assert next(expected, None) is None, "a tensor is missing"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import StageConfig
+from imagen_scale.files.atomic import temporary_path
 from imagen_scale.planning.activations import Activations, measure, step_flops
 
 # Raise it when the U-Net or the way of counting changes.
@@ -72,7 +73,7 @@ def _cached(
         value = find()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = temporary_path(path)
         temporary.write_text(json.dumps(value))
         temporary.replace(path)
     except OSError:

@@ -7,6 +7,8 @@ from imagen_scale.config import Config
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
+from imagen_scale.training.agreement import agree
+from imagen_scale.training.beats import PREPARING
 from imagen_scale.training.choice import check_precision
 from imagen_scale.training.job import Job
 from imagen_scale.training.may_continue import (
@@ -16,6 +18,7 @@ from imagen_scale.training.may_continue import (
     open_run,
     unet_numbers,
 )
+from imagen_scale.training.meeting import Meeting
 from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
@@ -23,12 +26,12 @@ from imagen_scale.training.switches import prepare_determinism
 from imagen_scale.training.telemetry import say as say_aloud
 from imagen_scale.training.threads import share_cores
 from imagen_scale.training.unet import train_unet
-from imagen_scale.training.watchdog import Watchdog
 
 
 def train(
     config: Config,
     run_dir: Path,
+    meeting: Meeting,
     *,
     unet_number: int | None = None,
     resume: bool = False,
@@ -42,6 +45,7 @@ def train(
     Args:
         config: The run.
         run_dir: Where everything is written.
+        meeting: Of the ranks; entered.
         unet_number: Train this one only, from 1; None takes the configuration's, else all.
         resume: Refuse to start from nothing.
         fresh: Delete what an earlier run left in `run_dir` and start anew.
@@ -51,9 +55,9 @@ def train(
         Preempted: If SIGTERM, SIGUSR1, SIGHUP or SIGINT asked to stop; everything is saved.
         ImagenScaleError: With what to do next.
     """
-    ranks.fill_environment()
     prepare_determinism(config.training)
     share_cores()
+    meeting.watchdog.timeout = config.training.hang_timeout
     say = say_aloud if rank() == 0 else _silent
     # On every rank: one that went on alone would wait for the others for ever. And all before
     # anything is written.
@@ -66,31 +70,34 @@ def train(
     ranks.check_machine()
     check_precision(config)
     # Prepared before the group is joined: it may take longer than any collective may wait.
-    size = config.stage(numbers[0]).size if len(numbers) == 1 else None
-    prepared = prepare(config, progress=_progress(say), size=size)
-    check_text_width(config, prepared.embeddings.dim)
-    check_split(config, prepared.source.keys)
-    ranks.join()
+    with meeting.watchdog.phase(PREPARING):
+        size = config.stage(numbers[0]).size if len(numbers) == 1 else None
+        prepared = prepare(config, progress=_progress(say), size=size)
+        check_text_width(config, prepared.embeddings.dim)
+        check_split(config, prepared.source.keys)
+        call = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
+        agree(meeting, config, call, prepared, run_dir)
+    meeting.join()
     owner = Owner(run_dir, numbers, say)
     try:
-        with Watchdog(config.training.hang_timeout) as watchdog:
-            from_rank_0(owner.take)
-            from_rank_0(
-                lambda: open_run(
-                    config, run_dir, fresh=numbers if fresh else [], report=prepared.report
-                )
+        from_rank_0(owner.take)
+        from_rank_0(
+            lambda: open_run(
+                config, run_dir, fresh=numbers if fresh else [], report=prepared.report
             )
-            if prepared.source.attribution:
-                say(f"pictures: {prepared.source.attribution}")
-            with StopRequest() as request:
-                for number in numbers:
-                    train_unet(
-                        Job(
-                            config, number, run_dir, prepared,
-                            say=say, request=request, watchdog=watchdog, plan_check=plan_check,
-                        )
-                    )  # fmt: skip
-            say(f"run: {run_dir}")
+        )
+        if prepared.source.attribution:
+            say(f"pictures: {prepared.source.attribution}")
+        with StopRequest() as request:
+            for number in numbers:
+                train_unet(
+                    Job(
+                        config, number, run_dir, prepared,
+                        say=say, request=request, watchdog=meeting.watchdog,
+                        plan_check=plan_check,
+                    )
+                )  # fmt: skip
+        say(f"run: {run_dir}")
     finally:
         owner.release()
         ranks.stop()

@@ -7,23 +7,20 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DiskProblem, EnvironmentProblem, ImagenScaleError
+from imagen_scale.training.launch_variables import NETWORK_ADVICE, shows_one_card_each
 from imagen_scale.training.optimizers import has_compiler
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
-# SLURM's names for what torch.distributed reads.
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}
 # How long a collective waits for the other ranks.
 PATIENCE = timedelta(minutes=30)
 LOOK_S = 0.2  # between two looks into the store
@@ -33,7 +30,10 @@ _DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
-_SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_local_rank: int | None = None  # where LOCAL_RANK had to become the number of a card
+_exchanges = 0
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -44,6 +44,20 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine.
+
+    DeepSpeed takes LOCAL_RANK for the number of a card. The two differ where each process sees one
+    card only, its own: that is card 0 to all of them.
+    """
+    return int(os.environ["LOCAL_RANK"]) if _local_rank is None else _local_rank
+
+
+def exchanges() -> int:
+    """How many exchanges with the other ranks this one has come to; all come to the same ones."""
+    return _exchanges
 
 
 def check_machine() -> None:
@@ -64,15 +78,8 @@ def check_machine() -> None:
     # An environment that is called without being activated: ninja lies beside its python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if get_accelerator().device_name() == "cuda":
-        cards, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        if cards == 1 and "SLURM_STEP_ID" in os.environ:
-            local_rank = 0  # srun --gpus-per-task=1 shows each task a card of its own
-        if local_rank >= cards:
-            raise EnvironmentProblem(
-                f"process {local_rank} of this machine finds no card: {cards} are visible. Start "
-                f"at most {cards} processes here."
-            )
-        torch.cuda.set_device(local_rank)
+        _take_card(torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif not has_compiler():
         raise EnvironmentProblem(
             "DeepSpeed compiles its CPU operators and found no C++ compiler. Install one: "
@@ -85,11 +92,32 @@ def check_machine() -> None:
         )
 
 
-def join() -> None:
-    """Joins the process group, whoever started this process.
+def _take_card(cards: int) -> None:
+    """Makes LOCAL_RANK the number of this process's card, of so many that it sees.
 
-    Works under `deepspeed`, `torchrun`, `srun` and plain `python` (one process). torch alone
-    joins: DeepSpeed would compile an operator first, where the ranks cannot wait for each other.
+    Raises:
+        EnvironmentProblem: If there is none for it.
+    """
+    global _local_rank
+    number = local_rank()
+    if cards == 1 and number > 0 and shows_one_card_each():
+        _local_rank, os.environ["LOCAL_RANK"] = number, "0"
+    elif number >= cards:
+        raise EnvironmentProblem(
+            f"process {number} of this machine finds no card: {cards} are visible. Start at most "
+            f"{cards} processes here."
+        )
+
+
+def join(store: "Store | None" = None) -> None:
+    """Joins the process group.
+
+    torch alone joins: DeepSpeed would compile an operator first, where the ranks cannot wait for
+    each other.
+
+    Args:
+        store: Which the ranks have in common; None for the one at MASTER_ADDR and MASTER_PORT,
+            which one rank does not need.
 
     Raises:
         EnvironmentProblem: If the group cannot be formed.
@@ -102,14 +130,17 @@ def join() -> None:
         torch.cuda.empty_cache()  # what encoding captions left there
         if world_size() > 1:  # as DeepSpeed does: NCCL then needs not guess the card
             options["device_id"] = torch.device("cuda", torch.cuda.current_device())
+    if store is None and world_size() == 1:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    if store is not None:
+        options |= {"store": store, "rank": rank(), "world_size": world_size()}
     try:
         torch.distributed.init_process_group(
             get_accelerator().communication_backend_name(), timeout=PATIENCE, **options
         )
     except RuntimeError as error:
         raise EnvironmentProblem(
-            f"{world_size()} processes could not join: {error}\nIf a port is in use, give another "
-            f"with `deepspeed --master_port`."
+            f"{world_size()} processes could not join: {first_line(error)}. {NETWORK_ADVICE}"
         ) from error
 
 
@@ -133,6 +164,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         except Exception as error:
             failure = error
             result[1] = _portable(error)
+    come_to_exchange()
     torch.distributed.broadcast_object_list(result, src=0)
     _trace(failure)
     if result[1] is not None:
@@ -175,6 +207,7 @@ def from_all(value: Any) -> list[Any]:
     import torch
 
     found: list[Any] = [None] * world_size()
+    come_to_exchange()
     torch.distributed.all_gather_object(found, value)
     return found
 
@@ -193,12 +226,25 @@ def together(work: Callable[[], None]) -> None:
             raise portable
 
 
+def side_by_side(items: Iterable[T]) -> Iterator[T]:
+    """The same items, which all ranks make together; one that is slow to use an item is behind."""
+    for item in items:
+        yield item
+        come_to_exchange()
+
+
 def mean_over_ranks(value: "Tensor") -> float:
     """Mean of a scalar that every rank has; changes `value`. All ranks together."""
     import torch
 
     torch.distributed.all_reduce(value)
     return value.item() / world_size()
+
+
+def come_to_exchange() -> None:
+    """Counts that this rank has done its part and waits; one that has not come is behind."""
+    global _exchanges
+    _exchanges += 1
 
 
 def _portable(error: Exception) -> Exception:
@@ -217,25 +263,3 @@ def _trace(error: Exception | None) -> None:
     """
     if error is not None and not isinstance(error, ImagenScaleError | OSError):
         traceback.print_exception(error)
-
-
-def fill_environment() -> None:
-    """Names this process as torch.distributed expects, under srun and plain python too."""
-    if "RANK" not in os.environ:
-        # An sbatch script itself, outside srun, is one process whatever the job's size.
-        in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-        for name, value in _SINGLE.items():
-            os.environ[name] = os.environ.get(_SLURM[name], value) if in_step else value
-        if in_step and "SLURM_LAUNCH_NODE_IPADDR" in os.environ:
-            os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else _free_port())
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

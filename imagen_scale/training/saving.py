@@ -14,7 +14,14 @@ from imagen_scale.errors import CheckpointError, DiskProblem, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
-from imagen_scale.training.ranks import from_rank_0, rank, together, world_size
+from imagen_scale.training.ranks import (
+    come_to_exchange,
+    from_rank_0,
+    rank,
+    side_by_side,
+    together,
+    world_size,
+)
 from imagen_scale.training.session import Session
 from imagen_scale.training.shards import file_name, load_shards, save_shard, state_bytes
 
@@ -148,6 +155,7 @@ class Saver:
         # Without ZeRO every rank holds the same: one writes.
         writes = rank() == 0 or engine.zero_stage > 0
         needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
+        come_to_exchange()
         torch.distributed.all_reduce(needed)
         from_rank_0(lambda: check_space(self.folder, int(needed)))
         staging = Path(from_rank_0(lambda: str(checkpoint.staging_folder(self.folder, step))))
@@ -175,7 +183,7 @@ class Saver:
 
     def _save_inference(self, ema: Ema, step: int) -> None:
         """All ranks gather, rank 0 writes."""
-        weights = ema.named_weights()
+        weights = side_by_side(ema.named_weights())
         failure: Exception | None = None
         if rank() == 0:
             try:

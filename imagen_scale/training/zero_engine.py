@@ -24,7 +24,7 @@ from imagen_scale.training.optimizers import (
     make_optimizer,
     uses_cpu_adam,
 )
-from imagen_scale.training.ranks import PATIENCE, together
+from imagen_scale.training.ranks import PATIENCE, local_rank, together
 
 
 def make_zero_engine(
@@ -293,7 +293,7 @@ def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
     names = {operators.COMMUNICATION} | ({operators.CPU_ADAM} if uses_cpu_adam(setup) else set())
 
     def build() -> None:
-        if os.environ["LOCAL_RANK"] == "0":
+        if local_rank() == 0:
             operators.build_missing(names, say)
 
     together(build)

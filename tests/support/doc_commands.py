@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import click
 
+from imagen_scale.commands import train_process
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
 from support import ROOT
@@ -134,9 +135,7 @@ class Checker:
     def _script(self, script: str, words: list[str]) -> None:
         text = (ROOT / script).read_text(encoding="utf-8")
         if script == "launch/train.py":
-            space: dict = {"__name__": "launch_train"}
-            exec(compile(text, script, "exec"), space)  # it is no package
-            self._parse(space["main"], script, words)
+            self._parse(train_process.command, script, words)
             return
         for word in words:
             option = word.partition("=")[0]

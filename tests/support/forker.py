@@ -8,7 +8,9 @@ import functools
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
@@ -54,6 +56,19 @@ def fork(
     )
     process.start()
     return process
+
+
+def run_to_end(
+    argv: Sequence[str], environment: Mapping[str, str], limit: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program in a fork; what it said, and how it ended."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = fork(argv, environment, stdout=stdout, stderr=stderr)
+        process.join(limit)
+        process.kill()
+        process.join()
+        said = [stream.seek(0) or stream.read() for stream in (stdout, stderr)]
+    return subprocess.CompletedProcess(argv, process.exitcode, *said)
 
 
 def _run(

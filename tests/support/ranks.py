@@ -228,9 +228,9 @@ def _spoiled(stage, precision, clip, where, rank):
 
 
 def main():
-    from imagen_scale.training import ranks
+    from imagen_scale.training import launch_variables, ranks
 
-    ranks.fill_environment()
+    launch_variables.fill_environment()
     ranks.check_machine()
     ranks.join()
     mode, folder, *names = sys.argv[1:]

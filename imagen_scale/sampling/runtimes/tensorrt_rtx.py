@@ -1,6 +1,5 @@
 """Engines in TensorRT-RTX."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from imagen_scale.errors import EnvironmentProblem, ExportError
-from imagen_scale.files.atomic import sha256
+from imagen_scale.files.atomic import sha256, temporary_path
 from imagen_scale.sampling.runtimes import built_here
 from imagen_scale.sampling.runtimes.executors import Backend, OnStream, require_driver
 from imagen_scale.sampling.runtimes.manifest import (
@@ -89,7 +88,7 @@ class TensorRT(OnStream):
         if self._cache is not None:
             path = self.path.with_suffix(".cache")
             with suppress(OSError):  # a folder that may not be written costs time only
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                temporary = temporary_path(path)
                 temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
                 temporary.replace(path)
                 built_here.remember(self.facts, path.name, sha256(path))

@@ -1,0 +1,120 @@
+"""The ranks of a training as each other sees them: beats in the store that they have in common."""
+
+import hashlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from imagen_scale.training.beats import BEAT_S, PRESENT, Beat, Seen, pid_namespace, started
+from imagen_scale.training.ranks import rank, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+DEAF_S = 3.0  # one that has not beaten for so long cannot hear either
+
+
+class Circle:
+    """Publishes this rank's beat about every second and reads the others', in a thread.
+
+    Args:
+        store: Kept by rank 0.
+        own: This rank's beat now.
+        has_spoken: Asked once this rank leaves, until it says yes: nothing is left to be said.
+
+    Attributes:
+        seen: The others, by rank.
+        answered: When the store last did, by this process's clock.
+        is_store_lost: Whether rank 0 has closed the connection.
+    """
+
+    def __init__(
+        self, store: "Store", own: Callable[[], Beat], has_spoken: Callable[[], bool]
+    ) -> None:
+        # A connection of its own: the group's is held by whoever waits in it.
+        self._store = cast(Any, store).clone()
+        self._own, self._has_spoken = own, has_spoken
+        self.answered = now = time.monotonic()
+        others = [number for number in range(world_size()) if number != rank()]
+        self.seen = {number: Seen(Beat(number), now, now) for number in others}
+        self.is_store_lost = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._exchange, name="beats", daemon=True)
+
+    def start(self) -> None:
+        """Begins to tell and to listen."""
+        self._machine = pid_namespace()
+        self._thread.start()
+
+    def leave(self, patience: float) -> None:
+        """Tells the others at once how this rank leaves, as its beat now says.
+
+        Args:
+            patience: Seconds that it may take. Rank 0 keeps the store until the others have left.
+        """
+        self._wake.set()
+        self._thread.join(patience)
+
+    def is_gone(self, beat: Beat) -> bool:
+        """Whether its process is one of this machine's and has ended."""
+        return beat.machine == self._machine and started(beat.pid) != beat.started
+
+    def is_first_to_say(self, reason: str) -> bool:
+        """Whether no other rank has asked this about the same."""
+        digest = hashlib.sha256(reason.encode()).hexdigest()
+        return bool(self._store.add(f"imagen-scale said {digest}", 1) == 1)
+
+    def _exchange(self) -> None:
+        number = 0
+        while True:
+            # Known without asking, which would make torch print a trace of its own.
+            if rank() != 0 and self.is_gone(self.seen[0].beat):
+                self.is_store_lost = True
+                return
+            number += 1
+            beat = self._own()._replace(number=number)
+            is_leaving = beat.state not in PRESENT
+            try:
+                self._store.set(_key(rank()), beat.to_json())
+                self._read()
+                if is_leaving and self._has_spoken() and (rank() != 0 or self._is_last()):
+                    return
+            except RuntimeError:  # all of torch's errors are
+                self.is_store_lost = True
+                return
+            self._wake.wait(BEAT_S)
+            if is_leaving:
+                time.sleep(BEAT_S / 10)
+
+    def _read(self) -> None:
+        present = [
+            number
+            for number, seen in self.seen.items()
+            if seen.beat.number or self._store.check([_key(number)])
+        ]
+        beats = self._store.multi_get([_key(number) for number in present]) if present else []
+        now = self.answered = time.monotonic()
+        for number, beat in zip(present, beats, strict=True):
+            self.seen[number] = self.seen[number].renewed(Beat.from_json(beat), now)
+
+    def _is_last(self) -> bool:
+        """Whether every other rank has left, or cannot hear why this one leaves."""
+        return all(
+            seen.beat.state not in PRESENT
+            or self.is_gone(seen.beat)
+            or time.monotonic() - seen.beaten > DEAF_S
+            for seen in self.seen.values()
+        )
+
+
+def this_process() -> Beat:
+    """The beat of a process that has just begun."""
+    pid = os.getpid()
+    return Beat(rank(), platform.node(), pid_namespace(), pid, started(pid))
+
+
+def _key(number: int) -> str:
+    return f"imagen-scale beat of rank {number}"
