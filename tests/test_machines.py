@@ -186,7 +186,7 @@ def test_power_is_lost_and_other_numbers_of_machines_go_on(machines, shared):
 
 def test_a_cable_is_cut_and_each_side_says_so_of_the_other(machines, shared):
     write_config(shared / "tiny.json", steps=4000)
-    started = of_torchrun(machines, shared, shared / "run", [1, 2])
+    of_torchrun(machines, shared, shared / "run", [1, 2])
     reached(shared / "run", 3)
     machines.cut(2)
     end = time.monotonic() + 90
@@ -195,8 +195,6 @@ def test_a_cable_is_cut_and_each_side_says_so_of_the_other(machines, shared):
         time.sleep(1)
     assert "rank 1 (host worker-2" in said(shared, 1)
     assert "rank 0 (host worker-1" in said(shared, 2)
-    for process in started:
-        process.kill()
 
 
 def test_what_would_train_something_else_is_refused_by_name(machines, shared):
@@ -209,10 +207,6 @@ def test_what_would_train_something_else_is_refused_by_name(machines, shared):
         ("rank 1 (host worker-2) has training.steps 9", {"on_2": ("--set", "training.steps=9")}),
         ("has the code of imagen-scale", {"variables_2": {"PYTHONPATH": str(other)}}),
         ("does not see in", {"on_2": ("--run-dir", machines.home(2) / "run")}),
-        ("the folder pictures", {
-            "on_1": ("--set", "data.source=folder", "--set", "data.path=pictures"),
-            "on_2": ("--set", "data.source=folder", "--set", "data.path=pictures"),
-        }),
     ):  # fmt: skip
         started = with_variables(machines, shared, shared / "run", [1, 2], of_srun, **changes)
         assert 0 not in ended(started, 120)

@@ -47,6 +47,7 @@ class Network:
     def __init__(self, folder, count, variables):
         self.folder, self.count, self.variables = folder, count, variables
         self._outer = {}  # `unshare` by machine; 0 is the switch
+        self._started = []
 
     def __enter__(self):
         bin_folder = self.folder / "bin"
@@ -67,6 +68,8 @@ class Network:
     def __exit__(self, *error):
         for number in list(self._outer):
             self._end(number)
+        for process in self._started:
+            process.wait()
 
     def boot(self, number):
         """Starts a machine, for the first time or after its power was lost."""
@@ -106,10 +109,12 @@ class Network:
         command = ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), *map(str, argv)]
         into = ["nsenter", "-t", str(self._inner(number)), "-a", f"--wd={environment['HOME']}"]
         with Path(output).open("w") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*into, *command], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
+        self._started.append(process)
+        return process
 
     def cut(self, number):
         """Takes its cable out: no FIN, no RST."""
@@ -119,6 +124,7 @@ class Network:
         """Its cable goes first, or the system would close its connections."""
         self.cut(number)
         self._end(number)
+        self._ip(0, f"link del port{number}")
 
     def slow(self, number, rate):
         """Limits its cable, e.g. to 2mbit."""
