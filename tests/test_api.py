@@ -94,7 +94,7 @@ def test_the_caller_is_told_of_steps_and_of_the_runtime(run):
         ("sun", {"tile": 1.5}, "tile 1.5: it should be a valid integer"),
         ("sun", {"at_once": 0}, "at_once 0: it should"),
         ("sun", {"sampler": "euler"}, "sampler 'euler': it should be 'ddpm', 'ddim'"),
-        ("sun", {"spacing": ["karras", "even"]}, "spacing 'even': it should be 'linear'"),
+        ("sun", {"spacing": ["karras", "even"]}, "spacing 'even': it should be 'auto'"),
         ("sun", {"steps": [1, 2, 3]}, "steps: 3 values for 2 stage"),
         ("sun", {"cond_scale": float("inf")}, "cond_scale inf: it should be a finite number"),
     ],

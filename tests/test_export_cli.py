@@ -22,8 +22,11 @@ from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.contract import Conditioning
+from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import export_folder, open_exported
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Inputs, Stage
 
 CPU = torch.device("cpu")
 # Of the first stage, where any network will do: tracing takes as long as there are layers.
@@ -232,3 +235,21 @@ def test_train_export_sample_gives_the_same_pixels(tiny_config, tmp_path, launch
     done = cli("verify", run / "export" / "unet1" / "onnx-fp32")
     assert done.exit_code == 1
     assert "the weights changed since (step 6 then, 8 now)" in done.output
+
+
+def test_a_stage_of_another_recipe_is_exported_and_sampled_alike(tmp_path):
+    """x_0 on a cosine schedule that ends in noise alone; the check runs the whole loop."""
+    schedule = '{"type":"cosine","shift_from":8,"zero_terminal_snr":true}'
+    write_stage(
+        tmp_path, 1,
+        overrides=(*SHALLOW, "unets.0.pred_type=x0", f"unets.0.schedule={schedule}"),
+    )  # fmt: skip
+    file = read_inference(inference_path(tmp_path, 1))
+    folder = export_unet(file, ExportOptions(), lambda sentence: None)
+    sampler = json.loads((folder / "manifest.json").read_text())["sampler"]
+    assert (sampler["pred_type"], sampler["schedule"]) == ("x0", json.loads(schedule))
+    text = Text(torch.randn(2, 8, 384), torch.ones(2, 8, dtype=torch.bool))
+    ours = Stage(file, CPU, RuntimeOptions(runtime="onnx")), Stage(file, CPU)
+    settings = StageSettings(steps=5, cond_scale=3.0, spacing="logsnr")
+    pictures = [stage.sample(Inputs(text, [0, 1]), settings) for stage in ours]
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)

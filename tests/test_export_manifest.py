@@ -212,3 +212,14 @@ def test_without_a_manifest_there_is_no_export(run):
     shutil.rmtree(run / "export" / "unet1" / "onnx-fp16")
     with pytest.raises(UsageError, match=r"U-Net 1 has no onnx export.*--unet 1 --format onnx"):
         open_onnx(run)
+
+
+def test_exports_made_before_there_were_schedules_open(run):
+    edit_manifest(run, lambda data: data["sampler"].pop("schedule"))
+    open_onnx(run)
+
+
+def test_an_export_of_another_schedule_is_refused(run):
+    edit_manifest(run, lambda data: data["sampler"].update(schedule={"type": "cosine"}))
+    with pytest.raises(ExportError, match="sampler: schedule is .*cosine.* there and None here"):
+        open_onnx(run)

@@ -265,11 +265,11 @@ def test_parameters_of_imagen_pytorch_become_a_configuration(tmp_path):
     assert ours["imagen"]["cond_drop_prob"] == 0.5  # theirs, not ours
     assert ours["imagen"]["dynamic_thresholding_percentile"] == 0.95
     assert [unet["attn_heads"] for unet in ours["unets"]] == [16, 16]
-    assert [unet["pred_type"] for unet in ours["unets"]] == ["eps", "v"]
+    assert [unet["pred_type"] for unet in ours["unets"]] == ["eps", "x0"]
+    assert ours["unets"][0]["schedule"]["type"] == "cosine"
+    assert ours["unets"][1]["schedule"] is None
     assert [unet["crop"] for unet in ours["unets"]] == [None, 64]
     for note in (
-        "unets.0: the noise schedule is linear here, not 'cosine'",
-        "unets.1.pred_type: v, since there is no 'x_start'",
         "unets.1: attention heads are 64 wide here, not 32",
         "unets.1.use_linear_attn: true has no counterpart",
         "imagen.condition_on_text: true has no counterpart",

@@ -26,7 +26,7 @@ from imagen_scale.files.pictures import save_grid, save_sample
 from imagen_scale.planning import setup
 from imagen_scale.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, thin
 from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids
-from imagen_scale.report.page import OTHERS, SAMPLES
+from imagen_scale.report.page import OTHERS, QUARTERS, SAMPLES
 from imagen_scale.runs import records
 from imagen_scale.runs.checkpoint import commit, staging_folder
 from imagen_scale.runs.folders import inference_path
@@ -361,12 +361,15 @@ def test_the_records_are_those_that_the_program_writes(tmp_path):
     problems = []
     assert records.read_record(path, records.DataReport, problems).used == 6
     with Telemetry(tmp_path, config, 1, 0, 6) as telemetry:
-        telemetry.train(1, loss=0.5, lr=1e-3, grad_norm=None, loss_scale=None, images=8)
+        telemetry.train(
+            1, loss=0.5, lr=1e-3, grad_norm=None, loss_scale=None, images=8,
+            quarters=dict.fromkeys(QUARTERS.values(), 0.5),
+        )  # fmt: skip
         telemetry.write(1, val_loss=0.25)
         telemetry.write(1, **{key: 1.0 for _, curves in SAMPLES for key in curves.values()})
     metrics = read_metrics(telemetry.path, problems)
     assert set(metrics.values) == {
-        "loss", "val_loss", "lr", *(key for _, key in OTHERS),
+        "loss", "val_loss", "lr", *QUARTERS.values(), *(key for _, key in OTHERS),
         *(key for _, curves in SAMPLES for key in curves.values()),
     }  # fmt: skip
     assert not problems

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from imagen_scale.diffusion.names import Sampler, Spacing
 from imagen_scale.diffusion.sampler import levels_at, num_evaluations, sample
-from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, at_time
 from imagen_scale.diffusion.solvers import ddim_step, dpmpp_2m_step
 from imagen_scale.diffusion.spacing import spaced_times, visited_times
 
@@ -170,6 +170,67 @@ def test_every_sampler_ends_in_what_a_certain_denoiser_predicts(sampler):
         )  # fmt: skip
         torch.testing.assert_close(found, target.clamp(-1, 1), atol=1e-9, rtol=0)
         assert asked == num_evaluations(sampler, steps)
+
+
+SCHEDULES = {
+    "linear": NoiseSchedule.linear(1000),
+    "cosine": NoiseSchedule.cosine(1000),
+    "shifted": NoiseSchedule.cosine(1000).shifted(1 / 16),
+    "linear to noise": NoiseSchedule.linear(1000).with_zero_terminal_snr(),
+    "cosine to noise": NoiseSchedule.cosine(1000).with_zero_terminal_snr(),
+}
+EXACT_ENOUGH = {"ddim": 2e-2, "ddpm": 2e-2, "dpmpp_2m": 4e-3, "dpmpp_2m_sde": 4e-3, "heun": 4e-3}
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+@pytest.mark.parametrize("pred_type", get_args(PredType))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_exact_network_of_any_recipe_gives_the_data(name, pred_type, sampler):
+    """100 steps to Gaussian data, even in log-SNR, with the x_0 that the prediction implies."""
+    schedule = SCHEDULES[name]
+    if pred_type == "eps" and "to noise" in name:
+        return  # refused by the configuration
+    exact = exact_denoiser(schedule)
+
+    def denoiser(x_t, t):
+        x_0 = exact(x_t, t)
+        eps = (x_t - at_time(schedule.alpha, t, x_t) * x_0) / at_time(schedule.sigma, t, x_t)
+        network = schedule.target(pred_type, x_0, t, eps)
+        return schedule.predicted_x_0(pred_type, x_t, t, network)
+
+    rows, drawn = 102, 0
+
+    def draw_noise():  # as in `impulse_law`
+        nonlocal drawn
+        drawn += 1
+        noise = torch.zeros(rows, 2, 1, 1).double()
+        noise[drawn] = 1
+        return noise
+
+    result = sample(
+        denoiser, draw_noise(), schedule, times=visited_times(schedule, 100, "logsnr"),
+        sampler=sampler, threshold=lambda x_0: x_0, draw_noise=draw_noise,
+    )  # fmt: skip
+    mean = result[:1]
+    spread = (result[1:] - mean).square().sum(0, keepdim=True).sqrt()
+    assert result.isfinite().all()
+    limit = EXACT_ENOUGH[sampler]
+    torch.testing.assert_close(mean, MEAN, atol=limit, rtol=0)
+    torch.testing.assert_close(spread, STD, atol=limit, rtol=0)
+
+
+@given(steps=st.integers(1, 300), spacing=st.sampled_from(get_args(Spacing)))
+def test_spacings_begin_with_noise_alone_where_a_schedule_ends_so(steps, spacing):
+    for name, schedule in SCHEDULES.items():
+        times = visited_times(schedule, steps, spacing)
+        assert len(times) == steps and times[0] == 999
+        assert all(a > b for a, b in pairwise(times)), name
+        if spacing != "trailing" and steps > 1:
+            assert times[-1] == 0
+    if spacing in ("logsnr", "karras") and steps > 1:  # the others as if it ended just before
+        without = NoiseSchedule.of_abar(SCHEDULES["linear to noise"].abar[:-1])
+        others = visited_times(SCHEDULES["linear to noise"], min(steps, 8), spacing)[1:]
+        assert others == visited_times(without, min(steps, 8), spacing)[1:]
 
 
 @given(

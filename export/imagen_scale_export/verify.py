@@ -14,7 +14,6 @@ from torch import Tensor
 
 from imagen_scale.diffusion.guidance import dynamic_threshold, guide
 from imagen_scale.diffusion.sampler import sample
-from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.spacing import spaced_times
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
@@ -141,7 +140,7 @@ def _loop(
     unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batch: int
 ) -> tuple[float, float]:
     """Largest pixel difference in 1/255 and PSNR in dB after `LOOP_STEPS` steps of DDIM."""
-    schedule = NoiseSchedule.linear(constants.timesteps)
+    schedule = constants.noise_schedule
     size = constants.image_size
     generator = torch.Generator().manual_seed(0)
     shape = (batch, unet.config.channels, size, size)

@@ -9,6 +9,7 @@ from imagen_scale.config.section import (
     PerLevel,
     PerUnet,
     PositiveInt,
+    PredictionType,
     Probability,
     Section,
 )
@@ -70,8 +71,32 @@ class ImagenConfig(Section):
     )
 
 
+class ScheduleConfig(Section):
+    """The noise schedule of one U-Net; leave `unets[i].schedule` null for MinImagen's.
+
+    The noise on the low-resolution picture follows it as well.
+    """
+
+    type: Literal["linear", "cosine"] = Field(
+        "linear",
+        description="linear: MinImagen's, betas from 1e-4 to 0.02 (Ho et al. 2020). cosine: that "
+        "of Nichol & Dhariwal 2021, which spends more times at middle noise.",
+    )
+    shift_from: PositiveInt | None = Field(
+        None,
+        description="Give the picture the SNR that this side in pixels would have: times "
+        "(shift_from / own side)^2 (Hoogeboom et al. 2023), since large pictures drown later. "
+        "null: no shift.",
+    )
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Let the last time be noise alone, as sampling starts (Lin et al. 2023); for "
+        "`pred_type` v and x0.",
+    )
+
+
 class UnetConfig(Section):
-    """One U-Net: MinImagen's `Unet` keyword arguments, `max_text_len` and `pred_type`."""
+    """One U-Net: MinImagen's `Unet` keyword arguments and some of our own, from `max_text_len`."""
 
     dim: PositiveInt = Field(128, description="Channels at the highest resolution.")
     dim_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
@@ -114,10 +139,14 @@ class UnetConfig(Section):
         description="Super-resolution: train on random crops of this side in pixels, as the "
         "Imagen paper does from 256 px on. Sampling is whole. null: whole pictures.",
     )
-    pred_type: Literal["eps", "v"] = Field(
+    pred_type: PredictionType = Field(
         "eps",
-        description="What the network predicts: the noise, as MinImagen's, or v (Salimans & Ho "
-        "2022), which keeps colours true from 64 px on.",
+        description="What the network predicts: the noise, as MinImagen's; v (Salimans & Ho "
+        "2022), which keeps colours true from 64 px on; or x0, the clean picture. See "
+        "[Objectives](objectives.md).",
+    )
+    schedule: ScheduleConfig | None = Field(
+        None, description="How fast pictures turn into noise; null: MinImagen's linear schedule."
     )
 
     @property

@@ -33,7 +33,11 @@ def reference() -> str:
         for inner, inner_field in section["properties"].items():
             below = _section(schema, inner_field)
             if below is not None:
-                parts += [f"### {key}.{inner}\n", f"{below['description']}\n", _table(below)]
+                parts += [
+                    f"### {_title(key, field)}.{inner}\n",
+                    f"{below['description']}\n",
+                    _table(below),
+                ]
     return "\n".join(parts)
 
 

@@ -58,6 +58,11 @@ def cross_checks(config: Config) -> list[str]:
         size = sizes[i] if i < len(sizes) else None
         problems += _unet_checks(f"unets.{i}", unet, i, size)
         problems += _crop_checks(f"unets.{i}", unet, i, sizes)
+        if unet.schedule and unet.schedule.zero_terminal_snr and unet.pred_type == "eps":
+            problems.append(
+                f"unets.{i}.schedule.zero_terminal_snr: where x_t is noise alone, the noise says "
+                f"nothing about the picture; set unets.{i}.pred_type to v or x0, or this to false."
+            )
 
     if not problems:
         for stage in config.stages():
@@ -71,6 +76,13 @@ def cross_checks(config: Config) -> list[str]:
                     f"training.warmup_steps: {training.warmup_steps} is not below the "
                     f"{stage.steps} steps of {stage.name}; lower it."
                 )
+    weight = training.loss_weight
+    if imagen.loss_type != "l2" and any(weight if isinstance(weight, tuple) else [weight]):
+        problems.append(
+            f"training.loss_weight: {json.dumps(weight)} weighs squared errors, of which alone it "
+            f"is known how those of x_0, v and the noise belong together; set imagen.loss_type to "
+            f"l2, not {imagen.loss_type}, or this to null."
+        )
     if num_unets > 1 and imagen.lowres_sample_noise_level > training.lowres_aug_max:
         problems.append(
             f"imagen.lowres_sample_noise_level: {imagen.lowres_sample_noise_level} is above "
@@ -93,7 +105,7 @@ def cross_checks(config: Config) -> list[str]:
 
 _PER_UNET_KEYS = {
     "imagen": ("timesteps",),
-    "training": ("steps", "global_batch", "micro_batch", "optimizer", "lr"),
+    "training": ("steps", "global_batch", "micro_batch", "optimizer", "lr", "loss_weight"),
     "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
 }
 

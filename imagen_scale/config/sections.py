@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from imagen_scale.config.section import (
     CheckpointingLevel,
+    LossWeightName,
     NaturalInt,
     OptimizerName,
     PerUnet,
@@ -129,6 +130,17 @@ class TrainingConfig(Section):
         1.0,
         description="Super-resolution: the low-resolution picture is noised to a level drawn "
         "from [0, this), as t / T. 1 is MinImagen's range.",
+    )
+    loss_weight: PerUnet[LossWeightName | None] = Field(
+        None,
+        description="What the error of the clean picture counts at each noise level, or one per "
+        "U-Net: x0 (1), eps (SNR), v (1 + SNR), v_clipped (at most 10), min_snr (at most 5), "
+        "sigmoid; see [Objectives](objectives.md). null: the plain loss of what is predicted.",
+    )
+    stratified_times: bool = Field(
+        False,
+        description="Spread the times of each step evenly over its global batch instead of "
+        "drawing each by itself.",
     )
     seed: NaturalInt = Field(0, description="Same seed, same run.")
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")

@@ -1,14 +1,16 @@
 """One stage of a cascade as the configuration means it: every value resolved, typed."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from imagen_scale.config.network import TEXT_ENCODER_DIMS, ImagenConfig, UnetConfig, size_divisor
 from imagen_scale.config.section import (
     CheckpointingLevel,
+    LossWeightName,
     OptimizerName,
     PerLevel,
     PerUnet,
+    PredictionType,
     T,
     per_level,
 )
@@ -38,7 +40,7 @@ class Network:
     memory_efficient: bool
     attend_at_middle: bool
     max_text_len: int
-    pred_type: Literal["eps", "v"]
+    pred_type: PredictionType
 
     @property
     def num_levels(self) -> int:
@@ -129,6 +131,11 @@ class StageConfig:
     def lr(self) -> float:
         """Peak learning rate."""
         return self._own(self.training.lr)
+
+    @property
+    def loss_weight(self) -> LossWeightName | None:
+        """What each noise level weighs in the loss; None for the plain loss."""
+        return self._own(self.training.loss_weight)
 
     @property
     def micro_batch(self) -> int | None:

@@ -4,3 +4,4 @@ from typing import Literal
 
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"]
 Spacing = Literal["linear", "trailing", "logsnr", "karras"]
+SpacingChoice = Literal["auto", "linear", "trailing", "logsnr", "karras"]

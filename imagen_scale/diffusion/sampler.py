@@ -13,7 +13,10 @@ from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step
 
 
 def num_evaluations(sampler: Sampler, steps: int) -> int:
-    """How often the denoiser is asked: Heun asks twice a step, but for the last."""
+    """How often the denoiser is asked: Heun asks twice a step, but for the last.
+
+    And once in the first step where the schedule begins with noise alone.
+    """
     return 2 * steps - 1 if sampler == "heun" else steps
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """A noise level above zero: x = alpha x_0 + sigma eps."""
+    """A noise level above zero: x = alpha x_0 + sigma eps.
+
+    Where a schedule ends in noise alone, alpha is 0 at the level that sampling starts from.
+    """
 
     time: int
     alpha: float
@@ -20,8 +23,8 @@ class Level(NamedTuple):
 
     @property
     def half_log_snr(self) -> float:
-        """log(alpha / sigma), the lambda of the DPM-Solver papers."""
-        return math.log(self.alpha / self.sigma)
+        """log(alpha / sigma), the lambda of the DPM-Solver papers; -inf of noise alone."""
+        return math.log(self.alpha / self.sigma) if self.alpha else -math.inf
 
 
 class Past(NamedTuple):
@@ -59,7 +62,8 @@ def dpmpp_2m_step(
 ) -> Tensor:
     """DPM-Solver++(2M), or its SDE form where noise is given. Second order.
 
-    Without a past it is first order: DDIM, and with noise the DDPM posterior.
+    Without a past it is first order: DDIM, and with noise the DDPM posterior. So it is for the two
+    steps after a level of noise alone, which is infinitely far away in log-SNR.
 
     Args:
         x_t: Noisy images at `level`, (B, C, H, W).
@@ -94,7 +98,8 @@ def heun_step(
     """Heun's step of EDM's ODE, with a second evaluation at the lower level. Second order.
 
     EDM adds noise to a picture of unit scale, z = x_0 + s eps, and solves dz/ds = (z - x_0) / s;
-    here z = x_t / alpha and s = sigma / alpha.
+    here z = x_t / alpha and s = sigma / alpha. From noise alone, where s is infinite, the step is
+    its first half: DDIM, which does not need z.
 
     Args:
         x_t: Noisy images at `level`, (B, C, H, W).
@@ -105,6 +110,8 @@ def heun_step(
 
     Source: Karras et al. 2022 (EDM), arXiv:2206.00364, algorithm 1.
     """
+    if not level.alpha:
+        return ddim_step(x_t, x_0, level, lower, eta=0, noise=None)
     s_level, s_lower = level.sigma / level.alpha, lower.sigma / lower.alpha
     z = x_t / level.alpha
     slope = (z - x_0) / s_level

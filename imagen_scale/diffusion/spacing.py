@@ -37,6 +37,9 @@ def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list
     - karras: even in (sigma / alpha)^(1/7), both ends included (Karras et al. 2022,
       arXiv:2206.00364, equation 5).
 
+    The last two are infinite where the schedule ends in noise alone: T - 1 is visited in place of
+    T - 2, with which their even steps begin.
+
     Args:
         schedule: Noise schedule of T times.
         steps: How many, at least 1.
@@ -48,6 +51,8 @@ def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list
     if spacing == "trailing":
         return _distinct([total - i * total / steps - 1 for i in range(steps)], total)
     abar = schedule.abar.cpu()
+    ends_in_noise = not abar[-1]
+    abar = abar[abar > 0]
     noise = ((1 - abar) / abar).sqrt()  # the standard deviation of the noise where alpha = 1
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
     if spacing == "logsnr":
@@ -55,7 +60,8 @@ def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list
     else:
         root = 1 / KARRAS_RHO
         wanted = (noise[-1] ** root).lerp(noise[0] ** root, share).log() * KARRAS_RHO
-    return _distinct(_place(wanted, noise.log()), total)
+    places = _place(wanted, noise.log())
+    return _distinct([total - 1.0, *places[1:]] if ends_in_noise else places, total)
 
 
 def _place(wanted: torch.Tensor, values: torch.Tensor) -> list[float]:

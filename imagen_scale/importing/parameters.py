@@ -19,7 +19,7 @@ OURS_UNET = frozenset(UnetConfig.model_fields)
 PYTORCH_IMAGEN = {"timesteps": 1000, "cond_drop_prob": 0.5, "dynamic_thresholding_percentile": 0.95}
 PYTORCH_UNET = {"dim_mults": [1, 2, 4, 8], "attn_heads": 16}
 PYTORCH_KEYS = {"noise_schedules", "pred_objectives", "random_crop_sizes", "beta_schedule"}
-PREDICTIONS = {"noise": "eps", "v": "v"}
+PREDICTIONS = {"noise": "eps", "v": "v", "x_start": "x0"}
 
 
 class Parameters(NamedTuple):
@@ -181,7 +181,9 @@ def _map_pytorch(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: lis
         if prediction not in PREDICTIONS:
             notes.append(f"unets.{i}.pred_type: v, since there is no {prediction!r}")
         schedule = _of_unet(imagen.get("noise_schedules", "cosine" if i == 0 else "linear"), i)
-        if schedule != "linear":
+        if schedule == "cosine":
+            unet["schedule"] = {"type": "cosine"}
+        elif schedule != "linear":
             notes.append(f"unets.{i}: the noise schedule is linear here, not {schedule!r}")
         crop = _of_unet(imagen.get("random_crop_sizes"), i)
         if crop is not None:

@@ -28,7 +28,7 @@ class TextCond(NamedTuple):
 
 
 class UNet(nn.Module):
-    """Predicts noise or v from x_t, the time, the text and, for super-resolution, a small image.
+    """Predicts noise, v or x_0 from x_t, time, text and, for super-resolution, a small image.
 
     Args:
         config: What to build (`StageConfig.network`).
@@ -197,6 +197,6 @@ class UNet(nn.Module):
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
-        """Predicts noise or v, (B, C, H, W); arguments of `condition_text` and `denoise`."""
+        """What `denoise` gives, (B, C, H, W); arguments of `condition_text` and `denoise`."""
         text = self.condition_text(text_embeds, text_mask, keep_mask)
         return self.denoise(x_t, t, text, lowres_img, lowres_t)

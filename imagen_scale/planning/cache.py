@@ -57,7 +57,7 @@ def _cached(
         stage.imagen.image_sizes[: stage.number],
         stage.imagen.channels,
         stage.imagen.loss_type,
-        stage.unet.model_dump(mode="json"),
+        stage.unet.model_dump(mode="json", exclude={"schedule"}),  # which costs nothing
         precision,
         stage.seed_index,
         stage.text_embed_dim,

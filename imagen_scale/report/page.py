@@ -12,6 +12,10 @@ from imagen_scale.report.measures import rows
 from imagen_scale.report.run_facts import Progress, RunFacts, StageFacts, read_run_facts
 from imagen_scale.version import __version__
 
+QUARTERS = {
+    "least noise": "loss_quarter_1", "less": "loss_quarter_2", "more": "loss_quarter_3",
+    "most noise": "loss_quarter_4",
+}  # fmt: skip
 # Charts beside the losses: title, and key by name of each curve.
 SAMPLES = (
     (
@@ -78,6 +82,8 @@ def charts(stage: StageFacts) -> list[Chart]:
               for name, key in (("loss", "loss"), ("validation loss", "val_loss"))}  # fmt: skip
     drawn = [
         draw("Loss", losses),
+        draw("Loss in each quarter of the log-SNR",
+             {name: values.get(key, []) for name, key in QUARTERS.items()}),
         *(draw(title, {name: values.get(key, []) for name, key in curves.items()})
           for title, curves in SAMPLES),
         *(draw(title, {title: values.get(key, [])}, from_zero=True) for title, key in OTHERS),

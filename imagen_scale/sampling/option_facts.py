@@ -52,7 +52,7 @@ def _facts(name: str, field: Any) -> OptionFacts:
         if origin is tuple:
             is_per_stage = True
         elif origin is Literal:
-            choices = arguments
+            choices += arguments
             kinds.append(str)
         elif origin in (typing.Union, types.UnionType):
             for argument in arguments:

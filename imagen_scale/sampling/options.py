@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from imagen_scale.config import StageConfig
 from imagen_scale.config.section import PerUnet
-from imagen_scale.diffusion.names import Sampler, Spacing
+from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
 
@@ -50,7 +50,11 @@ class SamplingOptions(OptionModel):
         "value is the base stage's, and the others take 1.",
     )
     sampler: PerUnet[Sampler] = Field("dpmpp_2m", description="Solver of the reverse process.")
-    spacing: PerUnet[Spacing] = Field("trailing", description="Which times are visited.")
+    spacing: PerUnet[SpacingChoice] = Field(
+        "auto",
+        description="Which times are visited; auto is logsnr where a stage predicts x_0, trailing "
+        "elsewhere.",
+    )
     eta: PerUnet[Annotated[float, Field(ge=0, le=1)]] = Field(
         0.0, description="Share of DDPM's noise, 0 to 1; for the sampler ddim only."
     )
@@ -91,6 +95,8 @@ class SamplingOptions(OptionModel):
             # The low-resolution picture already says what to draw.
             columns["cond_scale"][1:] = [1.0] * (len(stages) - 1)
         for i, stage in enumerate(stages):
+            if columns["spacing"][i] == "auto":
+                columns["spacing"][i] = default_spacing(stage)
             if columns["threshold"][i] is None:
                 columns["threshold"][i] = stage.imagen.dynamic_thresholding_percentile
         settings = [
@@ -104,3 +110,12 @@ class SamplingOptions(OptionModel):
                     f"{of_stage.sampler}."
                 )
         return settings
+
+
+def default_spacing(stage: StageConfig) -> Spacing:
+    """The spacing that suits what a stage predicts.
+
+    A network that predicts x_0 decides at high noise what the picture shows, and takes more steps
+    there.
+    """
+    return "logsnr" if stage.unet.pred_type == "x0" else "trailing"

@@ -13,7 +13,6 @@ from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.lowres import enlarge, resize
 from imagen_scale.diffusion.sampler import sample
-from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
 from imagen_scale.errors import EnvironmentProblem, UsageError, option
@@ -22,6 +21,7 @@ from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage_schedule import stage_schedule
 
 # Told the U-Net's number, steps done, steps in all.
 OnStep = Callable[[int, int, int], None]
@@ -99,7 +99,7 @@ class Stage:
                 f"{self.divisor} px."
             )
         self.tile = tile if self.config.is_super_resolution else None
-        self.schedule = NoiseSchedule.linear(self.config.timesteps).to(device)
+        self.schedule = stage_schedule(self.config).to(device)
         self.runtime = open_runtime(
             file, device, runtime, side=self.tile, negative=negative, say=say
         )

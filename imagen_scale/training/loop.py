@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from imagen_scale.config import StageConfig
 from imagen_scale.data.loading import batches
@@ -18,9 +17,11 @@ from imagen_scale.training.job import Job
 from imagen_scale.training.memory_use import check_plan
 from imagen_scale.training.preemption import Preempted
 from imagen_scale.training.preview import show_grid
+from imagen_scale.training.quarters import losses_by_quarter
 from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, world_size
 from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
+from imagen_scale.training.stepping import Stepped
 from imagen_scale.training.telemetry import Telemetry
 from imagen_scale.training.validation import validation_loss
 
@@ -93,7 +94,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
     stage, watchdog, first = session.stage, job.watchdog, session.step
     loaded = Feed(watchdog.loading(_micro_batches(session, job)), session.engine.device)
     skipped = SkippedSteps(job)
-    losses: list[Tensor] = []  # of this rank since the last report
+    taken: list[Stepped] = []  # by this rank since the last report
     with _telemetry(session, job) as telemetry, watchdog.phase("step"):
         while session.step < stage.steps:
             lr = learning_rate(stage, session.step)
@@ -104,7 +105,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
             watchdog.stepped(session.step)
             if stepped.applied:
                 session.ema.update(session.step)
-                losses.append(stepped.loss)
+                taken.append(stepped)
                 skipped.end_of_row()
             elif (reason := skipped.tell(session.step, stepped, telemetry)) is not None:
                 return GoBack(reason)
@@ -118,8 +119,8 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
                 log_every=job.config.logging.log_every, is_stopping=bool(signum),
             )  # fmt: skip
             if due.report:
-                _report(session, telemetry, lr, losses)
-                losses = []
+                _report(session, telemetry, lr, taken)
+                taken = []
             _carry_out(due, session, job, telemetry)
             if signum:
                 raise _preempted(session, signum)
@@ -190,14 +191,16 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
             )
 
 
-def _report(session: Session, telemetry: Telemetry | None, lr: float, losses: list[Tensor]) -> None:
+def _report(session: Session, telemetry: Telemetry | None, lr: float, taken: list[Stepped]) -> None:
     """Reports the mean of the losses since the last report.
 
     Raises:
         ImagenScaleError: If the average of the weights is not finite on some rank.
     """
     engine, step = session.engine, session.step
+    losses = [stepped.loss for stepped in taken]
     loss = mean_over_ranks(torch.stack(losses).mean()) if losses else math.nan
+    quarters = losses_by_quarter(session.objective.schedule, taken)
     not_finite = 0.0 if session.ema.is_finite() else 1.0
     if mean_over_ranks(torch.tensor(not_finite, device=engine.device)) > 0:
         raise ImagenScaleError(
@@ -214,6 +217,7 @@ def _report(session: Session, telemetry: Telemetry | None, lr: float, losses: li
             grad_norm=engine.grad_norm(),
             loss_scale=engine.loss_scale,
             images=session.setup.global_batch,
+            quarters=quarters,
         )
 
 

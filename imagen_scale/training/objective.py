@@ -10,10 +10,11 @@ from torch import Tensor
 from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import Batch
-from imagen_scale.diffusion.loss import image_loss
+from imagen_scale.diffusion.loss import image_loss, loss_factors
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
-from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.files.pictures import from_uint8
+from imagen_scale.sampling.stage_schedule import stage_schedule
+from imagen_scale.training.times import stratified_time
 
 
 class Draws(NamedTuple):
@@ -25,6 +26,13 @@ class Draws(NamedTuple):
     lowres_t: Tensor  # times of the noise on the low-resolution image, int64
     lowres_eps: Tensor | None  # that noise, (B, C, H, W); super-resolution only
     corners: Tensor | None  # top and left of the crops, (B, 2) int64; `unets[i].crop` only
+
+
+class Losses(NamedTuple):
+    """What a batch of B samples cost."""
+
+    values: Tensor  # (B,) float32
+    t: Tensor  # times of the samples, (B,) int64
 
 
 class Objective:
@@ -42,7 +50,10 @@ class Objective:
     def __init__(self, stage: StageConfig, device: torch.device) -> None:
         self.stage, self.device = stage, device
         self.pred_type, self.crop = stage.unet.pred_type, stage.unet.crop
-        self.schedule = NoiseSchedule.linear(stage.timesteps).to(device)
+        self.schedule = stage_schedule(stage).to(device)
+        self.factors = None  # of the loss at each time
+        if stage.loss_weight is not None:
+            self.factors = loss_factors(self.schedule, self.pred_type, stage.loss_weight)
         self.lowres_times = max(1, round(stage.timesteps * stage.training.lowres_aug_max))
 
     def loss(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
@@ -50,7 +61,13 @@ class Objective:
         return self.losses(unet, batch, purpose).mean()
 
     def losses(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
-        """Loss of each sample of a batch, (B,) float32.
+        """Loss of each sample of a batch, (B,) float32; see `timed_losses`."""
+        return self.timed_losses(unet, batch, purpose).values
+
+    def timed_losses(
+        self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train"
+    ) -> Losses:
+        """Loss of each sample of a batch, with the time at which it was taken.
 
         Args:
             unet: The network, or the engine around it.
@@ -76,7 +93,10 @@ class Objective:
         text = self._text(batch)
         prediction = unet(self._laid_out(x_t), draws.t, *text, draws.keep_mask, *lowres)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
-        return image_loss(prediction, target, self.stage.imagen.loss_type)
+        losses = image_loss(prediction, target, self.stage.imagen.loss_type)
+        if self.factors is not None:
+            losses = losses * self.factors[draws.t]
+        return Losses(losses, draws.t)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in the layout in which the network computes."""
@@ -100,14 +120,27 @@ class Objective:
             shape = torch.Size((shape[0], self.crop, self.crop))
         samples = [self._draw_one(position, shape, purpose) for position in positions.tolist()]
         t, eps, keep_mask, lowres_t, lowres_eps, corners = zip(*samples, strict=True)
+        times = torch.stack(t)
+        if self.stage.training.stratified_times:
+            times = _at(self.device, self._stratified(positions, purpose))
         return Draws(
-            torch.stack(t),
+            times,
             torch.stack(eps),
             torch.stack(keep_mask),
             torch.stack(lowres_t),
             None if self.stage.small_size is None else torch.stack(lowres_eps),
             None if self.crop is None else torch.stack(corners),
         )
+
+    def _stratified(self, positions: Tensor, purpose: str) -> Tensor:
+        """Times of the samples at `positions`, (B,) int64 on the host."""
+        training, global_batch = self.stage.training, self.stage.global_batch
+        times = []
+        for position in positions.tolist():
+            step, slot = divmod(position, global_batch)
+            seed = seeded("times", purpose, training.seed, self.stage.seed_index, step)
+            times.append(stratified_time(seed, slot, global_batch, self.schedule.timesteps))
+        return torch.tensor(times)
 
     def _draw_one(self, position: int, shape: torch.Size, purpose: str) -> tuple[Tensor, ...]:
         seed = seeded(purpose, self.stage.training.seed, self.stage.seed_index, position)

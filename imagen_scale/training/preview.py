@@ -18,7 +18,7 @@ from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistency_db, psnr_db
-from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.options import StageSettings, default_spacing
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage, default_device
 from imagen_scale.training.memory_use import release_memory
@@ -92,7 +92,11 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
     text = Text(*pad_embeddings([store[caption] for caption in captions], MAX_TOKENS))
     images = stage.sample(
         Inputs(text, [0] * len(captions), lowres),
-        StageSettings(steps=training.sample_steps, cond_scale=cond_scale),
+        StageSettings(
+            steps=training.sample_steps,
+            cond_scale=cond_scale,
+            spacing=default_spacing(stage.config),
+        ),
     )
     rows = [to_uint8(images)]
     if lowres is not None:

@@ -247,6 +247,14 @@ def come_to_exchange() -> None:
     _exchanges += 1
 
 
+def sum_over_ranks(values: "Tensor") -> list[Any]:
+    """Sums over ranks as nested lists, one for each dimension; changes `values`. All together."""
+    import torch
+
+    torch.distributed.all_reduce(values)
+    return values.tolist()
+
+
 def _portable(error: Exception) -> Exception:
     """The error as one that can be sent to other ranks."""
     if isinstance(error, ImagenScaleError):

@@ -17,6 +17,7 @@ class Stepped(NamedTuple):
     applied: bool  # the same on every rank
     positions: list[int]  # of its samples in the run
     losses: Tensor  # of each of them
+    times: Tensor  # likewise
     loss_scale: float | None = None  # of fp16, while it can be lowered; see `Engine`
 
 
@@ -37,11 +38,12 @@ class Stepper:
         """Takes `accumulation` micro-batches; every rank together."""
         self.engine.set_lr(lr)
         loss_scale = self.engine.loss_scale
-        all_losses, positions, applied = [], [], True
+        all_losses, all_times, positions, applied = [], [], [], True
         for micro_step in range(1, self.accumulation + 1):
             batch = next(micro_batches)
-            losses = self.objective.losses(self.engine, batch)
+            losses, times = self.objective.timed_losses(self.engine, batch)
             all_losses.append(losses.detach())
+            all_times.append(times)
             positions += batch.positions.tolist()
             self.is_updating = self.engine.updates_in_backward
             self.engine.backward(losses.mean())
@@ -50,4 +52,4 @@ class Stepper:
             applied = self.engine.step()
         self.is_updating = False
         flat = torch.cat(all_losses)
-        return Stepped(flat.mean(), applied, positions, flat, loss_scale)
+        return Stepped(flat.mean(), applied, positions, flat, torch.cat(all_times), loss_scale)

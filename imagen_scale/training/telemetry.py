@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -80,7 +81,7 @@ class Telemetry:
 
     def train(
         self, step: int, *, loss: float | None, lr: float, grad_norm: float | None,
-        loss_scale: float | None, images: int,
+        loss_scale: float | None, images: int, quarters: Mapping[str, float],
     ) -> None:  # fmt: skip
         """Reports the mean loss since the last report, and the speed.
 
@@ -91,6 +92,7 @@ class Telemetry:
             grad_norm: Norm before clipping, where DeepSpeed tells it.
             loss_scale: Of fp16; None where nothing is scaled.
             images: Pictures per step over all ranks.
+            quarters: Mean loss in each quarter of the log-SNR, by name.
         """
         now = time.monotonic()
         elapsed, self._last_time = now - self._last_time, now
@@ -110,7 +112,7 @@ class Telemetry:
         scale = {} if loss_scale is None else {"loss_scale": loss_scale}
         self.write(
             step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=images_per_s,
-            peak_memory_gib=memory, **scale,
+            peak_memory_gib=memory, **scale, **quarters,
         )  # fmt: skip
 
     def write(self, step: int, **values: float | None) -> None:

@@ -1,7 +1,7 @@
 """Exported U-Nets as runtimes of the sampling loop.
 
 A runtime takes encoded text and the low-resolution picture and gives a `Denoiser`; what the
-network predicts (noise or v) is turned into the clean picture here, outside the graph.
+network predicts is turned into the clean picture here, outside the graph.
 """
 
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import branches
-from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
@@ -35,6 +34,7 @@ from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvin
 from imagen_scale.sampling.runtimes.ports import Precision
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
 from imagen_scale.sampling.runtimes.torch_unet import empty_unet
+from imagen_scale.sampling.stage_schedule import stage_schedule
 
 KINDS = ("onnx", "tensorrt", "openvino")
 # The parts of the U-Net that `UNet.condition_text` reads.
@@ -67,7 +67,7 @@ class ExportedRuntime:
         self._conditioner = conditioner
         self._stage = file.stage
         self._dynamic_size = dynamic_size
-        self._schedule = NoiseSchedule.linear(file.stage.timesteps).to(self.device)
+        self._schedule = stage_schedule(file.stage).to(self.device)
 
     @torch.no_grad()
     def bind(self, cond: Conditioning) -> Denoiser:

@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from imagen_scale.config import ScheduleConfig
 from imagen_scale.config.section import Section
-from imagen_scale.diffusion.schedule import PredType, linear_betas
+from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, linear_betas
 from imagen_scale.errors import ExportError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED, Port, Precision
+from imagen_scale.sampling.stage_schedule import noise_schedule, stage_schedule
 from imagen_scale.version import __version__
 
 MANIFEST = "manifest.json"
@@ -67,6 +69,12 @@ class SamplerConstants(Section):
     image_size: int
     dynamic_thresholding_percentile: float
     lowres_sample_noise_level: float
+    schedule: ScheduleConfig | None = None  # exports made before there were others have none
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule, from what stands here alone."""
+        return noise_schedule(self.timesteps, self.image_size, self.schedule)
 
 
 class TextFacts(Section):
@@ -150,14 +158,16 @@ def onnx_sha256(folder: Path) -> str:
 def sampler_constants(file: InferenceFile) -> SamplerConstants:
     """What sampling with this inference file uses."""
     stage, imagen = file.stage, file.config.imagen
-    betas = linear_betas(stage.timesteps).float()
+    is_minimagens = stage.unet.schedule is None
+    betas = linear_betas(stage.timesteps) if is_minimagens else stage_schedule(stage).betas
     return SamplerConstants(
         pred_type=stage.unet.pred_type,
         timesteps=stage.timesteps,
-        betas_sha256=hashlib.sha256(betas.numpy().tobytes()).hexdigest(),
+        betas_sha256=hashlib.sha256(betas.float().numpy().tobytes()).hexdigest(),
         image_size=stage.size,
         dynamic_thresholding_percentile=imagen.dynamic_thresholding_percentile,
         lowres_sample_noise_level=imagen.lowres_sample_noise_level,
+        schedule=stage.unet.schedule,
     )
 
 
@@ -318,7 +328,8 @@ def check_origin(folder: Path, manifest: Manifest, file: InferenceFile) -> None:
         ("sampler", manifest.sampler, sampler_constants(file)),
     ]
     for what, theirs, ours in pairs:
-        for key, value in ours.model_dump().items():
+        for key in type(ours).model_fields:
+            value = getattr(ours, key)
             if (seen := getattr(theirs, key)) != value:
                 raise _stale(folder, file, f"{what}: {key} is {seen!r} there and {value!r} here")
     if manifest.unet != unet_facts(file):

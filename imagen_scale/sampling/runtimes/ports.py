@@ -56,7 +56,7 @@ def denoiser_inputs(
 
 
 def denoiser_output(unet: Network, image_size: int, *, dynamic_size: bool) -> Port:
-    """The prediction: noise or v, as the U-Net was trained."""
+    """The prediction: noise, v or the clean picture, as the U-Net was trained."""
     x_t = denoiser_inputs(unet, image_size, dynamic_size=dynamic_size)[0]
     return Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))
 

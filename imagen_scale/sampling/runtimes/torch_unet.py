@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.guidance import branches, guide
-from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.models.card import has_bf16
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.options import Precision, RuntimeOptions
+from imagen_scale.sampling.stage_schedule import stage_schedule
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +41,7 @@ class TorchRuntime:
         self.compiled = options.runtime == "compile"
         kind = "torch.compile" if self.compiled else "torch"
         self.name = f"{kind} {precision} on {device.type}"
-        self.schedule = NoiseSchedule.linear(stage.timesteps).to(device)
+        self.schedule = stage_schedule(stage).to(device)
         # Built without memory and then given the tensors of the file.
         unet = empty_unet(file)
         unet.load_state_dict(load_weights(file.path), assign=True)
