@@ -12,7 +12,7 @@ from imagen_scale.models.unet import UNet
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import building, operators, ranks, zero_engine
 from imagen_scale.training.ema import Ema
-from imagen_scale.training.loop import learning_rate
+from imagen_scale.training.rates import learning_rate
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 STAGES = {
@@ -140,6 +140,24 @@ def test_learning_rate():
     assert learning_rate(config.stage(1), 99) < 0.001
     constant = make_config({"stage": 0}, steps=100, lr_schedule="constant", lr=[1.0, 2.0])
     assert learning_rate(constant.stage(2), 99) == 2.0
+
+
+def test_a_stable_rate_comes_down_in_the_last_fifth():
+    config = make_config({"stage": 0}, steps=[100, 1], warmup_steps=[10, 0], lr=1.0,
+                         lr_schedule="wsd")  # fmt: skip
+    rates = [learning_rate(config.stage(1), step) for step in range(100)]
+    assert rates[9:81] == [1.0] * 72
+    assert rates[80:] == pytest.approx([(20 - n) / 20 for n in range(20)])
+    assert learning_rate(config.stage(2), 0) == 1.0
+    late = make_config({"stage": 0}, steps=100, warmup_steps=95, lr=1.0, lr_schedule="wsd")
+    assert learning_rate(late.stage(1), 95) == 1.0
+    assert learning_rate(late.stage(1), 99) == pytest.approx(0.2)
+
+
+def test_the_warm_up_fits_a_short_training():
+    for steps, warmup in ((9, 0), (1000, 100), (10_000, 1000), (100_000, 1000)):
+        config = make_config({"stage": 0}, steps=steps, warmup_steps=None)
+        assert config.stage(1).warmup_steps == warmup
 
 
 def test_only_missing_operators_that_are_needed_are_compiled_by_one_process_of_a_machine(

@@ -36,11 +36,13 @@ def config_check(file: str, overrides: tuple[str, ...]) -> None:
     \b
         imagen-scale config check configs/cascade_64_256.json
     """
-    from imagen_scale.config import load_config
+    from imagen_scale.config import load_config, told_of_recipe
 
     checked = load_config(file, overrides)
     sizes = " -> ".join(map(str, checked.imagen.image_sizes))
     click.echo(f"{file}: valid; {len(checked.unets)} U-Net(s), {sizes} px.")
+    if recipe := told_of_recipe(checked):
+        click.echo(recipe)
 
 
 @config.command("show")

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from imagen_scale.config.explain import explain_all
+from imagen_scale.config.recipes import fill_in
 from imagen_scale.config.rules import cross_checks
 from imagen_scale.config.schema import Config
 from imagen_scale.config.secret_values import secret_problems
@@ -56,6 +57,7 @@ def parse_config(text: str, source: str = "config", overrides: tuple[str, ...] =
     # First and alone: other messages repeat what they saw.
     if secrets := secret_problems(data):
         raise _config_error(source, secrets)
+    data = fill_in(data)
     try:
         # Through JSON again: its strict mode takes a list for a tuple, Python's does not.
         config = Config.model_validate_json(json.dumps(data))

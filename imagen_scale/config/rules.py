@@ -71,9 +71,9 @@ def cross_checks(config: Config) -> list[str]:
                     f"training.global_batch: {stage.global_batch} is not a multiple of "
                     f"micro_batch {stage.micro_batch} ({stage.name}); change one of them."
                 )
-            if training.warmup_steps >= stage.steps:
+            if stage.warmup_steps >= stage.steps:
                 problems.append(
-                    f"training.warmup_steps: {training.warmup_steps} is not below the "
+                    f"training.warmup_steps: {stage.warmup_steps} is not below the "
                     f"{stage.steps} steps of {stage.name}; lower it."
                 )
     weight = training.loss_weight
@@ -105,7 +105,15 @@ def cross_checks(config: Config) -> list[str]:
 
 _PER_UNET_KEYS = {
     "imagen": ("timesteps",),
-    "training": ("steps", "global_batch", "micro_batch", "optimizer", "lr", "loss_weight"),
+    "training": (
+        "steps",
+        "global_batch",
+        "micro_batch",
+        "optimizer",
+        "lr",
+        "warmup_steps",
+        "loss_weight",
+    ),
     "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
 }
 

@@ -88,6 +88,12 @@ class TextConfig(Section):
 class TrainingConfig(Section):
     """How each U-Net is trained. Values marked 'or one per U-Net' also take a list."""
 
+    recipe: Literal["modern"] | None = Field(
+        None,
+        description="modern: what was measured to learn fastest, for every key of it that is not "
+        "written: x0 prediction, its weight and schedule, learning rates by width, "
+        "super-resolution as a correction; see [Recipes](recipes.md). null: MinImagen's way.",
+    )
     steps: PerUnet[PositiveInt] = Field(100_000, description="Optimizer steps, or one per U-Net.")
     global_batch: PerUnet[PositiveInt] = Field(
         64, description="Pictures per optimizer step over all ranks, or one per U-Net."
@@ -108,11 +114,15 @@ class TrainingConfig(Section):
     lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
     betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's betas.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's weight decay.")
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="What follows the warm-up: the peak rate, or a cosine down to zero."
+    lr_schedule: Literal["constant", "cosine", "wsd"] = Field(
+        "cosine",
+        description="What follows the warm-up: constant, the peak rate; cosine, down to zero; wsd, "
+        "the peak rate, and in the last fifth of the steps a straight line down to zero.",
     )
-    warmup_steps: NaturalInt = Field(
-        1000, description="Steps in which the rate rises from zero to its peak."
+    warmup_steps: PerUnet[NaturalInt] | None = Field(
+        None,
+        description="Steps in which the rate rises from zero to its peak, or one per U-Net. null: "
+        "1000, but at most a tenth of the steps.",
     )
     grad_clip: PositiveFloat | None = Field(
         1.0, description="Largest norm of the gradient; null: it is not clipped."

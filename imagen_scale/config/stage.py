@@ -133,6 +133,12 @@ class StageConfig:
         return self._own(self.training.lr)
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        written = self._own(self.training.warmup_steps)
+        return min(1000, self.steps // 10) if written is None else written
+
+    @property
     def loss_weight(self) -> LossWeightName | None:
         """What each noise level weighs in the loss; None for the plain loss."""
         return self._own(self.training.loss_weight)

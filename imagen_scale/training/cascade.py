@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from imagen_scale.config import Config
+from imagen_scale.config import Config, told_of_recipe
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
@@ -86,6 +86,8 @@ def train(
                 config, run_dir, fresh=numbers if fresh else [], report=prepared.report
             )
         )
+        if recipe := told_of_recipe(config):
+            say(recipe)
         if prepared.source.attribution:
             say(f"pictures: {prepared.source.attribution}")
         with StopRequest() as request:

@@ -19,6 +19,7 @@ from imagen_scale.training.preemption import Preempted
 from imagen_scale.training.preview import show_grid
 from imagen_scale.training.quarters import losses_by_quarter
 from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, world_size
+from imagen_scale.training.rates import learning_rate
 from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
 from imagen_scale.training.stepping import Stepped
@@ -131,17 +132,6 @@ def save_checkpoint(session: Session, job: Job) -> None:
     """Saves where the session stands; one that fails is said, and training goes on."""
     with job.watchdog.phase("saving"):
         job.saver.save(session)
-
-
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine to zero."""
-    training, peak, steps = stage.training, stage.lr, stage.steps
-    if step < training.warmup_steps:
-        return peak * (step + 1) / training.warmup_steps
-    if training.lr_schedule == "constant":
-        return peak
-    done = (step - training.warmup_steps) / (steps - training.warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _micro_batches(session: Session, job: Job) -> Iterator[Batch]:

@@ -1,0 +1,138 @@
+"""What a recipe is worth: one network, one set of pictures, one number of steps; several recipes.
+
+\b
+    python benchmarks/quality.py --seeds 2
+    python benchmarks/quality.py --seeds 3 --write docs/quality.md
+
+Trains the cascade of configs/emoji_demo.json on all plain emoji (a tenth held out by hash) once
+for each recipe and seed: MinImagen's published package with its own objective and optimizer, and
+this project's trainer. All are measured on the held-out pictures by `imagen-scale evaluate`.
+"""  # noqa: D301 - click reads the backspace
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import peers
+from report import machine, table, write_between_marks
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "emoji_demo.json"
+MARK = "quality"
+PACKAGE = "MinImagen 0.0.9"
+EPS = ("unets.0.pred_type=eps", "unets.1.pred_type=eps", "unets.1.lowres_residual=false")
+V = ("unets.0.pred_type=v", "unets.1.pred_type=v", "unets.1.lowres_residual=false")
+PLAIN = ("training.loss_weight=null", "unets.0.schedule=null")
+SEED_LR = ("training.lr=0.0001",)
+MINIMAGENS = (*EPS, *PLAIN, *SEED_LR, "training.lowres_aug_max=1.0")
+# Changes to the configuration, which has the recipe "modern".
+RECIPES: dict[str, tuple[str, ...]] = {
+    PACKAGE: MINIMAGENS,
+    "MinImagen's way, our trainer": MINIMAGENS,
+    "noise, the recipe's rates": (*EPS, *PLAIN),
+    "v, the recipe's rates": (*V, *PLAIN),
+    "modern": (),
+}
+
+
+class Measured(NamedTuple):
+    """One training, measured."""
+
+    seconds: float  # of the base stage's training, its process's start included
+    x_0_error: float  # of the base, over the log-SNRs of the evaluation
+    drift: float  # of the base's mean colours, of 255
+    psnr_gain: float  # of super-resolution over the enlarged picture, dB
+    sr_drift: float
+
+
+@click.command(help=__doc__)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True)
+@click.option("--pictures", type=click.IntRange(min=2), default=96, show_default=True,
+              help="Held-out pictures that are measured.")  # fmt: skip
+@click.option("--only", multiple=True, type=click.Choice(list(RECIPES)), help="Of the recipes.")
+@click.option("--peers", "folder", type=click.Path(path_type=Path), default=".benchmarks/peers",
+              show_default=True, help="Where MinImagen is installed.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
+@click.option("--write", type=click.Path(path_type=Path), help="Document that gets the table.")
+def main(
+    seeds: int, steps: int, pictures: int, only: tuple[str, ...], folder: Path, out: Path,
+    write: Path | None,
+) -> None:  # fmt: skip
+    names = list(only or RECIPES)
+    if PACKAGE in names:
+        peers.install(folder)
+    found: dict[str, list[Measured]] = {name: [] for name in names}
+    for seed in range(seeds):
+        for number, name in enumerate(names):
+            run = out / f"{number}_{seed}"
+            changes = [*RECIPES[name], f"training.steps={steps}", f"training.seed={seed}"]
+            found[name].append(measured(name, run, changes, folder, pictures))
+            click.echo(f"{name}, seed {seed}: {found[name][-1]}", err=True)
+    text = report(found, seeds, steps, pictures)
+    click.echo(text)
+    if write:
+        write_between_marks(write, MARK, text)
+
+
+def common() -> list[str]:
+    """What this set of pictures changes in the demo's configuration."""
+    return ["data.names=null", "data.val_fraction=0.1", "training.sample_every=null"]
+
+
+def measured(
+    name: str, run: Path, changes: list[str], folder: Path, pictures: int
+) -> Measured:
+    """Trains and measures once."""
+    words = [part for change in [*common(), *changes] for part in ("--set", change)]
+    start = time.monotonic()
+    if name == PACKAGE:
+        child = [sys.executable, str(ROOT / "benchmarks" / "quality_minimagen.py"), str(run)]
+        subprocess.run([*child, *words[1::2]], check=True, env=peers.environment(folder, 1))
+        seconds = json.loads((run / "seconds.json").read_text())
+    else:
+        train = ["imagen-scale", "train", str(CONFIG), "--run", str(run), *words]
+        subprocess.run([*train, "--unet", "1"], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - start
+        subprocess.run([*train, "--unet", "2"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["imagen-scale", "evaluate", "--run", str(run), "--steps", "25", "--cond-scale", "2",
+         "--num", str(pictures)],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    base, larger = json.loads((run / "evaluation.json").read_text())["stages"]
+    restored = larger["restoration"]
+    return Measured(
+        seconds, base["x_0_error"], 255 * base["colour_mean_drift"],
+        restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
+    )  # fmt: skip
+
+
+def report(found: dict[str, list[Measured]], seeds: int, steps: int, pictures: int) -> str:
+    """The table, with what it was measured on."""
+    rows = [
+        [name, *(_spread(values, form) for values, form in zip(
+            zip(*trainings, strict=True), (".0f", ".3f", "+.1f", "+.2f", "+.1f"), strict=True))]
+        for name, trainings in found.items()
+    ]  # fmt: skip
+    columns = ("recipe", "base, s", "x_0 error", "drift of 255", "over the enlarged picture, dB",
+               "drift of 255, 64 px")  # fmt: skip
+    return (
+        f"{table(columns, rows)}\n\n{steps} steps of each stage, {pictures} held-out pictures, "
+        f"{seeds} seed(s), mean and, in brackets, least and most. "
+        f"{machine('torch', 'deepspeed')}"
+    )
+
+
+def _spread(values: tuple[Any, ...], form: str) -> str:
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    main()
