@@ -145,21 +145,23 @@ def _loop(
     generator = torch.Generator().manual_seed(0)
     shape = (batch, unet.config.channels, size, size)
     start = torch.randn(shape, generator=generator)
-    lowres_img = lowres_t = None
+    lowres_img = lowres_t = base = None
     if unet.config.lowres_cond:
         lowres_img = torch.rand(shape, generator=generator) * 2 - 1
         time = schedule.level_to_time(constants.lowres_sample_noise_level)
         lowres_t = torch.full((batch,), time)
+        base = lowres_img if constants.lowres_residual else None
     text = _text(unet, batch, seed=1)
-    cond = unet.condition_text(text.embeds, text.mask)
+    cond = Conditioning(text, LOOP_SCALE, lowres_img, lowres_t, base=base)
+    text_cond = unet.condition_text(text.embeds, text.mask)
 
     def reference(x_t: Tensor, t: Tensor) -> Tensor:
-        with_text = unet.denoise(x_t, t, cond, lowres_img, lowres_t)
+        with_text = unet.denoise(x_t, t, text_cond, lowres_img, lowres_t)
         without = unet.denoise(x_t, t, unet.null_text(batch), lowres_img, lowres_t)
         guided = guide(with_text, without, LOOP_SCALE)
-        return schedule.predicted_x_0(constants.pred_type, x_t, t, guided)
+        return cond.completed(schedule.predicted_x_0(constants.pred_type, x_t, t, guided))
 
-    bound = runtime.bind(Conditioning(text, LOOP_SCALE, lowres_img, lowres_t))
+    bound = runtime.bind(cond)
 
     def exported(x_t: Tensor, t: Tensor) -> Tensor:
         return bound(x_t.to(runtime.device), t.to(runtime.device)).cpu()

@@ -145,6 +145,12 @@ class UnetConfig(Section):
         "2022), which keeps colours true from 64 px on; or x0, the clean picture. See "
         "[Objectives](objectives.md).",
     )
+    lowres_residual: bool = Field(
+        False,
+        description="Super-resolution with `pred_type` x0: predict what is missing from the "
+        "enlarged low-resolution picture. It begins with that picture itself. See "
+        "[Objectives](objectives.md).",
+    )
     schedule: ScheduleConfig | None = Field(
         None, description="How fast pictures turn into noise; null: MinImagen's linear schedule."
     )

@@ -58,6 +58,12 @@ def cross_checks(config: Config) -> list[str]:
         size = sizes[i] if i < len(sizes) else None
         problems += _unet_checks(f"unets.{i}", unet, i, size)
         problems += _crop_checks(f"unets.{i}", unet, i, sizes)
+        if unet.lowres_residual and (i == 0 or unet.pred_type != "x0"):
+            problems.append(
+                f"unets.{i}.lowres_residual: what is missing from the enlarged picture is a "
+                f"prediction of x_0, from U-Net 2 on; "
+                + (f"set unets.{i}.pred_type to x0." if i else "leave it out.")
+            )
         if unet.schedule and unet.schedule.zero_terminal_snr and unet.pred_type == "eps":
             problems.append(
                 f"unets.{i}.schedule.zero_terminal_snr: where x_t is noise alone, the noise says "

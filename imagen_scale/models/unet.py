@@ -86,6 +86,12 @@ class UNet(nn.Module):
         self.final_res_block = levels.block(dim, dim, cross=False)
         self.final_conv = nn.Conv2d(dim, config.channels_out, 3, padding=1)
 
+    def begin_with_zero(self) -> None:
+        """Makes the prediction zero, until its last layer is trained."""
+        nn.init.zeros_(self.final_conv.weight)
+        assert self.final_conv.bias is not None
+        nn.init.zeros_(self.final_conv.bias)
+
     def condition_text(
         self, text_embeds: Tensor, text_mask: Tensor, keep_mask: Tensor | None = None
     ) -> TextCond:

@@ -46,6 +46,14 @@ def cached_flops(stage: StageConfig, **options: Any) -> int:
     return _cached(stage, options, None, lambda: step_flops(stage, **options))
 
 
+def _shape(stage: StageConfig) -> dict[str, Any]:
+    """The keys of `unets[i]` that a step's memory and work depend on."""
+    keys = stage.unet.model_dump(mode="json", exclude={"schedule"})
+    if not stage.unet.lowres_residual:
+        del keys["lowres_residual"]  # as before there was such a key
+    return keys
+
+
 def _cached(
     stage: StageConfig, options: dict[str, Any], precision: str | None, find: Callable[[], Any]
 ) -> Any:
@@ -57,7 +65,7 @@ def _cached(
         stage.imagen.image_sizes[: stage.number],
         stage.imagen.channels,
         stage.imagen.loss_type,
-        stage.unet.model_dump(mode="json", exclude={"schedule"}),  # which costs nothing
+        _shape(stage),
         precision,
         stage.seed_index,
         stage.text_embed_dim,

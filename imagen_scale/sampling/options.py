@@ -28,7 +28,7 @@ class StageSettings(BaseModel):
     sampler: Sampler = "dpmpp_2m"
     spacing: Spacing = "trailing"
     eta: float = 0.0
-    threshold: float | None = None  # None: the configuration's
+    threshold: float | None = None  # None: the stage's own; see `Stage`
 
 
 class SamplingOptions(OptionModel):
@@ -61,7 +61,7 @@ class SamplingOptions(OptionModel):
     threshold: PerUnet[Annotated[float, Field(gt=0, le=1)] | None] = Field(
         None,
         description="Percentile of dynamic thresholding, above 0 and at most 1; by default the "
-        "configuration's.",
+        "configuration's, and none for stages of `lowres_residual`, which are clamped.",
     )
     tile: Positive | None = Field(
         None, description="Compute stages larger than this in tiles of this side, in pixels."
@@ -97,7 +97,8 @@ class SamplingOptions(OptionModel):
         for i, stage in enumerate(stages):
             if columns["spacing"][i] == "auto":
                 columns["spacing"][i] = default_spacing(stage)
-            if columns["threshold"][i] is None:
+            # What corrects a picture is clamped, unless a percentile is asked for.
+            if columns["threshold"][i] is None and not stage.unet.lowres_residual:
                 columns["threshold"][i] = stage.imagen.dynamic_thresholding_percentile
         settings = [
             StageSettings(**dict(zip(columns, row, strict=True)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import dynamic_threshold
@@ -222,8 +223,8 @@ class Stage:
             time = self.schedule.level_to_time(imagen.lowres_sample_noise_level)
             lowres_t = torch.full((len(inputs.seeds),), time, device=self.device)
             lowres_img = self.schedule.q_sample(inputs.lowres, lowres_t, draw_noise())
-            cond = cond._replace(lowres_img=lowres_img, lowres_t=lowres_t)
-        percentile = settings.threshold or imagen.dynamic_thresholding_percentile
+            base = inputs.lowres if self.config.unet.lowres_residual else None
+            cond = cond._replace(lowres_img=lowres_img, lowres_t=lowres_t, base=base)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
         images = sample(
             self._denoiser(cond, sides, tile),
@@ -232,21 +233,36 @@ class Stage:
             times=times,
             sampler=settings.sampler,
             eta=settings.eta,
-            threshold=lambda x_0: dynamic_threshold(x_0, percentile),
+            threshold=_threshold(self.config, settings),
             draw_noise=draw_noise,
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
         )
         return images.cpu()
 
     def _denoiser(self, cond: Conditioning, sides: tuple[int, int], tile: int | None) -> Denoiser:
-        lowres_img = cond.lowres_img
-        if tile is None or lowres_img is None or max(sides) <= tile:
+        if tile is None or cond.lowres_img is None or max(sides) <= tile:
             return self.runtime.bind(cond)
 
         def bind(window: Tile) -> Denoiser:
-            return self.runtime.bind(cond._replace(lowres_img=window.of(lowres_img).contiguous()))
+            lowres, base = (
+                None if images is None else window.of(images).contiguous()
+                for images in (cond.lowres_img, cond.base)
+            )
+            return self.runtime.bind(cond._replace(lowres_img=lowres, base=base))
 
         return TiledDenoiser(bind, tile=tile, divisor=self.divisor)
+
+
+def _threshold(config: StageConfig, settings: StageSettings) -> Callable[[Tensor], Tensor]:
+    """What is done to a predicted clean picture.
+
+    One that is corrected lies where it belongs already: to scale a picture on white paper down for
+    the values that a correction takes beyond white would only move its colours.
+    """
+    if settings.threshold is None and config.unet.lowres_residual:
+        return lambda x_0: x_0.clamp(-1, 1)
+    percentile = settings.threshold or config.imagen.dynamic_thresholding_percentile
+    return lambda x_0: dynamic_threshold(x_0, percentile)
 
 
 def default_device() -> torch.device:

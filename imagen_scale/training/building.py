@@ -23,6 +23,8 @@ def build_unet(stage: StageConfig, setup: Setup) -> nn.Module:
     torch.manual_seed(seeded("init", stage.training.seed, stage.seed_index))
     hold = in_host_memory if setup.offload_activations else nullcontext
     unet = apply_checkpointing(UNet(stage.network), setup.checkpointing, hold=hold).train()
+    if stage.unet.lowres_residual:
+        unet.begin_with_zero()
     if stage.training.channels_last:
         apply_channels_last(unet)
     if stage.training.compile:

@@ -93,6 +93,8 @@ class Objective:
         text = self._text(batch)
         prediction = unet(self._laid_out(x_t), draws.t, *text, draws.keep_mask, *lowres)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
+        if self.stage.unet.lowres_residual and lowres_img is not None:
+            target = target - lowres_img  # enlarged, without the noise; sampling adds it again
         losses = image_loss(prediction, target, self.stage.imagen.loss_type)
         if self.factors is not None:
             losses = losses * self.factors[draws.t]

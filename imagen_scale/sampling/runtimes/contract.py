@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.denoiser import Denoiser
-from imagen_scale.errors import UsageError, option
+from imagen_scale.errors import ShapeError, UsageError, option
 
 Say = Callable[[str], None]
 
@@ -27,6 +28,26 @@ class Conditioning(NamedTuple):
     lowres_img: Tensor | None = None  # enlarged and noised, (B, C, H, W)
     lowres_t: Tensor | None = None  # times of that noise, (B,) int64
     negative: Text | None = None  # one prompt, in place of the branch without text
+    # Of `lowres_residual`: the enlarged picture without noise, which the prediction is added to.
+    base: Tensor | None = None
+
+    def check(self, stage: StageConfig) -> None:
+        """Refuses low-resolution pictures that a stage does not take, and misses those it does.
+
+        Raises:
+            ShapeError: Saying which.
+        """
+        has_lowres = self.lowres_img is not None and self.lowres_t is not None
+        if stage.is_super_resolution != has_lowres:
+            raise ShapeError(
+                "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
+            )
+        if stage.unet.lowres_residual != (self.base is not None):
+            raise ShapeError("base goes with U-Nets of lowres_residual, and with no other.")
+
+    def completed(self, x_0: Tensor) -> Tensor:
+        """The clean picture from what the network says of it."""
+        return x_0 if self.base is None else self.base.to(x_0) + x_0
 
 
 class Runtime(Protocol):

@@ -74,11 +74,7 @@ class ExportedRuntime:
         """See `Runtime`; the graph without guidance does half the work."""
         if cond.negative is not None:
             raise no_negative_prompt(self.name)
-        has_lowres = cond.lowres_img is not None and cond.lowres_t is not None
-        if self._stage.is_super_resolution != has_lowres:
-            raise ShapeError(
-                "lowres_img and lowres_t go with super-resolution U-Nets, and with no other."
-            )
+        cond.check(self._stage)
         text = self._conditioner.condition_text(cond.text.embeds.cpu(), cond.text.mask.cpu())
         return _BoundDenoiser(self, text, cond)
 
@@ -133,7 +129,7 @@ class ExportedRuntime:
             )
 
     def predicted_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean pictures that the graph's prediction implies, (B, C, H, W)."""
+        """x_0 as the graph's prediction implies it, (B, C, H, W); a correction has no base yet."""
         return self._schedule.predicted_x_0(self._stage.unet.pred_type, x_t, t, prediction)
 
 
@@ -150,6 +146,7 @@ class _BoundDenoiser:
         if cond.lowres_img is not None and cond.lowres_t is not None:
             inputs |= {"lowres_img": cond.lowres_img.float(), "lowres_t": cond.lowres_t.float()}
         self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
+        self._cond = cond
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
@@ -160,7 +157,7 @@ class _BoundDenoiser:
         self._runtime.check_shape(x_t.shape)
         x_t = x_t.float()
         prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
-        return self._runtime.predicted_x_0(prediction, x_t, t)
+        return self._cond.completed(self._runtime.predicted_x_0(prediction, x_t, t))
 
 
 def open_exported(

@@ -69,7 +69,9 @@ class SamplerConstants(Section):
     image_size: int
     dynamic_thresholding_percentile: float
     lowres_sample_noise_level: float
-    schedule: ScheduleConfig | None = None  # exports made before there were others have none
+    # Exports made before there were these have neither.
+    schedule: ScheduleConfig | None = None
+    lowres_residual: bool = False
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -168,6 +170,7 @@ def sampler_constants(file: InferenceFile) -> SamplerConstants:
         dynamic_thresholding_percentile=imagen.dynamic_thresholding_percentile,
         lowres_sample_noise_level=imagen.lowres_sample_noise_level,
         schedule=stage.unet.schedule,
+        lowres_residual=stage.unet.lowres_residual,
     )
 
 

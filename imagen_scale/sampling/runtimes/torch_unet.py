@@ -35,7 +35,7 @@ class TorchRuntime:
         *,
         say: Say = lambda sentence: None,
     ) -> None:
-        stage = file.stage
+        self.stage = stage = file.stage
         precision = options.precision or _default_precision(stage.training.precision, device)
         self.device, self.sequential, self.say = device, options.sequential, say
         self.compiled = options.runtime == "compile"
@@ -56,6 +56,7 @@ class TorchRuntime:
     @torch.no_grad()
     def bind(self, cond: Conditioning) -> "UNetDenoiser":
         """See `Runtime`."""
+        cond.check(self.stage)
         text, null = self._condition(cond.text), None
         if cond.negative is not None:
             pairs = zip(self._condition(cond.negative), text, strict=True)
@@ -87,7 +88,7 @@ class UNetDenoiser:
     def __init__(
         self, runtime: TorchRuntime, text: TextCond, null: TextCond | None, cond: Conditioning
     ) -> None:
-        self.runtime, self.cond_scale = runtime, cond.cond_scale
+        self.runtime, self.cond, self.cond_scale = runtime, cond, cond.cond_scale
         self.text, self.lowres_img, self.lowres_t = text, cond.lowres_img, cond.lowres_t
         needed = branches(cond.cond_scale)
         self.guided = len(needed) == 2
@@ -103,7 +104,8 @@ class UNetDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
         pred_type = self.runtime.unet.config.pred_type
-        return self.runtime.schedule.predicted_x_0(pred_type, x_t, t, self._predict(x_t, t))
+        x_0 = self.runtime.schedule.predicted_x_0(pred_type, x_t, t, self._predict(x_t, t))
+        return self.cond.completed(x_0)
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         runtime = self.runtime
