@@ -64,6 +64,7 @@ def main(
     seeds: int, steps: int, pictures: int, only: tuple[str, ...], folder: Path, out: Path,
     write: Path | None,
 ) -> None:  # fmt: skip
+    """See the module."""
     names = list(only or RECIPES)
     if PACKAGE in names:
         peers.install(folder)
@@ -85,9 +86,7 @@ def common() -> list[str]:
     return ["data.names=null", "data.val_fraction=0.1", "training.sample_every=null"]
 
 
-def measured(
-    name: str, run: Path, changes: list[str], folder: Path, pictures: int
-) -> Measured:
+def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: int) -> Measured:
     """Trains and measures once."""
     words = [part for change in [*common(), *changes] for part in ("--set", change)]
     start = time.monotonic()

@@ -30,6 +30,7 @@ LR, CLIP = 1e-4, 50.0  # its training script's
 
 
 def main() -> None:
+    """Trains both U-Nets and writes the run."""
     run, overrides = Path(sys.argv[1]), tuple(sys.argv[2:])
     config = load_config(CONFIG, overrides)
     prepared = prepare(config)
@@ -51,7 +52,9 @@ def main() -> None:
             encoder_fingerprint(encoder_folder(config.text_encoder)),
             step=stage.steps, steps=stage.steps,
         )  # fmt: skip
-        save_inference(file, {name: value.contiguous() for name, value in unet.state_dict().items()})
+        save_inference(
+            file, {name: value.contiguous() for name, value in unet.state_dict().items()}
+        )
     config_path(run).write_text(dump_config(config), encoding="utf-8")
     (run / "seconds.json").write_text(json.dumps(seconds[0]))
 

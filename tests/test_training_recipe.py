@@ -78,7 +78,7 @@ def test_a_wrong_configuration_is_explained_as_without(unets):
 
 
 def test_no_such_recipe():
-    with pytest.raises(ConfigError, match="training.recipe: \"new\" is not allowed"):
+    with pytest.raises(ConfigError, match='training.recipe: "new" is not allowed'):
         load_config(SEEDS_BLOCK, ("training.recipe=new",))
 
 

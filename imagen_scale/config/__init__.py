@@ -6,7 +6,7 @@ from imagen_scale.config.loading import parse_config as parse_config
 from imagen_scale.config.network import ImagenConfig as ImagenConfig
 from imagen_scale.config.network import ScheduleConfig as ScheduleConfig
 from imagen_scale.config.network import UnetConfig as UnetConfig
-from imagen_scale.config.recipes import told as told_of_recipe
+from imagen_scale.config.recipes import told_of_recipe as told_of_recipe
 from imagen_scale.config.schema import Config as Config
 from imagen_scale.config.section import parse_bytes as parse_bytes
 from imagen_scale.config.sections import DataConfig as DataConfig

@@ -31,11 +31,15 @@ def modern(data: dict[str, Any]) -> list[Change]:
         data: A configuration as JSON has it, maybe a wrong one.
     """
     unets = data.get("unets")
-    if not isinstance(unets, list) or not all(isinstance(unet, dict) for unet in unets):
+    if not isinstance(unets, list) or not unets or not all(isinstance(u, dict) for u in unets):
         return []
     changes = [Change(("unets", i, "pred_type"), "x0") for i in range(len(unets))]
     changes.append(Change(("unets", 0, "schedule"), {"type": "cosine"}))
-    changes += [Change(("unets", i, "lowres_residual"), True) for i in range(1, len(unets))]
+    changes += [
+        Change(("unets", i, "lowres_residual"), True)
+        for i, unet in enumerate(unets)
+        if i > 0 and unet.get("pred_type", "x0") == "x0"  # what it corrects is a picture
+    ]
     changes.append(Change(("training", "loss_weight"), "v_clipped"))
     dims = [unet.get("dim", 128) for unet in unets]
     if all(isinstance(dim, int) and dim > 0 for dim in dims):
@@ -70,7 +74,7 @@ def fill_in(data: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def told(config: "Config") -> str:
+def told_of_recipe(config: "Config") -> str:
     """A sentence about what the recipe of a configuration set, and what was written otherwise."""
     recipe = config.training.recipe
     if recipe is None:

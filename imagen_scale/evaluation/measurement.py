@@ -10,6 +10,7 @@ from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, Extractor
+from imagen_scale.evaluation.prediction import x_0_errors
 from imagen_scale.sampling.measures import (
     Colour,
     ColourTally,
@@ -46,6 +47,7 @@ class StageMeasures(NamedTuple):
     real_colour: Colour
     colour_mean_drift: float  # of the colour that is furthest off, generated - real, levels 0 to 1
     colour_std_drift: float
+    x_0_error: float  # of the clean picture that is predicted, mean over noise levels
     lowres_consistency_db: float | None = None  # super-resolution only
     restoration: Restoration | None = None  # super-resolution only
     fid: float | None = None  # with an extractor only
@@ -71,7 +73,7 @@ class _StageTally:
         # The same pairs; restored ones are of super-resolution.
         self.kept: dict[str, list[Tensor]] = {}
 
-    def _keep(self, name: str, values: Tensor) -> None:
+    def keep(self, name: str, values: Tensor) -> None:
         self.kept.setdefault(name, []).append(values)
 
     def add(self, generated: Tensor, real: Tensor, captions: list[str]) -> None:
@@ -79,21 +81,21 @@ class _StageTally:
             ("generated", "real"), (generated, real), self.colours, strict=True
         ):
             colour.add(images)
-            self._keep(f"{what} thumbnails", resize(images, self.thumbnail))
+            self.keep(f"{what} thumbnails", resize(images, self.thumbnail))
             if self.extractor is not None:
-                self._keep(f"{what} features", self.extractor(images))
+                self.keep(f"{what} features", self.extractor(images))
             if self.clip is not None:
-                self._keep(f"{what} clip", self.clip(images))
+                self.keep(f"{what} clip", self.clip(images))
         if self.clip is not None:
-            self._keep("captions", self.clip.encode(captions))
+            self.keep("captions", self.clip.encode(captions))
 
     def add_super_resolution(
         self, generated: Tensor, lowres: Tensor, restored: Tensor, bicubic: Tensor, real: Tensor
     ) -> None:
-        self._keep("consistency", lowres_consistency_db(generated, lowres).clamp(max=MAX_DB))
+        self.keep("consistency", lowres_consistency_db(generated, lowres).clamp(max=MAX_DB))
         for what, images in (("", restored), ("bicubic_", bicubic)):
-            self._keep(f"{what}psnr_db", psnr_db(images, real).clamp(max=MAX_DB))
-            self._keep(f"{what}ssim", ssim(images, real))
+            self.keep(f"{what}psnr_db", psnr_db(images, real).clamp(max=MAX_DB))
+            self.keep(f"{what}ssim", ssim(images, real))
 
     def measures(self, unet: int, size: int) -> StageMeasures:
         kept = {name: torch.cat(values) for name, values in self.kept.items()}
@@ -108,6 +110,7 @@ class _StageTally:
             real,
             drift(generated.mean, real.mean),
             drift(generated.std, real.std),
+            kept["x_0 errors"].mean().item(),
         )
         if "consistency" in kept:
             result = result._replace(
@@ -173,10 +176,11 @@ def evaluate(
                 generated = stage.sample(inputs, of_stage, listener=listener)
                 tally.add(generated, real, captions)
                 if lowres is not None:
-                    small = lowres.shape[-1]
-                    inputs = inputs._replace(lowres=resize(real, small))
+                    inputs = inputs._replace(lowres=resize(real, lowres.shape[-1]))
+                tally.keep("x_0 errors", x_0_errors(stage, real, inputs).mean(1))
+                if lowres is not None:
                     restored = stage.sample(inputs, of_stage, listener=listener)
-                    bicubic = shrink_and_enlarge(real, small)
+                    bicubic = shrink_and_enlarge(real, lowres.shape[-1])
                     tally.add_super_resolution(generated, lowres, restored, bicubic, real)
             finally:
                 stage.close()

@@ -23,6 +23,7 @@ def rows(evaluation: EvaluationRecord) -> list[Row]:
          lambda stage: _times(stage.colour_mean_drift, 255), "+.1f"),
         ("colour drift of the spread, of 255", "0",
          lambda stage: _times(stage.colour_std_drift, 255), "+.1f"),
+        ("error of the predicted picture", "lower", lambda stage: stage.x_0_error, ".4f"),
         ("keeps to its low-resolution input, dB", "higher",
          lambda stage: stage.lowres_consistency_db, ".2f"),
         ("restores real pictures, PSNR in dB", "higher", _restored("psnr_db"), ".2f"),

@@ -77,6 +77,7 @@ class MeasuresRecord(Record):
     retrieval_accuracy: float | None = None
     colour_mean_drift: float | None = None
     colour_std_drift: float | None = None
+    x_0_error: float | None = None
     lowres_consistency_db: float | None = None
     restoration: RestorationRecord | None = None
     fid: float | None = None

@@ -12,7 +12,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import dynamic_threshold
-from imagen_scale.diffusion.lowres import enlarge, resize
+from imagen_scale.diffusion.lowres import enlarge
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
@@ -149,8 +149,6 @@ class Stage:
             at_once = min(at_once, self.runtime.max_batch)
         for start in range(0, len(inputs.seeds), at_once):
             part = inputs.part(start, start + at_once)
-            if part.lowres is not None:
-                part = part._replace(lowres=resize(part.lowres.to(self.device), size))
             yield self._sample_part(part, settings, (size, size), self.tile, listener)
 
     @torch.no_grad()
@@ -197,6 +195,34 @@ class Stage:
         image = self._sample_part(inputs, settings, sides, tile, listener)
         return image[0, :, :height, :width]
 
+    def conditioning(
+        self, inputs: Inputs, cond_scale: float, draw_noise: Callable[[], Tensor]
+    ) -> Conditioning:
+        """What the network is told beside x_t; low-resolution pictures get their noise here.
+
+        Args:
+            inputs: Of this stage; `lowres` has its size or is enlarged to it.
+            cond_scale: Guidance.
+            draw_noise: Gives standard normal noise of the pictures' shape.
+
+        Raises:
+            UsageError: If it needs low-resolution pictures and there are none.
+        """
+        cond = Conditioning(inputs.text, cond_scale, negative=inputs.negative)
+        if not self.config.is_super_resolution:
+            return cond
+        if inputs.lowres is None:
+            raise UsageError(f"{self.config.name} needs the pictures of the stage before it.")
+        noise = draw_noise()
+        lowres = enlarge(inputs.lowres.to(self.device), *noise.shape[-2:])
+        time = self.schedule.level_to_time(self.config.imagen.lowres_sample_noise_level)
+        lowres_t = torch.full((len(inputs.seeds),), time, device=self.device)
+        return cond._replace(
+            lowres_img=self.schedule.q_sample(lowres, lowres_t, noise),
+            lowres_t=lowres_t,
+            base=lowres if self.config.unet.lowres_residual else None,
+        )
+
     def _sample_part(
         self,
         inputs: Inputs,
@@ -205,7 +231,7 @@ class Stage:
         tile: int | None,
         listener: Listener,
     ) -> Tensor:
-        """Samples images (B, 3, *sides); `inputs.lowres` has been enlarged to that size."""
+        """Samples images (B, 3, *sides)."""
         imagen, number = self.config.imagen, self.config.number
         generators = [
             torch.Generator().manual_seed(seeded("sample", number, seed)) for seed in inputs.seeds
@@ -216,18 +242,10 @@ class Stage:
             noise = [torch.randn(shape, generator=generator) for generator in generators]
             return torch.stack(noise).to(self.device)
 
-        cond = Conditioning(inputs.text, settings.cond_scale, negative=inputs.negative)
-        if self.config.is_super_resolution:
-            if inputs.lowres is None:
-                raise UsageError(f"{self.config.name} needs the pictures of the stage before it.")
-            time = self.schedule.level_to_time(imagen.lowres_sample_noise_level)
-            lowres_t = torch.full((len(inputs.seeds),), time, device=self.device)
-            lowres_img = self.schedule.q_sample(inputs.lowres, lowres_t, draw_noise())
-            base = inputs.lowres if self.config.unet.lowres_residual else None
-            cond = cond._replace(lowres_img=lowres_img, lowres_t=lowres_t, base=base)
+        cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
         images = sample(
-            self._denoiser(cond, sides, tile),
+            _denoiser(self, cond, sides, tile),
             draw_noise(),
             self.schedule,
             times=times,
@@ -239,18 +257,22 @@ class Stage:
         )
         return images.cpu()
 
-    def _denoiser(self, cond: Conditioning, sides: tuple[int, int], tile: int | None) -> Denoiser:
-        if tile is None or cond.lowres_img is None or max(sides) <= tile:
-            return self.runtime.bind(cond)
 
-        def bind(window: Tile) -> Denoiser:
-            lowres, base = (
-                None if images is None else window.of(images).contiguous()
-                for images in (cond.lowres_img, cond.base)
-            )
-            return self.runtime.bind(cond._replace(lowres_img=lowres, base=base))
+def _denoiser(
+    stage: Stage, cond: Conditioning, sides: tuple[int, int], tile: int | None
+) -> Denoiser:
+    """The stage's network with its conditioning, in tiles where pictures are larger than one."""
+    if tile is None or cond.lowres_img is None or max(sides) <= tile:
+        return stage.runtime.bind(cond)
 
-        return TiledDenoiser(bind, tile=tile, divisor=self.divisor)
+    def bind(window: Tile) -> Denoiser:
+        lowres, base = (
+            None if images is None else window.of(images).contiguous()
+            for images in (cond.lowres_img, cond.base)
+        )
+        return stage.runtime.bind(cond._replace(lowres_img=lowres, base=base))
+
+    return TiledDenoiser(bind, tile=tile, divisor=stage.divisor)
 
 
 def _threshold(config: StageConfig, settings: StageSettings) -> Callable[[Tensor], Tensor]:
