@@ -32,7 +32,7 @@ SEED_LR = ("training.lr=0.0001",)
 MINIMAGENS = (*EPS, *PLAIN, *SEED_LR, "training.lowres_aug_max=1.0")
 # Changes to the configuration, which has the recipe "modern".
 RECIPES: dict[str, tuple[str, ...]] = {
-    PACKAGE: MINIMAGENS,
+    PACKAGE: (*MINIMAGENS, "unets.0.max_text_len=256", "unets.1.max_text_len=256"),
     "MinImagen's way, our trainer": MINIMAGENS,
     "noise, the recipe's rates": (*EPS, *PLAIN),
     "v, the recipe's rates": (*V, *PLAIN),
@@ -83,7 +83,8 @@ def main(
 
 def common() -> list[str]:
     """What this set of pictures changes in the demo's configuration."""
-    return ["data.names=null", "data.val_fraction=0.1", "training.sample_every=null"]
+    return ["data.names=null", "data.val_fraction=0.1", "training.sample_every=null",
+            "training.warmup_steps=null"]  # fmt: skip
 
 
 def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: int) -> Measured:

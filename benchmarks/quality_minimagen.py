@@ -33,8 +33,8 @@ def main() -> None:
     """Trains both U-Nets and writes the run."""
     run, overrides = Path(sys.argv[1]), tuple(sys.argv[2:])
     config = load_config(CONFIG, overrides)
+    unet_class, _ = peers.import_unets()  # first: transformers imports its torchvision, too
     prepared = prepare(config)
-    unet_class, _ = peers.import_unets()
     from minimagen.Imagen import Imagen
 
     torch.manual_seed(config.training.seed)
