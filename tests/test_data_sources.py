@@ -264,19 +264,6 @@ def test_folder_caption_column_that_no_row_has(tmp_path):
         folder_source(tmp_path)
 
 
-def test_folder_wrong_csv_rows(tmp_path):
-    picture(tmp_path / "ok.png")
-    picture(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text\nok.png,fine\na.png\ngone.png,x\n")
-    assert [reason[:40] for reason in reasons(folder_source(tmp_path))] == [
-        "metadata.csv, line 3: a.png: the caption",
-        "metadata.csv, line 4: gone.png: the file",
-    ]
-    (tmp_path / "metadata.csv").write_text('file_name,text\nok.png,"fine\n')
-    with pytest.raises(DataError, match="metadata.csv, line 1: not a CSV row"):
-        folder_source(tmp_path)
-
-
 def test_folder_follows_links_when_told_to(tmp_path):
     folder, outside = tmp_path / "set", tmp_path / "out"
     picture(outside / "b.png", 20)

@@ -1,8 +1,5 @@
 """Pictures in a folder, with a list of captions or a caption file beside each picture."""
 
-import csv
-import io
-import json
 import os
 import stat
 import warnings
@@ -17,6 +14,7 @@ from imagen_scale.data.sources.file_source import FileSource
 from imagen_scale.data.sources.images import (
     EXTENSIONS,
 )
+from imagen_scale.data.sources.lists import Row, csv_rows, jsonl_rows, read_text
 from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError
@@ -76,7 +74,9 @@ class FolderSource(FileSource):
         return printable(self.keys[i])
 
     def _read_lists(self, lists: list[Path], config: DataConfig) -> None:
-        rows = (row for file in lists for row in self._rows(file, lists))
+        rows = (
+            (file, *row) for file in lists for row in self._rows(file, lists, config.caption_column)
+        )
         has_captions = False
         for file, line, row in islice(rows, config.max_items):
             has_captions = has_captions or config.caption_column in row
@@ -92,16 +92,17 @@ class FolderSource(FileSource):
                 f"last: {', '.join(map(str, row))}); add it, or set data.caption_column."
             )
 
-    def _rows(self, file: Path, lists: list[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-        """File, line number and content of each row of a metadata file."""
+    def _rows(self, file: Path, lists: list[Path], caption_column: str) -> Iterator[Row]:
+        """Line number and content of each row of a metadata file."""
         if file.suffix == ".csv" and file.with_suffix(".jsonl") in lists:
             raise DataError(f"{file.parent}: holds both {' and '.join(METADATA_NAMES)}; keep one.")
         with named(str(file)):
             self._check_file(file)
-            text = io.StringIO(_read_text(file), newline="")
-        parse = _csv_rows if file.suffix == ".csv" else _jsonl_rows
-        for line, row in parse(file, text):
-            yield file, line, row
+            text = read_text(file)
+        if file.suffix == ".csv":
+            yield from csv_rows(file, text, ("file_name", caption_column))
+        else:
+            yield from jsonl_rows(file, text)
 
     def _tell_unlisted(self, pictures: list[Path]) -> None:
         names = [picture.relative_to(self._folder).as_posix() for picture in pictures]
@@ -126,7 +127,7 @@ class FolderSource(FileSource):
                 with named(f"its caption file {printable(sidecar.name)}"):
                     if self._check_file(sidecar).st_size > MAX_SIDECAR_BYTES:
                         raise DataError(f"holds more than {MAX_SIDECAR_BYTES:,} bytes; shorten it.")
-                    caption = _read_text(sidecar)
+                    caption = read_text(sidecar)
                 self._take(picture, caption)
 
     def _take(self, picture: Path, caption: Any) -> None:
@@ -188,40 +189,3 @@ def _listed_file(base: Path, file_name: Any) -> Path:
     if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
         raise DataError("file_name leads outside the folder; move the file into it.")
     return base / file_name
-
-
-def _csv_rows(file: Path, text: io.StringIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text, restkey="(beyond the last column)", strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(
-            f"{file}, line {reader.line_num}: not a CSV row: {error}; correct it."
-        ) from None
-
-
-def _jsonl_rows(file: Path, text: io.StringIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, raw in enumerate(text, start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {line}: not JSON: {error}; correct the line.") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{file}, line {line}: holds a {type(row).__name__}; write an object such as "
-                f'{{"file_name": "1.png", "text": "a red heart"}}.'
-            )
-        yield line, row
-
-
-def _read_text(file: Path) -> str:
-    """UTF-8 text with or without a byte-order mark, lines ending in LF."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("is not UTF-8 text; save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}; correct that.") from None

@@ -8,7 +8,8 @@ from typing import Any
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
 from imagen_scale.data.sources.file_source import FileSource
-from imagen_scale.data.sources.skipped import Skipped, noted, printable
+from imagen_scale.data.sources.lists import csv_rows, read_text
+from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, MissingExtraError
 
@@ -96,6 +97,19 @@ def _roots(config: DataConfig) -> list[Path]:
     return [Path(form(root)) for root in roots for form in (os.path.abspath, os.path.realpath)]
 
 
+def _check_tables(folder: Path, caption_column: str) -> None:
+    """Refuses a folder of pictures whose table does not fit its header.
+
+    `datasets` reads tables with pandas, which takes the first cells of a row that is too long for
+    an index: captions would be cut at a comma without a word.
+    """
+    for table in sorted(folder.rglob("metadata.csv")) if folder.is_dir() else ():
+        with named(str(table)):
+            text = read_text(table)
+        for _ in csv_rows(table, text, ("file_name", caption_column)):
+            pass
+
+
 def _load_rows(config: DataConfig) -> Any:
     """The `datasets.Dataset` that the configuration names."""
     try:
@@ -118,6 +132,7 @@ def _load_rows(config: DataConfig) -> Any:
             return splits[config.split]
         if (folder / "state.json").is_file():  # one split, saved on its own
             return datasets.load_from_disk(folder)
+        _check_tables(folder, config.caption_column)
         return datasets.load_dataset(str(folder) if folder.is_dir() else path, split=config.split)
     except DataError:
         raise

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from imagen_scale.config import DataConfig
+from imagen_scale.config.strict_json import refuse_duplicates
 from imagen_scale.data.sources.captions import clean_caption
 from imagen_scale.data.sources.file_source import FileSource
 from imagen_scale.data.sources.images import (
@@ -148,7 +149,7 @@ class WebDatasetSource(FileSource):
 
     def _facts(self, tar: Path, member: Member) -> dict[str, Any]:
         try:
-            facts = json.loads(self._text(tar, member))
+            facts = json.loads(self._text(tar, member), object_pairs_hook=refuse_duplicates)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{member.name} is not JSON: {error}; correct it.") from None
         if not isinstance(facts, dict):
