@@ -10,7 +10,6 @@ from imagen_scale.data.sources.opening import open_source
 from imagen_scale.errors import DataError
 
 
-@pytest.mark.filterwarnings("ignore:.*pictures are not used:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule(case, tmp_path):
     write_case(case, tmp_path / "set")

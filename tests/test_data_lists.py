@@ -48,7 +48,7 @@ def test_a_row_that_does_not_fit_its_header_is_refused_with_its_line(tmp_path, r
     pictures(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
     with pytest.raises(DataError, match=rf"metadata.csv, line {line}: has {cells} cells and its "
-                       r"header 2 \(file_name, text\); put a caption with commas"):  # fmt: skip
+                       r"header 2 \(file_name, text\), separated by commas; put "):  # fmt: skip
         opened(tmp_path)
 
 

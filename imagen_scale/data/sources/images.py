@@ -13,19 +13,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from imagen_scale.data.sources.formats import HEAD_BYTES, readable_formats, why_not_read
+from imagen_scale.data.sources.walk import head_of
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
 
 PixelArray = npt.NDArray[np.uint8]  # (3, size, size) RGB
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-
 # Larger pictures are refused before they are decoded. What decoding takes per pixel differs: a
-# WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded.
+# WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded,
+# and what video codecs packed takes long.
 # With these limits none takes more than 500 MB and 2 s; `benchmarks/faults.py largest` measures it.
 MAX_PIXELS = 50_000_000
-MAX_PIXELS_OF = {"WEBP": 20_000_000, "plain JPEG": 100_000_000}
+MAX_PIXELS_OF = {
+    **{"WEBP": 20_000_000, "plain JPEG": 100_000_000},
+    **{"AVIF": 25_000_000, "HEIF": 25_000_000, "JXL": 20_000_000},
+}
 MAX_FILE_BYTES = 200_000_000  # a decoder may read the whole file before it looks at the header
 
 CHECK_SIZE = 8  # decoding finds the damage, whatever size is asked for
@@ -117,15 +120,13 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
         with warnings.catch_warnings(), _content(file) as content:
             # Of large pictures, which are refused below, and of oddities that do no harm.
             warnings.simplefilter("ignore")
-            with Image.open(content, formats=FORMATS) as image:
+            with Image.open(content, formats=readable_formats()) as image:
                 _check_pixels(image)
                 yield image
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(
-            f"not a picture in one of the formats {', '.join(FORMATS)}; convert it or remove it."
-        ) from None
+        raise DataError(why_not_read(_name(file), _head(file))) from None
     except Image.DecompressionBombError as error:
         raise DataError(f"too large: {first_line(error)}; scale it down.") from None
     except Exception as error:  # on damaged files Pillow's decoders raise almost any type
@@ -136,6 +137,17 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
         raise DataError(
             f"the picture cannot be read: {first_line(error)}; repair it or remove it."
         ) from error
+
+
+def _name(file: Path | BinaryIO) -> str:
+    return file.name if isinstance(file, Path) else ""
+
+
+def _head(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        return head_of(file, follow_symlinks=True)
+    file.seek(0)
+    return file.read(HEAD_BYTES)
 
 
 def _as_array(image: Image.Image, orientation: int | None) -> npt.NDArray[np.uint8]:

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from imagen_scale.config import DataConfig
+from imagen_scale.data.sources.formats import readable_formats
 from imagen_scale.data.sources.opening import Source, Without, open_source
 from imagen_scale.data.sources.skipped import Skipped, printable
 from imagen_scale.data.storage import Progress, exclusive, written_whole
@@ -54,6 +55,7 @@ def usable_source(
             "path": config.path,
             "used": total - len(skipped),
             "skipped": [skip._asdict() for skip in skipped],
+            "notes": source.notes,
         }
         with written_whole(report) as out:
             out.write(json.dumps(facts, indent=1).encode())
@@ -67,6 +69,8 @@ def usable_source(
             f"data.path: {found}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
             f"allows; correct or remove them, or raise that share:\n" + "\n".join(lines)
         )
+    for note in source.notes:
+        warnings.warn(f"data.path: {note}", stacklevel=3)
     if skipped:
         warnings.warn(f"{found} and are left out; see {report}", stacklevel=3)
     return (Without(source, unreadable) if unreadable else source), report
@@ -74,9 +78,13 @@ def usable_source(
 
 def _unreadable(source: Source, file: Path, progress: Progress | None) -> dict[int, str]:
     """Why pictures cannot be decoded, by index; the caller holds the lock."""
+    formats = list(readable_formats())  # a plugin may have come or gone
     try:
-        known: dict[str, str] = json.loads(file.read_text())
+        verdicts = json.loads(file.read_text())
     except (OSError, ValueError):  # not there yet, or cut short
+        verdicts = {}
+    known: dict[str, str] = verdicts.get("unreadable", {})
+    if verdicts.get("formats") != formats:
         known = {}
         for i in range(len(source)):
             if reason := source.check(i):
@@ -84,5 +92,5 @@ def _unreadable(source: Source, file: Path, progress: Progress | None) -> dict[i
             if progress:
                 progress("checking pictures", i + 1, len(source))
         with written_whole(file) as out:
-            out.write(json.dumps(known).encode())
+            out.write(json.dumps({"formats": formats, "unreadable": known}).encode())
     return {int(i): reason for i, reason in known.items()}
