@@ -75,6 +75,10 @@ class EmojiSource:
         """None: the drawings come with their package."""
         return None
 
+    def profile(self, i: int) -> str | None:
+        """None: the drawings are in sRGB."""
+        return None
+
     def size(self, i: int) -> None:
         """None: drawings are rendered at any size."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.file_source import FileSource
+from imagen_scale.data.sources.file_source import PIXELS, FileSource
 from imagen_scale.data.sources.folder_files import FolderFiles, what_lies_there
 from imagen_scale.data.sources.formats import EXTENSIONS
 from imagen_scale.data.sources.lists import FILE_NAME, json_caption, read_listing, read_text
@@ -72,7 +72,7 @@ class FolderSource(FileSource):
         self.notes += (f"{count:,} {how}." for how, count in self._meant.items())
         if config.max_items is None:
             self._tell_unused(files, lists)
-        self.fingerprint = fingerprint("folder", self.keys, self._stats)
+        self.fingerprint = fingerprint("folder", PIXELS, self.keys, self._stats)
 
     def _file(self, i: int) -> Path:
         return self._folder / self.keys[i]

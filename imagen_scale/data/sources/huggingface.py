@@ -7,7 +7,7 @@ from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.file_source import FileSource
+from imagen_scale.data.sources.file_source import PIXELS, FileSource
 from imagen_scale.data.sources.lists import csv_rows, matching, read_text
 from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
@@ -53,6 +53,7 @@ class HuggingFaceSource(FileSource):
         # `datasets` keeps it private, yet it is what its own cache of prepared rows is keyed by.
         self.fingerprint = fingerprint(
             "huggingface",
+            PIXELS,
             rows._fingerprint,
             column,
             config.follow_symlinks,

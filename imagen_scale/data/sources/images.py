@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imagen_scale.data.sources.formats import HEAD_BYTES, readable_formats, why_not_read
+from imagen_scale.data.sources.profiles import Correction, correction, in_srgb
 from imagen_scale.data.sources.walk import head_of
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
@@ -56,8 +57,8 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
     """Reads a picture: its shorter side is resized to `size`, then its centre square is kept.
 
     The format is told by content, not by name. EXIF orientation is applied, transparency is laid
-    over white, 16 bits are scaled to 8, and of an animation the first frame is taken. Brightness
-    and contrast stay as they are.
+    over white, 16 bits are scaled to 8, a colour profile that is not sRGB's is applied, and of an
+    animation the first frame is taken. Brightness and contrast stay as they are.
 
     Args:
         file: Path or binary file.
@@ -77,7 +78,7 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
         image.load()
         # Read after loading: Pillow orients TIFF while it loads it and then drops the tag.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        square = _centre_square(image, size)
+        square = _centre_square(image, size, correction(image))
     return _as_array(square, orientation)  # a centred square may as well be turned at the end
 
 
@@ -96,10 +97,8 @@ def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
     with _opened(file) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        image = _to_8_bits(image)
-        return _as_array(
-            image.convert("RGBA" if image.has_transparency_data else "RGB"), orientation
-        )
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return _as_array(in_srgb(_to_8_bits(image), mode, correction(image)), orientation)
 
 
 def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
@@ -111,6 +110,13 @@ def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
     with _opened(file) as image:
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.height, image.width) if is_turned else (image.width, image.height)
+
+
+def profile_use(file: Path | BinaryIO) -> str | None:
+    """What becomes of a picture's colour profile: "converted", "ignored", or None of sRGB's."""
+    with _opened(file) as image:
+        wanted = correction(image)
+    return wanted and wanted.kind
 
 
 @contextmanager
@@ -194,7 +200,7 @@ def _check_pixels(image: Image.Image) -> None:
         )
 
 
-def _centre_square(image: Image.Image, size: int) -> Image.Image:
+def _centre_square(image: Image.Image, size: int, wanted: Correction | None) -> Image.Image:
     """Resizes the shorter side to `size` and cuts the centre, as RGB or RGBA.
 
     Cut first: resized as a whole, a picture of 1 x 100,000 pixels would not fit in memory. And
@@ -209,7 +215,7 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
     square = Image.new(mode, (-(-side // block),) * 2)
     for y in range(0, side, rows):
         strip = image.crop((left, top + y, left + side, top + min(y + rows, side)))
-        strip = _to_8_bits(strip).convert(mode)
+        strip = in_srgb(_to_8_bits(strip), mode, wanted)
         square.paste(strip.reduce(block) if block > 1 else strip, (0, y // block))
     return square.resize(
         (size, size),

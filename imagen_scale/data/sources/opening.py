@@ -42,6 +42,9 @@ class Source(Protocol):
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
 
+    def profile(self, i: int) -> str | None:
+        """What becomes of its colour profile: "converted", "ignored", or None of sRGB's."""
+
     def size(self, i: int) -> tuple[int, int] | None:
         """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""
 
@@ -87,6 +90,10 @@ class Without:
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
         return self._source.check(self._kept[i])
+
+    def profile(self, i: int) -> str | None:
+        """What becomes of its colour profile: "converted", "ignored", or None of sRGB's."""
+        return self._source.profile(self._kept[i])
 
     def size(self, i: int) -> tuple[int, int] | None:
         """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""

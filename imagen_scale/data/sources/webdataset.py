@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from imagen_scale.config import DataConfig
 from imagen_scale.config.strict_json import refuse_duplicates
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.file_source import FileSource
+from imagen_scale.data.sources.file_source import PIXELS, FileSource
 from imagen_scale.data.sources.formats import (
     HEAD_BYTES,
     PICTURES,
@@ -81,6 +81,7 @@ class WebDatasetSource(FileSource):
         status = [tar.stat() for tar in self._tars]
         self.fingerprint = fingerprint(
             "webdataset",
+            PIXELS,
             self.keys,
             [(one.st_size, one.st_mtime_ns, one.st_mode) for one in status],
         )
