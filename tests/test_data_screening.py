@@ -102,6 +102,7 @@ def test_a_good_set_is_reported_too(tmp_path):
     source, report = screened(photos(tmp_path / "set", 3), tmp_path)
     assert read(report) == {
         "source": "folder", "path": str(tmp_path / "set"), "used": 3, "skipped": [],
+        "notes": [],
     }  # fmt: skip
     assert len(source) == 3
 

@@ -78,6 +78,8 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
         yield "", f"{skip.picture}: {skip.reason}"
     if len(found.skipped) > LISTED:
         yield "", f"and {len(found.skipped) - LISTED:,} more in the report"
+    for i, note in enumerate(found.notes):
+        yield "" if i else "noted", note
     yield from _disk_rows(found.picture_bytes, found.text_bytes)
     yield "time", _seconds(done.seconds)
     yield "cache", str(done.cache)

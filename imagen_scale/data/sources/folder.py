@@ -1,27 +1,23 @@
 """Pictures in a folder, with a list of captions or a caption file beside each picture."""
 
-import csv
-import io
-import json
 import os
 import stat
-import warnings
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import DataConfig
 from imagen_scale.data.sources.captions import clean_caption
-from imagen_scale.data.sources.file_source import FileSource
-from imagen_scale.data.sources.images import (
-    EXTENSIONS,
-)
-from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
+from imagen_scale.data.sources.file_source import PIXELS, FileSource
+from imagen_scale.data.sources.folder_files import FolderFiles, what_lies_there
+from imagen_scale.data.sources.formats import EXTENSIONS
+from imagen_scale.data.sources.lists import FILE_NAME, json_caption, read_listing, read_text
+from imagen_scale.data.sources.near_names import Names, places
+from imagen_scale.data.sources.skipped import Skipped, counted, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_SIDECAR_BYTES = 2**20  # more is no caption
 
 
@@ -29,7 +25,8 @@ class FolderSource(FileSource):
     """Pictures in a folder and its subfolders, in the order of the list or of their names.
 
     Captions stand in `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder convention: a
-    `file_name` column, relative to that file), else in a `.txt` beside each picture. Nothing
+    `file_name` column, relative to that file), else in a `.txt` beside each picture. What is
+    written a little differently is taken where it can mean one thing only, and noted. Nothing
     outside the folder is ever opened, unless `data.follow_symlinks` says that links may lead out.
     """
 
@@ -44,30 +41,38 @@ class FolderSource(FileSource):
             )
         # Links on the way to the folder are the user's own; those below it are the data's.
         self._folder = folder.resolve()
-        self._follow_symlinks = config.follow_symlinks
+        self._config = config
         self.captions: list[str] = []
         self.keys: list[str] = []
         self.skipped: list[Skipped] = []
+        self.notes: list[str] = []
         self._stats: list[tuple[int, ...]] = []
         self._listed: set[str] = set()
+        self._read: set[Path] = set()  # caption files
+        self._meant: Counter[str] = Counter()  # how many files were not called as they should be
 
-        files = list(_files(self._folder, config.follow_symlinks))
-        # A linked folder too, so that it is named rather than passed over.
-        pictures = [f for f in files if f.suffix.lower() in EXTENSIONS or f.is_dir()]
-        lists = [file for file in files if file.name in METADATA_NAMES]
+        files = FolderFiles(self._folder, config.follow_symlinks)
+        lists = files.lists
+        # A list that is not called as it should be counts where no picture has a caption file.
+        if not lists and not any(map(files.captions.beside, files.pictures)):
+            lists = files.near_lists
+            for file in lists:
+                self.notes.append(f"{self._key(file)} is taken for the list of captions.")
         if lists:
-            self._read_lists(lists, config)
+            self._read_lists(lists, files)
             if not self._listed and not self.skipped:
                 raise DataError(f"{lists[0]}: lists no pictures; write one row per picture.")
-            if config.max_items is None:
-                self._tell_unlisted(pictures)
-        elif pictures:
-            self._read_sidecars(pictures[: config.max_items])
+        elif files.pictures or files.unread:
+            self._read_sidecars(files)
         else:
             raise DataError(
-                f"{folder}: no pictures found; put files ending in {', '.join(EXTENSIONS)} there."
+                f"{folder}: no pictures found; put files ending in {', '.join(EXTENSIONS)} there"
+                f"{what_lies_there(files)}."
             )
-        self.fingerprint = fingerprint("folder", self.keys, self._stats)
+        self.notes += (f"{count:,} {how}." for how, count in self._meant.items())
+        if config.max_items is None:
+            self._tell_unused(files, lists)
+        self.fingerprint = fingerprint("folder", PIXELS, self.keys, self._stats)
 
     def _file(self, i: int) -> Path:
         return self._folder / self.keys[i]
@@ -75,62 +80,111 @@ class FolderSource(FileSource):
     def _name(self, i: int) -> str:
         return printable(self.keys[i])
 
-    def _read_lists(self, lists: list[Path], config: DataConfig) -> None:
-        rows = (row for file in lists for row in self._rows(file, lists))
+    def _key(self, file: Path) -> str:
+        return file.relative_to(self._folder).as_posix()
+
+    def _read_lists(self, lists: list[Path], files: FolderFiles) -> None:
+        column, left = self._config.caption_column, self._config.max_items
+        names = Names(map(self._key, (*files.in_order, *files.loose)))
+        row: dict[str, Any] = {}
         has_captions = False
-        for file, line, row in islice(rows, config.max_items):
-            has_captions = has_captions or config.caption_column in row
-            where = f"{file.relative_to(self._folder)}, line {line}"
-            if row.get("file_name"):
-                where += f": {row['file_name']}"
-            with noted(where, self.skipped):
-                picture = _listed_file(file.parent, row.get("file_name"))
-                self._take(picture, row.get(config.caption_column))
+        for file in lists:
+            if others := [one for one in lists if one.parent == file.parent and one != file]:
+                both = " and ".join(sorted((one.name for one in (file, *others)), reverse=True))
+                raise DataError(f"{file.parent}: holds both {both}; keep one.")
+            with named(str(file)):
+                self._check_file(file)
+            listing = read_listing(file, column)
+            rows = listing.rows[:left]
+            left = None if left is None else left - len(rows)
+            self.notes += (f"{self._key(file)}: {how}." for how in listing.meant)
+            found = places(
+                [row.get(FILE_NAME) for _, row in rows], file.parent, self._folder, names
+            )
+            for (line, row), place in zip(rows, found, strict=True):
+                has_captions = has_captions or column in row
+                where = f"{self._key(file)}, {line}"
+                if row.get(FILE_NAME):
+                    where += f": {row[FILE_NAME]}"
+                with noted(where, self.skipped):
+                    if isinstance(place, DataError):
+                        raise place
+                    self._take(place[0], row.get(column))
+                    if place[1]:
+                        self._meant[f"names in {self._key(file)} differ from the files' by "
+                                    f"{place[1]}"] += 1  # fmt: skip
         if not has_captions and self.skipped:
             raise DataError(
-                f"{lists[0]}: no row has the column {config.caption_column!r} (columns of the "
+                f"{lists[0]}: no row has the column {column!r} (columns of the "
                 f"last: {', '.join(map(str, row))}); add it, or set data.caption_column."
             )
 
-    def _rows(self, file: Path, lists: list[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-        """File, line number and content of each row of a metadata file."""
-        if file.suffix == ".csv" and file.with_suffix(".jsonl") in lists:
-            raise DataError(f"{file.parent}: holds both {' and '.join(METADATA_NAMES)}; keep one.")
-        with named(str(file)):
-            self._check_file(file)
-            text = io.StringIO(_read_text(file), newline="")
-        parse = _csv_rows if file.suffix == ".csv" else _jsonl_rows
-        for line, row in parse(file, text):
-            yield file, line, row
-
-    def _tell_unlisted(self, pictures: list[Path]) -> None:
-        names = [picture.relative_to(self._folder).as_posix() for picture in pictures]
-        unlisted = [name for name in names if name not in self._listed]
-        if unlisted:
-            warnings.warn(
-                f"{self._folder}: {len(unlisted)} pictures are not used because no metadata file "
-                f"lists them, e.g. {printable(unlisted[0])}.",
-                stacklevel=4,
-            )
-
-    def _read_sidecars(self, pictures: list[Path]) -> None:
-        for picture in pictures:
-            with noted(picture.relative_to(self._folder).as_posix(), self.skipped):
+    def _read_sidecars(self, files: FolderFiles) -> None:
+        for picture in files.in_order[: self._config.max_items]:
+            with noted(self._key(picture), self.skipped):
+                if reason := files.unread.get(picture):
+                    raise DataError(reason)
                 self._check_file(picture)
-                sidecar = picture.with_suffix(".txt")
-                if not os.path.lexists(sidecar):
-                    raise DataError(
-                        f"has no caption; write it into {sidecar.name} beside it, or list all "
-                        f"pictures in {METADATA_NAMES[0]}."
-                    )
+                sidecar = self._sidecar(picture, files)
                 with named(f"its caption file {printable(sidecar.name)}"):
                     if self._check_file(sidecar).st_size > MAX_SIDECAR_BYTES:
                         raise DataError(f"holds more than {MAX_SIDECAR_BYTES:,} bytes; shorten it.")
-                    caption = _read_text(sidecar)
+                    self._read.add(sidecar)
+                    caption = read_text(sidecar)
+                    if sidecar.suffix.lower() == ".json":
+                        caption = json_caption(caption, self._config.caption_column)
                 self._take(picture, caption)
 
+    def _sidecar(self, picture: Path, files: FolderFiles) -> Path:
+        """The caption file of a picture."""
+        if usual := files.captions.usual(picture):
+            return usual
+        found = files.captions.beside(picture)
+        if len(found) > 1:
+            raise DataError(
+                f"has no {picture.stem}.txt, and {' and '.join(file.name for file in found)} lie "
+                f"beside it; keep one of them."
+            )
+        if found:
+            ending = found[0].name.removeprefix(picture.stem)
+            self._meant[f"captions are taken from files that end in {ending}"] += 1
+            return found[0]
+        near = [files.captions.elsewhere(picture), *files.near_lists, *files.other_lists]
+        there = "".join(f" ({self._key(file)} lies there)" for file in near[:2] if file)
+        raise DataError(
+            f"has no caption; write it into {picture.with_suffix('.txt').name} beside it, or list "
+            f"all pictures in metadata.jsonl{there}."
+        )
+
+    def _tell_unused(self, files: FolderFiles, lists: list[Path]) -> None:
+        """Notes every file that looks as if it should have been used."""
+
+        def note(found: Iterable[Path], singular: str, plural: str) -> None:
+            if names := [self._key(file) for file in found]:
+                self.notes.append(counted(names, singular, plural) + ".")
+
+        if lists:
+            unlisted = [
+                file
+                for file in (*files.in_order, *files.loose)
+                if self._key(file) not in self._listed
+            ]
+            note(unlisted, "picture is not used because no metadata file lists it",
+                 "pictures are not used because no metadata file lists them")  # fmt: skip
+        else:
+            note(files.loose, "other picture is not used", "other pictures are not used")
+        told = {*self._read, *lists, *files.near_lists, *files.other_lists}
+        note(
+            (file for file in files.captions.files if file not in told),
+            "caption file is not used",
+            "caption files are not used",
+        )
+        unread = [file for file in (*files.near_lists, *files.other_lists) if file not in lists]
+        note(unread, "list is not read", "lists are not read")
+        note(files.archives, "packed file is not looked into", "packed files are not looked into")
+
     def _take(self, picture: Path, caption: Any) -> None:
-        key = picture.relative_to(self._folder).as_posix()
+        key = self._key(picture)
         if key in self._listed:
             raise DataError("was listed before; keep one row per picture.")
         self._listed.add(key)
@@ -149,7 +203,7 @@ class FolderSource(FileSource):
             raise DataError(
                 f"the file cannot be found: {first_line(error)}; add it or remove the row."
             ) from None
-        if is_linked and not self._follow_symlinks:
+        if is_linked and not self._config.follow_symlinks:
             raise DataError(
                 "is reached through a symbolic link, which may lead outside the folder; put the "
                 "file itself there, or set data.follow_symlinks to true."
@@ -158,70 +212,3 @@ class FolderSource(FileSource):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise DataError(f"is {kind}; put a picture there or remove it.")
         return status
-
-
-def _files(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
-    """Visible files below `folder` by name; linked folders count as files when not followed."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}; correct that.")
-
-    seen = set()
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=follow_symlinks):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        if not follow_symlinks:
-            names += [name for name in folders if Path(parent, name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        # `.cache`, `._copy.jpg` and the like are not looked at.
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    yield from sorted(found)
-
-
-def _listed_file(base: Path, file_name: Any) -> Path:
-    if not isinstance(file_name, str) or not file_name.strip():
-        raise DataError(f"file_name is {file_name!r}; write the picture's file name.")
-    if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
-        raise DataError("file_name leads outside the folder; move the file into it.")
-    return base / file_name
-
-
-def _csv_rows(file: Path, text: io.StringIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text, restkey="(beyond the last column)", strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(
-            f"{file}, line {reader.line_num}: not a CSV row: {error}; correct it."
-        ) from None
-
-
-def _jsonl_rows(file: Path, text: io.StringIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, raw in enumerate(text, start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {line}: not JSON: {error}; correct the line.") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{file}, line {line}: holds a {type(row).__name__}; write an object such as "
-                f'{{"file_name": "1.png", "text": "a red heart"}}.'
-            )
-        yield line, row
-
-
-def _read_text(file: Path) -> str:
-    """UTF-8 text with or without a byte-order mark, lines ending in LF."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("is not UTF-8 text; save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}; correct that.") from None

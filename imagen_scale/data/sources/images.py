@@ -13,19 +13,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from imagen_scale.data.sources.formats import HEAD_BYTES, readable_formats, why_not_read
+from imagen_scale.data.sources.profiles import Correction, correction, in_srgb
+from imagen_scale.data.sources.walk import head_of
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
 
 PixelArray = npt.NDArray[np.uint8]  # (3, size, size) RGB
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-
 # Larger pictures are refused before they are decoded. What decoding takes per pixel differs: a
-# WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded.
+# WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded,
+# and what video codecs packed takes long.
 # With these limits none takes more than 500 MB and 2 s; `benchmarks/faults.py largest` measures it.
 MAX_PIXELS = 50_000_000
-MAX_PIXELS_OF = {"WEBP": 20_000_000, "plain JPEG": 100_000_000}
+MAX_PIXELS_OF = {
+    **{"WEBP": 20_000_000, "plain JPEG": 100_000_000},
+    **{"AVIF": 25_000_000, "HEIF": 25_000_000, "JXL": 20_000_000},
+}
 MAX_FILE_BYTES = 200_000_000  # a decoder may read the whole file before it looks at the header
 
 CHECK_SIZE = 8  # decoding finds the damage, whatever size is asked for
@@ -53,8 +57,8 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
     """Reads a picture: its shorter side is resized to `size`, then its centre square is kept.
 
     The format is told by content, not by name. EXIF orientation is applied, transparency is laid
-    over white, 16 bits are scaled to 8, and of an animation the first frame is taken. Brightness
-    and contrast stay as they are.
+    over white, 16 bits are scaled to 8, a colour profile that is not sRGB's is applied, and of an
+    animation the first frame is taken. Brightness and contrast stay as they are.
 
     Args:
         file: Path or binary file.
@@ -74,7 +78,7 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
         image.load()
         # Read after loading: Pillow orients TIFF while it loads it and then drops the tag.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        square = _centre_square(image, size)
+        square = _centre_square(image, size, correction(image))
     return _as_array(square, orientation)  # a centred square may as well be turned at the end
 
 
@@ -93,10 +97,8 @@ def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
     with _opened(file) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        image = _to_8_bits(image)
-        return _as_array(
-            image.convert("RGBA" if image.has_transparency_data else "RGB"), orientation
-        )
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return _as_array(in_srgb(_to_8_bits(image), mode, correction(image)), orientation)
 
 
 def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
@@ -110,6 +112,13 @@ def picture_size(file: Path | BinaryIO) -> tuple[int, int]:
         return (image.height, image.width) if is_turned else (image.width, image.height)
 
 
+def profile_use(file: Path | BinaryIO) -> str | None:
+    """What becomes of a picture's colour profile: "converted", "ignored", or None of sRGB's."""
+    with _opened(file) as image:
+        wanted = correction(image)
+    return wanted and wanted.kind
+
+
 @contextmanager
 def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
     """Opens a picture and turns whatever goes wrong with it into a DataError."""
@@ -117,15 +126,13 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
         with warnings.catch_warnings(), _content(file) as content:
             # Of large pictures, which are refused below, and of oddities that do no harm.
             warnings.simplefilter("ignore")
-            with Image.open(content, formats=FORMATS) as image:
+            with Image.open(content, formats=readable_formats()) as image:
                 _check_pixels(image)
                 yield image
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(
-            f"not a picture in one of the formats {', '.join(FORMATS)}; convert it or remove it."
-        ) from None
+        raise DataError(why_not_read(_name(file), _head(file))) from None
     except Image.DecompressionBombError as error:
         raise DataError(f"too large: {first_line(error)}; scale it down.") from None
     except Exception as error:  # on damaged files Pillow's decoders raise almost any type
@@ -136,6 +143,17 @@ def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
         raise DataError(
             f"the picture cannot be read: {first_line(error)}; repair it or remove it."
         ) from error
+
+
+def _name(file: Path | BinaryIO) -> str:
+    return file.name if isinstance(file, Path) else ""
+
+
+def _head(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        return head_of(file, follow_symlinks=True)
+    file.seek(0)
+    return file.read(HEAD_BYTES)
 
 
 def _as_array(image: Image.Image, orientation: int | None) -> npt.NDArray[np.uint8]:
@@ -182,7 +200,7 @@ def _check_pixels(image: Image.Image) -> None:
         )
 
 
-def _centre_square(image: Image.Image, size: int) -> Image.Image:
+def _centre_square(image: Image.Image, size: int, wanted: Correction | None) -> Image.Image:
     """Resizes the shorter side to `size` and cuts the centre, as RGB or RGBA.
 
     Cut first: resized as a whole, a picture of 1 x 100,000 pixels would not fit in memory. And
@@ -197,7 +215,7 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
     square = Image.new(mode, (-(-side // block),) * 2)
     for y in range(0, side, rows):
         strip = image.crop((left, top + y, left + side, top + min(y + rows, side)))
-        strip = _to_8_bits(strip).convert(mode)
+        strip = in_srgb(_to_8_bits(strip), mode, wanted)
         square.paste(strip.reduce(block) if block > 1 else strip, (0, y // block))
     return square.resize(
         (size, size),

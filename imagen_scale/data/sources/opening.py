@@ -21,6 +21,8 @@ class Source(Protocol):
         keys: A stable unique id of each picture: file name, emoji code points, row number
             or name in a tar.
         skipped: Pictures and rows refused for their name, kind or caption.
+        notes: Sentences about what was taken as it must have been meant, and about files that are
+            not used and count as no pictures.
         fingerprint: Short hex text; changes when the pictures could have changed.
         attribution: What has to be said when the pictures are shown, if anything.
     """
@@ -28,6 +30,7 @@ class Source(Protocol):
     captions: list[str]
     keys: list[str]
     skipped: list[Skipped]
+    notes: list[str]
     fingerprint: str
     attribution: str | None
 
@@ -38,6 +41,9 @@ class Source(Protocol):
 
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
+
+    def profile(self, i: int) -> str | None:
+        """What becomes of its colour profile: "converted", "ignored", or None of sRGB's."""
 
     def size(self, i: int) -> tuple[int, int] | None:
         """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""
@@ -70,6 +76,7 @@ class Without:
         self.captions = [source.captions[i] for i in self._kept]
         self.keys = [source.keys[i] for i in self._kept]
         self.skipped = source.skipped
+        self.notes = source.notes
         self.fingerprint = fingerprint("without", source.fingerprint, sorted(left_out))
         self.attribution = source.attribution
 
@@ -83,6 +90,10 @@ class Without:
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
         return self._source.check(self._kept[i])
+
+    def profile(self, i: int) -> str | None:
+        """What becomes of its colour profile: "converted", "ignored", or None of sRGB's."""
+        return self._source.profile(self._kept[i])
 
     def size(self, i: int) -> tuple[int, int] | None:
         """Width and height of the picture at `i` in pixels; None of a drawing, which has none."""

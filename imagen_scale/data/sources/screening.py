@@ -3,13 +3,20 @@
 import json
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from imagen_scale.config import DataConfig
+from imagen_scale.data.sources.formats import readable_formats
 from imagen_scale.data.sources.opening import Source, Without, open_source
-from imagen_scale.data.sources.skipped import Skipped, printable
+from imagen_scale.data.sources.skipped import Skipped, counted, printable
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 from imagen_scale.errors import DataError
 
+CONVERTED = "with a colour profile other than sRGB: converted to sRGB"
+IGNORED = (
+    "picture has a colour profile that is broken or not of its kind, and is read as sRGB",
+    "pictures have a colour profile that is broken or not of their kind, and are read as sRGB",
+)
 FIRST = 10  # so many are listed in a message; the report has all
 
 
@@ -40,11 +47,16 @@ def usable_source(
     report = folder / "data_report.json"
     total = len(source) + len(source.skipped)
     with exclusive(folder / "screening.lock"):
-        unreadable: dict[int, str] = {}
+        found = _Verdicts({}, [], 0)
         # Not worth the decoding when names and captions alone are bad enough.
         is_hopeless = len(source.skipped) > config.max_bad_fraction * total
         if not is_hopeless:
-            unreadable = _unreadable(source, folder / "unreadable.json", progress)
+            found = _verdicts(source, folder / "unreadable.json", progress)
+        unreadable = found.unreadable
+        notes = list(source.notes)
+        if found.ignored:
+            names = [source.keys[i] for i in found.ignored]
+            notes.append(f"{counted(names, *IGNORED)}.")
         skipped = [
             *source.skipped,
             *(Skipped(printable(source.keys[i]), reason) for i, reason in unreadable.items()),
@@ -54,35 +66,61 @@ def usable_source(
             "path": config.path,
             "used": total - len(skipped),
             "skipped": [skip._asdict() for skip in skipped],
+            "notes": notes + [f"{found.converted:,} {CONVERTED}."] * bool(found.converted),
         }
         with written_whole(report) as out:
             out.write(json.dumps(facts, indent=1).encode())
-    found = f"{len(skipped)} of {total} pictures ({len(skipped) / total:.1%}) cannot be used"
+    bad = f"{len(skipped)} of {total} pictures ({len(skipped) / total:.1%}) cannot be used"
     if len(skipped) > config.max_bad_fraction * total:
         lines = [f"  {skip.picture}: {skip.reason}" for skip in skipped[:FIRST]]
         if len(skipped) > FIRST:
             lines.append(f"  and {len(skipped) - FIRST} more, all of them in {report}")
-        found += " (none was decoded yet)" * is_hopeless
+        bad += " (none was decoded yet)" * is_hopeless
         raise DataError(
-            f"data.path: {found}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
+            f"data.path: {bad}, more than data.max_bad_fraction {config.max_bad_fraction:g} "
             f"allows; correct or remove them, or raise that share:\n" + "\n".join(lines)
         )
+    for note in notes:
+        warnings.warn(f"data.path: {note}", stacklevel=3)
     if skipped:
-        warnings.warn(f"{found} and are left out; see {report}", stacklevel=3)
+        warnings.warn(f"{bad} and are left out; see {report}", stacklevel=3)
     return (Without(source, unreadable) if unreadable else source), report
 
 
-def _unreadable(source: Source, file: Path, progress: Progress | None) -> dict[int, str]:
-    """Why pictures cannot be decoded, by index; the caller holds the lock."""
+class _Verdicts(NamedTuple):
+    """What decoding every picture once has shown."""
+
+    unreadable: dict[int, str]  # why, by index
+    ignored: list[int]  # pictures whose colour profile is not used
+    converted: int  # how many are converted to sRGB
+
+
+def _verdicts(source: Source, file: Path, progress: Progress | None) -> _Verdicts:
+    """Decodes pictures that have not been decoded yet; the caller holds the lock."""
+    formats = list(readable_formats())  # a plugin may have come or gone
     try:
-        known: dict[str, str] = json.loads(file.read_text())
+        known = json.loads(file.read_text())
     except (OSError, ValueError):  # not there yet, or cut short
         known = {}
+    if known.get("formats") != formats:
+        unreadable, profiles = dict[str, str](), dict[int, str]()
         for i in range(len(source)):
             if reason := source.check(i):
-                known[str(i)] = reason
+                unreadable[str(i)] = reason
+            elif use := source.profile(i):
+                profiles[i] = use
             if progress:
                 progress("checking pictures", i + 1, len(source))
+        known = {
+            "formats": formats,
+            "unreadable": unreadable,
+            "ignored": [i for i, use in profiles.items() if use == "ignored"],
+            "converted": sum(use == "converted" for use in profiles.values()),
+        }
         with written_whole(file) as out:
             out.write(json.dumps(known).encode())
-    return {int(i): reason for i, reason in known.items()}
+    return _Verdicts(
+        {int(i): reason for i, reason in known["unreadable"].items()},
+        known["ignored"],
+        known["converted"],
+    )

@@ -1,10 +1,12 @@
 """Pictures that are left out, by name and with the reason."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from imagen_scale.errors import DataError
+
+NAMED = 5  # of the files in a note
 
 
 class Skipped(NamedTuple):
@@ -37,3 +39,10 @@ def printable(name: str) -> str:
     name = name if len(name) <= 200 else name[:200] + "..."
     visible = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
     return visible.encode("utf-8", "backslashreplace").decode()
+
+
+def counted(names: Sequence[str], singular: str, plural: str) -> str:
+    """So many files, with the first of them by name: "2 files are not read: a.zip, b.zip"."""
+    first = ", ".join(printable(name) for name in names[:NAMED])
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names):,} {singular if len(names) == 1 else plural}: {first}{more}"
