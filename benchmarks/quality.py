@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
 MARK = "quality"
 PACKAGE = "MinImagen 0.0.9"
-EPS = ("unets.0.pred_type=eps", "unets.1.pred_type=eps", "unets.1.lowres_residual=false")
-V = ("unets.0.pred_type=v", "unets.1.pred_type=v", "unets.1.lowres_residual=false")
-PLAIN = ("training.loss_weight=null", "unets.0.schedule=null")
-SEED_LR = ("training.lr=0.0001",)
-MINIMAGENS = (*EPS, *PLAIN, *SEED_LR, "training.lowres_aug_max=1.0")
-# Changes to the configuration, which has the recipe "modern".
+X0 = (
+    "unets.0.pred_type=x0", 'unets.0.schedule={"type": "cosine"}', "unets.1.pred_type=x0",
+    "unets.1.lowres_residual=true", "training.loss_weight=v_clipped", "training.lr=[0.002,0.004]",
+)  # fmt: skip
+MINIMAGENS = ("unets.1.pred_type=eps", "training.lr=0.0001", "training.lowres_aug_max=1.0")
+# Changes to the demo's configuration.
 RECIPES: dict[str, tuple[str, ...]] = {
     PACKAGE: (*MINIMAGENS, "unets.0.max_text_len=256", "unets.1.max_text_len=256"),
     "MinImagen's way, our trainer": MINIMAGENS,
-    "noise, the recipe's rates": (*EPS, *PLAIN),
-    "v, the recipe's rates": (*V, *PLAIN),
-    "modern": (),
+    "noise, lr 2e-3": ("unets.1.pred_type=eps",),
+    "v, lr 2e-3": ("unets.0.pred_type=v",),
+    "modern": X0,
 }
 
 
