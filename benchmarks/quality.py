@@ -1,8 +1,7 @@
 """What a recipe is worth: one network, one set of pictures, one number of steps; several recipes.
 
 \b
-    python benchmarks/quality.py --seeds 2
-    python benchmarks/quality.py --seeds 3 --write docs/quality.md
+    python benchmarks/quality.py --seeds 3
 
 Trains the cascade of configs/emoji_demo.json on all plain emoji (a tenth held out by hash) once
 for each recipe and seed: MinImagen's published package with its own objective and optimizer, and
@@ -19,11 +18,10 @@ from typing import Any, NamedTuple
 
 import click
 import peers
-from report import machine, table, write_between_marks
+from report import machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
-MARK = "quality"
 PACKAGE = "MinImagen 0.0.9"
 X0 = (
     "unets.0.pred_type=x0", 'unets.0.schedule={"type": "cosine"}', "unets.1.pred_type=x0",
@@ -59,10 +57,8 @@ class Measured(NamedTuple):
 @click.option("--peers", "folder", type=click.Path(path_type=Path), default=".benchmarks/peers",
               show_default=True, help="Where MinImagen is installed.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
-@click.option("--write", type=click.Path(path_type=Path), help="Document that gets the table.")
 def main(
     seeds: int, steps: int, pictures: int, only: tuple[str, ...], folder: Path, out: Path,
-    write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
     names = list(only or RECIPES)
@@ -75,10 +71,7 @@ def main(
             changes = [*RECIPES[name], f"training.steps={steps}", f"training.seed={seed}"]
             found[name].append(measured(name, run, changes, folder, pictures))
             click.echo(f"{name}, seed {seed}: {found[name][-1]}", err=True)
-    text = report(found, seeds, steps, pictures)
-    click.echo(text)
-    if write:
-        write_between_marks(write, MARK, text)
+    click.echo(report(found, seeds, steps, pictures))
 
 
 def common() -> list[str]:

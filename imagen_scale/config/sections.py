@@ -90,8 +90,8 @@ class TrainingConfig(Section):
 
     recipe: Literal["modern"] | None = Field(
         None,
-        description="modern: what was measured to learn fastest, for every key of it that is not "
-        "written: x0 prediction, its weight and schedule, learning rates by width, "
+        description="modern: what learned fastest where it was tried, for every key of it that is "
+        "not written: x0 prediction, its weight and schedule, learning rates by width, "
         "super-resolution as a correction; see [Recipes](recipes.md). null: MinImagen's way.",
     )
     steps: PerUnet[PositiveInt] = Field(100_000, description="Optimizer steps, or one per U-Net.")
