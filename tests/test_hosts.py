@@ -51,13 +51,18 @@ def shown(environment, hostfile, *words):
     """What a program on each machine finds as its words and variables."""
     command = hosts_command(hostfile, "127.0.0.1", None, list(words))
     at = command.index("--module")
-    program = "import os, sys, json; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    # Into files: what both print at once is mixed.
+    program = (
+        "import os, sys, json, pathlib\n"
+        "file = pathlib.Path(__file__).with_name('found' + os.environ['RANK'])\n"
+        "file.write_text(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    )
     script = hostfile.with_name("show.py")
     script.write_text(program)
     command[at : at + 2] = [str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    return [json.loads(file.read_text()) for file in sorted(hostfile.parent.glob("found*"))]
 
 
 def test_words_and_variables_arrive_as_they_are(path_with_pdsh, hostfile, tmp_path, monkeypatch):
