@@ -38,6 +38,13 @@ def test_what_is_written_is_kept_and_named():
     assert told.endswith("training.lr 0.001 (the recipe: 0.008)")
 
 
+@pytest.mark.parametrize("written", ["null", '{"shift_from":64}', '{"type":"linear"}'])
+def test_a_schedule_that_is_written_is_told_whatever_of_it_is(written):
+    config = load_config(SEEDS_BLOCK, ("training.recipe=modern", f"unets.0.schedule={written}"))
+    kind = "none" if written == "null" else "linear"
+    assert f"unets.0.schedule {kind} (the recipe: cosine)" in told_of_recipe(config)
+
+
 @pytest.fixture
 def modern():
     """Both stages of TINY, with nothing written that the recipe fills in."""

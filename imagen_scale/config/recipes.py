@@ -79,7 +79,7 @@ def told_of_recipe(config: "Config") -> str:
     recipe = config.training.recipe
     if recipe is None:
         return ""
-    data = config.model_dump(mode="json", exclude_unset=True)
+    data = config.model_dump(mode="json")
     set_here, written = [], []
     for change in RECIPES[recipe](data):
         value: Any = data
@@ -95,7 +95,7 @@ def told_of_recipe(config: "Config") -> str:
 
 def _is_same(value: Any, wanted: Any) -> bool:
     if isinstance(value, dict) and isinstance(wanted, dict):
-        return wanted.items() <= value.items()  # a run's own file has every default written out
+        return wanted.items() <= value.items()  # which has every default written out
     return bool(value == wanted)
 
 
