@@ -23,6 +23,16 @@ def spelled(message: str, spell: Callable[[str], str] = str) -> str:
     return re.sub(f"{_MARK}(\\w+){_MARK}", lambda found: spell(found[1]), message)
 
 
+def of_system(error: OSError) -> str:
+    """What a user is told of a full disk, or a folder that may not be written."""
+    return f"{error.filename or ''}: {error.strerror or error}"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What a program that an exception ends exits with."""
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
 class ImagenScaleError(Exception):
     """Base class: catch this one to catch them all."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from imagen_scale.errors import ImagenScaleError, spelled
+from imagen_scale.errors import ImagenScaleError, of_system, spelled
 
 
 def with_flags(message: str) -> str:
@@ -30,8 +30,8 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(error.exit_code)
         except BrokenPipeError:  # the reader has enough, as `head` does: click ends quietly
             raise
-        except OSError as error:  # a full disk, a folder that may not be written
-            click.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
+        except OSError as error:
+            click.echo(f"error: {of_system(error)}", err=True)
             sys.exit(1)
 
     return wrapped

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 
 from imagen_scale.errors import EnvironmentProblem, UsageError
+from imagen_scale.training.launch_variables import free_port
 
 MODULE = "imagen_scale.commands.train_process"
 GRACE_S = 600.0  # what the training processes get to end by themselves: they may save first
@@ -50,7 +50,7 @@ def launcher_command(processes: int, cards: list[str] | None, arguments: list[st
     )
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", *where,
-        "--master_port", str(_free_port()), "--log_level", "critical",
+        "--master_port", str(free_port()), "--log_level", "critical",
         "--module", MODULE, *arguments,
     ]  # fmt: skip
 
@@ -160,10 +160,3 @@ def _told_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
-from imagen_scale.errors import ImagenScaleError, UsageError
+from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
 OPTIONS = (
@@ -77,9 +76,8 @@ def command(
     from imagen_scale.training.cascade import train
     from imagen_scale.training.meeting import Meeting
 
-    with nullcontext(meeting) if meeting else Meeting(_say) as met:
-        train(config, folder, met, unet_number=unet, resume=resume, fresh=fresh,
-              plan_check=plan_check)  # fmt: skip
+    train(config, folder, meeting or Meeting(_say), unet_number=unet, resume=resume, fresh=fresh,
+          plan_check=plan_check)  # fmt: skip
 
 
 def main() -> None:
@@ -90,7 +88,6 @@ def main() -> None:
     outlive_listeners()
     wait_asleep()
     settle_allocators()
-    met: Any = nullcontext()
     is_alone = False
     try:
         fill_environment()
@@ -102,12 +99,12 @@ def main() -> None:
     except (ImagenScaleError, OSError, KeyboardInterrupt) as error:
         if is_alone or speaks_for_its_machine():
             _tell(error)
-        sys.exit(_exit_code(error))
+        sys.exit(exit_code_of(error))
     try:
-        with met:
+        with met.watchdog:
             code = _run(met)
     except (ImagenScaleError, OSError, KeyboardInterrupt) as error:
-        sys.exit(_exit_code(error))  # one of the ranks has said it
+        sys.exit(exit_code_of(error))  # one of the ranks has said it
     sys.exit(code)
 
 
@@ -126,14 +123,10 @@ def _run(meeting: Any) -> int:
 def _tell(error: BaseException) -> None:
     if isinstance(error, ImagenScaleError):
         _say(error.marked)
-    elif isinstance(error, OSError):  # a full disk, a folder that may not be written
-        _say(f"{error.filename or ''}: {error.strerror or error}")
+    elif isinstance(error, OSError):
+        _say(of_system(error))
     else:
         click.echo("interrupted: the same command continues from the newest checkpoint", err=True)
-
-
-def _exit_code(error: BaseException) -> int:
-    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
 
 
 def _say(message: str) -> None:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.sampling.stage import PIXELS_AT_ONCE, Inputs, Stage
+from imagen_scale.sampling.stage import Inputs, Stage, noise_source
 
 # From nearly all noise to nearly none, the same for all schedules.
 LOG_SNRS = torch.linspace(-9, 9, 12, dtype=torch.float64)
@@ -29,23 +28,16 @@ def x_0_errors(stage: Stage, real: Tensor, inputs: Inputs) -> Tensor:
         real: Pictures (N, 3, size, size) in [-1, 1].
         inputs: Their captions, seeds of the noise, and for super-resolution the pictures shrunk.
     """
-    size, found = real.shape[-1], []
-    at_once = min(stage.runtime.max_batch or len(real), max(1, PIXELS_AT_ONCE // size**2))
+    at_once, times, found = stage.batch_size(), nearest_times(stage.schedule), []
     for start in range(0, len(real), at_once):
         x_0 = real[start : start + at_once].to(stage.device)
         part = inputs.part(start, start + at_once)
-        generators = [
-            torch.Generator().manual_seed(seeded("x_0 error", stage.config.number, seed))
-            for seed in part.seeds
-        ]
-
-        def draw_noise(like: Tensor = x_0, own: list[torch.Generator] = generators) -> Tensor:
-            noise = [torch.randn(like.shape[1:], generator=generator) for generator in own]
-            return torch.stack(noise).to(like.device)
-
+        draw_noise = noise_source(
+            "x_0 error", stage.config, part.seeds, x_0.shape[1:], stage.device
+        )
         denoiser = stage.runtime.bind(stage.conditioning(part, 1.0, draw_noise))
         errors = []
-        for time in nearest_times(stage.schedule):
+        for time in times:
             t = torch.full((len(x_0),), time, device=stage.device)
             predicted = denoiser(stage.schedule.q_sample(x_0, t, draw_noise()), t)
             errors.append((predicted - x_0).square().flatten(1).mean(1))

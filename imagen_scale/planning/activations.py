@@ -112,8 +112,8 @@ def _loss(unet: UNet, stage: StageConfig, batch: int) -> Tensor:
     x_0 = _crop(images, crop)
     eps = torch.zeros_like(x_0)
     x_t = x_0 + eps
-    target = {"eps": eps, "x0": x_0}.get(network.pred_type)
-    target = x_0 - eps if target is None or stage.unet.lowres_residual else target
+    is_computed = network.pred_type == "v" or stage.unet.lowres_residual
+    target = x_0 - eps if is_computed else {"eps": eps, "x0": x_0}[network.pred_type]
     tokens = min(network.max_text_len, 256)
     text_embeds = torch.zeros(batch, tokens, network.text_embed_dim)
     mask = torch.ones(batch, tokens, dtype=torch.bool)

@@ -133,6 +133,12 @@ class Stage:
         """
         return torch.cat(list(self.parts(inputs, settings, at_once=at_once, listener=listener)))
 
+    def batch_size(self, asked: int | None = None) -> int:
+        """Images computed together: as many as asked for, as `PIXELS_AT_ONCE`, as the runtime."""
+        at_once = asked or max(1, PIXELS_AT_ONCE // self.config.size**2)
+        most = self.runtime.max_batch
+        return at_once if most is None else min(at_once, most)
+
     @torch.no_grad()
     def parts(
         self,
@@ -143,10 +149,7 @@ class Stage:
         listener: Listener = Listener(),  # noqa: B008  # immutable
     ) -> Iterator[Tensor]:
         """`sample`, a few images at a time, in order."""
-        size = self.config.size
-        at_once = at_once or max(1, PIXELS_AT_ONCE // size**2)
-        if self.runtime.max_batch is not None:
-            at_once = min(at_once, self.runtime.max_batch)
+        size, at_once = self.config.size, self.batch_size(at_once)
         for start in range(0, len(inputs.seeds), at_once):
             part = inputs.part(start, start + at_once)
             yield self._sample_part(part, settings, (size, size), self.tile, listener)
@@ -233,15 +236,8 @@ class Stage:
     ) -> Tensor:
         """Samples images (B, 3, *sides)."""
         imagen, number = self.config.imagen, self.config.number
-        generators = [
-            torch.Generator().manual_seed(seeded("sample", number, seed)) for seed in inputs.seeds
-        ]
-
-        def draw_noise() -> Tensor:
-            shape = (imagen.channels, *sides)
-            noise = [torch.randn(shape, generator=generator) for generator in generators]
-            return torch.stack(noise).to(self.device)
-
+        shape = (imagen.channels, *sides)
+        draw_noise = noise_source("sample", self.config, inputs.seeds, shape, self.device)
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
         images = sample(
@@ -256,6 +252,32 @@ class Stage:
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
         )
         return images.cpu()
+
+
+def noise_source(
+    purpose: str, stage: StageConfig, seeds: Sequence[int], shape: Sequence[int],
+    device: torch.device,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """Gives standard normal noise of some images at each call, (B, *shape) on a device.
+
+    Each image has a generator of its own, on the CPU.
+
+    Args:
+        purpose: Keeps the noise of one use apart from that of another.
+        stage: Of the images.
+        seeds: One for each image.
+        shape: Of one.
+        device: Where it is wanted.
+    """
+    generators = [
+        torch.Generator().manual_seed(seeded(purpose, stage.number, seed)) for seed in seeds
+    ]
+
+    def draw_noise() -> Tensor:
+        noise = [torch.randn(tuple(shape), generator=generator) for generator in generators]
+        return torch.stack(noise).to(device)
+
+    return draw_noise
 
 
 def _denoiser(

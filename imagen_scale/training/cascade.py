@@ -45,7 +45,7 @@ def train(
     Args:
         config: The run.
         run_dir: Where everything is written.
-        meeting: Of the ranks; entered.
+        meeting: Of the ranks, its watchdog entered where there are several.
         unet_number: Train this one only, from 1; None takes the configuration's, else all.
         resume: Refuse to start from nothing.
         fresh: Delete what an earlier run left in `run_dir` and start anew.

@@ -59,7 +59,7 @@ def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None
     environment.setdefault("LOCAL_RANK", "0")
     environment.setdefault("MASTER_ADDR", LOCALHOST)
     is_alone = environment["WORLD_SIZE"] == "1"
-    environment.setdefault("MASTER_PORT", _free_port() if is_alone else "29500")
+    environment.setdefault("MASTER_PORT", str(free_port()) if is_alone else "29500")
 
 
 def speaks_for_its_machine(environment: Mapping[str, str] = os.environ) -> bool:
@@ -165,7 +165,9 @@ def _number(text: str | None) -> int:
     return int(text) if text is not None and text.isdecimal() else 0
 
 
-def _free_port() -> str:
+def free_port() -> int:
+    """A port of this machine that nobody has."""
     with socket.socket() as probe:
         probe.bind((LOCALHOST, 0))
-        return str(probe.getsockname()[1])
+        port: int = probe.getsockname()[1]
+        return port

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 
 from torch.distributed import (  # type: ignore[attr-defined]
     HashStore,
@@ -39,7 +38,7 @@ WAIT_S = 0.3  # between two looks whether all have come to a place
 
 
 class Meeting:
-    """The ranks of a training; while it is entered they watch each other.
+    """The ranks of a training; while `watchdog` is entered they watch each other.
 
     Args:
         tell: Says to the user what ends this rank; see `Watchdog`.
@@ -55,18 +54,6 @@ class Meeting:
         # One rank needs no port.
         self._store = _find_each_other() if world_size() > 1 else HashStore()
         self.watchdog = Watchdog(None, self._store if world_size() > 1 else None, tell)
-
-    def __enter__(self) -> "Meeting":
-        self.watchdog.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.watchdog.__exit__(kind, error, traceback)
 
     def gather(self, what: str, own: str) -> list[str]:
         """Waits until every rank has come here, however long that takes.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from imagen_scale.errors import ImagenScaleError
+from imagen_scale.errors import ImagenScaleError, exit_code_of, of_system
 from imagen_scale.training.beats import (
     BEAT_S,
     EARLY,
@@ -134,8 +134,7 @@ class Watchdog:
             return
         if isinstance(error, Exception) and not isinstance(error, ImagenScaleError):
             self._wait_for_an_explanation()  # maybe it is of an exchange that a lost rank broke
-        self._exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        self._exit_code = getattr(error, "exit_code", self._exit_code)
+        self._exit_code = exit_code_of(error)
         self._end("failed", _reason(error))
         if not self._has_spoken:  # rank 0 does not answer: nobody else can know
             self.tell(self._beat().failure)
@@ -246,7 +245,7 @@ def _reason(error: BaseException) -> str:
         return error.marked
     if isinstance(error, KeyboardInterrupt):
         return "interrupted: the same command continues from the newest checkpoint"
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
-        return f"{error.filename or ''}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return of_system(error)
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imagen_scale.errors import ImagenScaleError, UsageError, option, spelled
+from imagen_scale.errors import ImagenScaleError, UsageError, of_system, option, spelled
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import samples_dir
 from imagen_scale.sampling.folder import SampleFolder
@@ -123,8 +123,8 @@ class Generator:
             told.put(Stopped())
         except ImagenScaleError as error:
             told.put(Failed(with_labels(error.marked)))
-        except OSError as error:  # a full disk, a folder that may not be written
-            told.put(Failed(f"{error.filename or ''}: {error.strerror or error}"))
+        except OSError as error:
+            told.put(Failed(of_system(error)))
         except Exception as error:  # a fault of ours: the page goes on, the terminal says where
             traceback.print_exc()
             told.put(Failed(f"{type(error).__name__}: {error}. The terminal says where."))

@@ -310,7 +310,6 @@ def _listing(rows: list[Row], needed: Sequence[str], meant: list[str]) -> Listin
     """Rows whose needed columns are called as they should be."""
     names = dict.fromkeys(name for _, row in rows for name in row)
     near = [name for name in needed if name not in names and matching(name, names)]
-    near = [name for name in needed if name not in names and matching(name, names)]
     return Listing(
         [(where, _with_names(row, needed)) for where, row in rows], meant + _renamed(near, names)
     )
