@@ -9,6 +9,8 @@ from support.tiny import TINY
 from imagen_scale.config import parse_config
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.diffusion.prediction_error import LOG_SNRS, nearest_times
+from imagen_scale.diffusion.schedule import at_time
 from imagen_scale.files.pictures import from_uint8
 from imagen_scale.training.objective import Objective
 
@@ -107,3 +109,44 @@ def test_what_travels_small_gives_the_same_losses_bit_for_bit(index):
 
     losses = [objective.losses(network, batch) for batch in (small, large)]
     assert torch.equal(*losses) and losses[0].isfinite().all()
+
+
+KINDS = [
+    (0, {"pred_type": "eps"}), (0, {"pred_type": "v"}), (0, {"pred_type": "x0"}),
+    (1, {"pred_type": "v"}), (1, {"pred_type": "x0", "lowres_residual": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("index", "unet"), KINDS)
+def test_the_error_of_the_predicted_picture_is_the_same_measure_for_every_prediction(index, unet):
+    unets = [TINY["unets"][i] | (unet if i == index else {}) for i in range(2)]
+    objective = Objective(
+        parse_config(json.dumps(TINY | {"unets": unets})).stage(index + 1), torch.device("cpu")
+    )
+    batch = make_batch(objective.stage.size, [0, 3])
+    x_0, seen = batch.images, []
+
+    def wrong_by(offset):
+        """A network that knows the picture but for `offset`."""
+
+        def network(x_t, t, text, mask, keep_mask, lowres_img=None, lowres_t=None):
+            seen.append((t, keep_mask, lowres_t))
+            schedule, said = objective.schedule, x_0 + offset
+            alpha, sigma = (at_time(of, t, x_t) for of in (schedule.alpha, schedule.sigma))
+            eps = (x_t - alpha * said) / sigma
+            if unet.get("lowres_residual"):
+                return said - shrink_and_enlarge(x_0, objective.stage.small_size)
+            return schedule.target(objective.pred_type, said, t, eps)
+
+        return network
+
+    for offset in (0.0, 0.5):
+        errors = objective.x_0_errors(wrong_by(offset), batch, "validation")
+        assert errors.shape == (2, len(LOG_SNRS))
+        assert torch.allclose(errors, torch.tensor(offset**2), atol=1e-4)
+    assert [int(t[0]) for t, *_ in seen[: len(LOG_SNRS)]] == nearest_times(objective.schedule)
+    assert all(keep_mask.all() for _, keep_mask, _ in seen)  # with their captions
+    if index == 1:
+        level = objective.stage.imagen.lowres_sample_noise_level  # as noisy as in sampling
+        time = objective.schedule.level_to_time(level)
+        assert all((lowres_t == time).all() for *_, lowres_t in seen)

@@ -6,7 +6,8 @@ from support.tiny import write_run
 
 from imagen_scale.config import ScheduleConfig
 from imagen_scale.diffusion.lowres import resize
-from imagen_scale.evaluation.prediction import LOG_SNRS, nearest_times, x_0_errors
+from imagen_scale.diffusion.prediction_error import LOG_SNRS, nearest_times
+from imagen_scale.evaluation.prediction import x_0_errors
 from imagen_scale.runs.inference import read_stage
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage

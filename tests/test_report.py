@@ -365,11 +365,11 @@ def test_the_records_are_those_that_the_program_writes(tmp_path):
             1, loss=0.5, lr=1e-3, grad_norm=None, loss_scale=None, images=8,
             quarters=dict.fromkeys(QUARTERS.values(), 0.5),
         )  # fmt: skip
-        telemetry.write(1, val_loss=0.25)
+        telemetry.write(1, val_loss=0.25, val_x_0_error=0.1)
         telemetry.write(1, **{key: 1.0 for _, curves in SAMPLES for key in curves.values()})
     metrics = read_metrics(telemetry.path, problems)
     assert set(metrics.values) == {
-        "loss", "val_loss", "lr", *QUARTERS.values(), *(key for _, key in OTHERS),
+        "loss", "val_loss", "val_x_0_error", "lr", *QUARTERS.values(), *(key for _, key in OTHERS),
         *(key for _, curves in SAMPLES for key in curves.values()),
     }  # fmt: skip
     assert not problems

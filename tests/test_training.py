@@ -31,7 +31,8 @@ def config(tmp_path_factory):
     from support.tiny import TINY
 
     path = tmp_path_factory.mktemp("config") / "tiny.json"
-    path.write_text(json.dumps(TINY | {"data": TINY["data"] | {"val_fraction": 0.2}}))
+    data, training = TINY["data"] | {"val_fraction": 0.2}, TINY["training"] | {"val_x0": True}
+    path.write_text(json.dumps(TINY | {"data": data, "training": training}))
     return path
 
 
@@ -68,7 +69,9 @@ def test_a_run_leaves_everything(reference):
         ]
         assert losses(run, unet)[6] < losses(run, unet)[1]
     lines = (run / "unet1" / "metrics.jsonl").read_text().splitlines()
-    assert {row["step"] for row in map(json.loads, lines) if "val_loss" in row} == {3, 6}
+    validations = [row for row in map(json.loads, lines) if "val_loss" in row]
+    assert [row["step"] for row in validations] == [3, 6]
+    assert all(row["val_x_0_error"] > 0 for row in validations)
     for row in map(json.loads, lines):
         if "loss" in row:
             quarters = [value for name, value in row.items() if name.startswith("loss_quarter_")]

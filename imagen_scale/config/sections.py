@@ -174,6 +174,12 @@ class TrainingConfig(Section):
         1000, description="Steps between validations, where pictures are held out."
     )
     val_batches: PositiveInt = Field(8, description="Micro-batches per validation and rank.")
+    val_x0: bool = Field(
+        False,
+        description="Validations also measure the error of the predicted clean picture at 12 "
+        "noise levels, which compares between objectives as losses do not; they take 13 times as "
+        "long.",
+    )
     sample_every: PositiveInt | None = Field(
         5000, description="Steps between grids of pictures; null: none are drawn in training."
     )

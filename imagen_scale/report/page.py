@@ -27,6 +27,7 @@ SAMPLES = (
         {"keeps to its input": "lowres_consistency_db", "restores the original": "psnr_db"},
     ),
 )
+PREDICTED = "Error of the predicted picture, held out"
 OTHERS = (
     ("Pictures per second", "images_per_s"),
     ("Peak memory, GiB", "peak_memory_gib"),
@@ -86,6 +87,7 @@ def charts(stage: StageFacts) -> list[Chart]:
              {name: values.get(key, []) for name, key in QUARTERS.items()}),
         *(draw(title, {name: values.get(key, []) for name, key in curves.items()})
           for title, curves in SAMPLES),
+        draw(PREDICTED, {PREDICTED: values.get("val_x_0_error", [])}),
         *(draw(title, {title: values.get(key, [])}, from_zero=True) for title, key in OTHERS),
     ]  # fmt: skip
     return [chart for chart in drawn if chart is not None]

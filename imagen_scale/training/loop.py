@@ -24,7 +24,7 @@ from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
 from imagen_scale.training.stepping import Stepped
 from imagen_scale.training.telemetry import Telemetry
-from imagen_scale.training.validation import validation_loss
+from imagen_scale.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
     step, phase = session.step, job.watchdog.phase
     if due.validation and job.samples.held_out is not None:
         with phase("validating"):
-            loss = validation_loss(session, job.samples.held_out, job.num_workers)
+            measures = validate(session, job.samples.held_out, job.num_workers)
             if telemetry is not None:
-                telemetry.write(step, val_loss=loss)
+                telemetry.write(step, **measures)
     if due.checkpoint:
         save_checkpoint(session, job)
     if due.inference:

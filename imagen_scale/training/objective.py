@@ -12,6 +12,7 @@ from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.loss import image_loss, loss_factors
 from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.diffusion.prediction_error import x_0_errors
 from imagen_scale.files.pictures import from_uint8
 from imagen_scale.sampling.stage_schedule import stage_schedule
 from imagen_scale.training.times import stratified_time
@@ -74,24 +75,10 @@ class Objective:
             batch: On any device.
             purpose: Keeps the random numbers of validation apart from those of training.
         """
-        x_0 = _as_floats(_at(self.device, batch.images))
-        draws = self.draw(batch.positions, x_0.shape[1:], purpose)
-        lowres_img = None
-        if self.stage.small_size is not None:
-            lowres_img = shrink_and_enlarge(x_0, self.stage.small_size)
-        if self.crop is not None and draws.corners is not None and lowres_img is not None:
-            # The same window of both, cut after shrinking: its borders are the whole picture's.
-            x_0 = crop_at(x_0, draws.corners, self.crop)
-            lowres_img = crop_at(lowres_img, draws.corners, self.crop)
-        # The low-resolution picture is normalised, then noised; so it is in sampling.
-        x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
-        lowres: tuple[Tensor, ...] = ()
-        if lowres_img is not None:
-            assert draws.lowres_eps is not None
-            noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
-            lowres = (self._laid_out(noised), draws.lowres_t)
-        text = self._text(batch)
-        prediction = unet(self._laid_out(x_t), draws.t, *text, draws.keep_mask, *lowres)
+        draws = self.draw(batch.positions, batch.images.shape[1:], purpose)
+        x_0, lowres_img = self._pictures(batch, draws)
+        predict = self._bound(unet, batch, draws, lowres_img)
+        prediction = predict(self.schedule.q_sample(x_0, draws.t, draws.eps), draws.t)
         target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
         if self.stage.unet.lowres_residual and lowres_img is not None:
             target = target - lowres_img  # enlarged, without the noise; sampling adds it again
@@ -99,6 +86,55 @@ class Objective:
         if self.factors is not None:
             losses = losses * self.factors[draws.t]
         return Losses(losses, draws.t)
+
+    def x_0_errors(self, unet: Callable[..., Tensor], batch: Batch, purpose: str) -> Tensor:
+        """Squared error of the predicted clean pictures at each of `LOG_SNRS`, (B, 12) float32.
+
+        With their captions, and low-resolution pictures as noisy as sampling makes them: what
+        `imagen-scale evaluate` measures of a finished stage. For the arguments see `timed_losses`.
+        """
+        draws = self.draw(batch.positions, batch.images.shape[1:], purpose)
+        level = self.schedule.level_to_time(self.stage.imagen.lowres_sample_noise_level)
+        draws = draws._replace(
+            keep_mask=torch.ones_like(draws.keep_mask),
+            lowres_t=torch.full_like(draws.lowres_t, level),
+        )
+        x_0, lowres_img = self._pictures(batch, draws)
+        predict = self._bound(unet, batch, draws, lowres_img)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            prediction = predict(x_t, t).float()
+            found = self.schedule.predicted_x_0(self.pred_type, x_t, t, prediction)
+            if self.stage.unet.lowres_residual and lowres_img is not None:
+                return found + lowres_img
+            return found
+
+        return x_0_errors(denoise, self.schedule, x_0, lambda: draws.eps)
+
+    def _pictures(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Clean pictures (B, C, H, W) and, for super-resolution, them shrunk and enlarged."""
+        x_0 = _as_floats(_at(self.device, batch.images))
+        if self.stage.small_size is None:
+            return x_0, None
+        lowres_img = shrink_and_enlarge(x_0, self.stage.small_size)
+        if self.crop is not None and draws.corners is not None:
+            # The same window of both, cut after shrinking: its borders are the whole picture's.
+            x_0 = crop_at(x_0, draws.corners, self.crop)
+            lowres_img = crop_at(lowres_img, draws.corners, self.crop)
+        return x_0, lowres_img
+
+    def _bound(
+        self, unet: Callable[..., Tensor], batch: Batch, draws: Draws, lowres_img: Tensor | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network with all but the noisy pictures (B, C, H, W) and their times (B,) given."""
+        lowres: tuple[Tensor, ...] = ()
+        if lowres_img is not None:
+            # The low-resolution picture is normalised, then noised; so it is in sampling.
+            assert draws.lowres_eps is not None
+            noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
+            lowres = (self._laid_out(noised), draws.lowres_t)
+        text = self._text(batch)
+        return lambda x_t, t: unet(self._laid_out(x_t), t, *text, draws.keep_mask, *lowres)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in the layout in which the network computes."""
