@@ -23,18 +23,17 @@ from report import machine, table
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
 PACKAGE = "MinImagen 0.0.9"
-X0 = (
-    "unets.0.pred_type=x0", 'unets.0.schedule={"type": "cosine"}', "unets.1.pred_type=x0",
-    "unets.1.lowres_residual=true", "training.loss_weight=v_clipped", "training.lr=[0.002,0.004]",
-)  # fmt: skip
-MINIMAGENS = ("unets.1.pred_type=eps", "training.lr=0.0001", "training.lowres_aug_max=1.0")
+PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02")
+MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
+NOISE = (*PLAIN, "training.lr=0.002", "training.lowres_aug_max=0.2")
 # Changes to the demo's configuration.
 RECIPES: dict[str, tuple[str, ...]] = {
     PACKAGE: (*MINIMAGENS, "unets.0.max_text_len=256", "unets.1.max_text_len=256"),
     "MinImagen's way, our trainer": MINIMAGENS,
-    "noise, lr 2e-3": ("unets.1.pred_type=eps",),
-    "v, lr 2e-3": ("unets.0.pred_type=v",),
-    "modern": X0,
+    "noise, lr 2e-3": NOISE,
+    "v, lr 2e-3": (*NOISE, "unets.0.pred_type=v", "unets.1.pred_type=v"),
+    "modern": (),
+    "modern, Muon": ("training.optimizer=muon",),
 }
 
 

@@ -40,6 +40,8 @@ MODES = {
     "in-backward": (None, "fp32", "adamw", True),
     "in-backward-8bit": (None, "fp32", "adamw_8bit", True),
     "in-backward-adafactor": (None, "fp32", "adafactor", True),
+    "zero0-muon": ({"stage": 0}, "fp32", "muon", False),
+    "in-backward-muon": (None, "fp32", "muon", True),
 }  # fmt: skip
 
 

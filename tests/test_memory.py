@@ -20,9 +20,16 @@ from imagen_scale.models import memory
 from imagen_scale.models.memory import apply_checkpointing, in_host_memory
 from imagen_scale.planning.activations import _Parked
 from imagen_scale.planning.live_bytes import LiveBytes
+from imagen_scale.planning.setup import written_setup
+from imagen_scale.training.matrix_optimizers import MatrixAdafactor, Muon
 from imagen_scale.training.memory_use import is_out_of_memory
 from imagen_scale.training.objective import Objective, crop_at
-from imagen_scale.training.optimizers import GROUP_ELEMENTS, MatrixAdafactor, bounded_groups
+from imagen_scale.training.optimizers import (
+    GROUP_ELEMENTS,
+    bounded_groups,
+    make_optimizer,
+    parameter_groups,
+)
 
 LEVELS = [("norms", "norms"), ("blocks", "blocks"), ("blocks", "norms"), ("none", "blocks")]
 
@@ -110,6 +117,58 @@ def test_adafactor_factors_a_convolution_as_a_matrix():
     assert torch.equal(*bias)
     state = ours.state[conv]
     assert state["row_var"].numel() + state["col_var"].numel() == 6 + 36
+
+
+def test_muon_moves_a_convolution_as_a_matrix_and_the_rest_as_adamw_does():
+    torch.manual_seed(0)
+    unet, options = make_unet(0), ("training.optimizer=muon", "training.weight_decay=0.1")
+    stage = parse_config(json.dumps(TINY), overrides=options).stage(1)
+    setup = written_setup(stage, 1, on_card=False)
+    optimizer = make_optimizer(unet.named_parameters(), stage, setup)
+    assert isinstance(optimizer, Muon) and setup.zero_stage == 0
+    inputs = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    copies = {name: torch.nn.Parameter(p.flatten(1) if is_muon(name, p) else p.clone())
+              for name, p in inputs.items()}  # fmt: skip
+    hidden = [copies[name] for name, p in inputs.items() if is_muon(name, p)]
+    others = [copies[name] for name, p in inputs.items() if not is_muon(name, p)]
+    options = {"lr": stage.lr, "weight_decay": 0.1}
+    theirs = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **options),
+              torch.optim.AdamW(others, betas=stage.training.betas, **options)]  # fmt: skip
+    for _ in range(2):
+        for name, parameter in unet.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.reshape(copies[name].shape).clone()
+        for one in (optimizer, *theirs):
+            for group in one.param_groups:
+                group["lr"] = 1e-3
+            one.step()
+    for name, parameter in unet.named_parameters():
+        assert torch.allclose(parameter, copies[name].reshape(parameter.shape), atol=1e-6), name
+        assert ("momentum_buffer" in optimizer.state[parameter]) == is_muon(name, parameter)
+    assert 0.9 < sum(p.numel() for p in hidden) / sum(p.numel() for p in copies.values()) < 1
+
+
+def is_muon(name, parameter):
+    """Hidden matrices, counted by hand: not what touches pixels, nor tables and scales."""
+    outer = name.startswith(("init_conv", "final_conv"))
+    kept_out = name.endswith(("null_text_embed", "null_text_hidden", "null_kv", ".g"))
+    return parameter.ndim > 1 and not outer and not kept_out
+
+
+def test_what_is_no_matrix_need_not_decay():
+    unet = make_unet(0)
+    stage = parse_config(json.dumps(TINY)).stage(1)
+    together = parameter_groups(unet.named_parameters(), stage)
+    assert [set(group) for group in together] == [{"params"}]  # as it always was
+    config = parse_config(json.dumps(TINY), overrides=("training.decay_matrices_only=true",))
+    decayed, kept = parameter_groups(unet.named_parameters(), config.stage(1))
+    named = dict(unet.named_parameters())
+    assert kept["weight_decay"] == 0 and "weight_decay" not in decayed
+    assert {id(p) for p in kept["params"]} == {
+        id(p) for name, p in named.items()
+        if p.ndim == 1 or name.endswith(("null_text_embed", "null_text_hidden", "null_kv", ".g"))
+    }  # fmt: skip
+    assert len(decayed["params"]) + len(kept["params"]) == len(named)
 
 
 def test_parameters_are_grouped_in_order_and_bounded():

@@ -175,7 +175,7 @@ def reference_of(optimizer_name: str, in_backward: bool, rehearse: bool) -> Refe
     setup = setup_of(stage)
     unet = build_unet(stage, setup._replace(checkpointing=("none",) * stage.unet.num_levels))
     start = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
-    optimizer = make_optimizer(unet.parameters(), stage, setup)
+    optimizer = make_optimizer(unet.named_parameters(), stage, setup)
     objective, batches = Objective(stage, torch.device("cpu")), micro_batches(stage, BATCH)
     losses = []
     for _ in range(STEPS):

@@ -183,11 +183,11 @@ def _memory_checks(stage: StageConfig) -> list[str]:
         )
     zero = stage.zero_optimization or {}
     zero_stage, precision = zero.get("stage", 0), stage.training.precision
-    if stage.optimizer == "adafactor" and (zero_stage or precision != "fp32"):
+    if stage.optimizer in ("adafactor", "muon") and (zero_stage or precision != "fp32"):
         problems.append(
-            "training.optimizer: adafactor factors whole matrices, which ZeRO flattens; set "
-            "training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
-            "adamw_8bit."
+            f"training.optimizer: {stage.optimizer} takes whole matrices, which ZeRO flattens; set "
+            f"training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
+            f"adamw_8bit."
         )
     can_be_bf16 = precision == "bf16" and (not zero or is_offloaded(zero, "offload_optimizer"))
     if stage.optimizer == "adamw_bf16" and not can_be_bf16:
@@ -245,7 +245,7 @@ def _in_backward_checks(stage: StageConfig) -> list[str]:
             f"deepspeed.zero_optimization out."
         )
     if stage.optimizer == "adamw_bf16":
-        problems.append(f"{key}: takes the optimizers adamw, adamw_8bit and adafactor.")
+        problems.append(f"{key}: takes the optimizers adamw, adamw_8bit, adafactor and muon.")
     return problems
 
 

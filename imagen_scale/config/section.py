@@ -19,7 +19,7 @@ TrainingPrecision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"]
 # What a network predicts, and what the error of the clean picture counts at each noise level.
 PredictionType: TypeAlias = Literal["eps", "v", "x0"]
 LossWeightName: TypeAlias = Literal["x0", "eps", "v", "v_clipped", "min_snr", "sigmoid"]
-OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor", "muon"]
 
 
 class Section(BaseModel):

@@ -108,12 +108,18 @@ class TrainingConfig(Section):
         None,
         description="adamw; adamw_8bit (bitsandbytes: moments of 1 byte each); adamw_bf16 "
         "(master weights and moments in bf16: least memory, visibly less exact); adafactor (the "
-        "Imagen paper's for its base; no ZeRO). Or one per U-Net. null: adamw, or what "
-        "memory.budget needs.",
+        "Imagen paper's for its base; no ZeRO); muon (matrices move by their orthogonalised "
+        "momentum, the rest by AdamW: one moment less, no ZeRO). Or one per U-Net. null: adamw, or "
+        "what memory.budget needs.",
     )
     lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
     betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's betas.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's weight decay.")
+    decay_matrices_only: bool = Field(
+        False,
+        description="Only weights of linear layers and convolutions decay; biases, scales of "
+        "normalisations and what stands for a missing text do not.",
+    )
     lr_schedule: Literal["constant", "cosine", "wsd"] = Field(
         "cosine",
         description="What follows the warm-up: constant, the peak rate; cosine, down to zero; wsd, "

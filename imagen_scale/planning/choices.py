@@ -10,6 +10,7 @@ from imagen_scale.errors import ConfigError
 from imagen_scale.planning.machine import Machine
 from imagen_scale.planning.setup import (
     OFFLOAD,
+    WHOLE_MATRICES,
     Setup,
     accumulation,
     precision_of,
@@ -86,7 +87,7 @@ class Choices:
         written = self.stage.zero_optimization
         if written is not None:
             return [written]
-        if in_backward or optimizer == "adafactor":
+        if in_backward or optimizer in WHOLE_MATRICES:
             return [{"stage": 0}]
         # On one card stage 3 shares nothing out, but keeps the sums of gradients on the host.
         offloads: list[dict[str, Any]] = [

@@ -20,7 +20,9 @@ ALLOCATOR_SLACK = 0.06
 HOST_PROCESS_CPU = 600_000_000
 HOST_PROCESS_CUDA = 2_500_000_000
 # Bytes of one moment pair: fp32, bf16, or one byte each and a scale per block of 256.
-_MOMENTS = {"adamw": 8, "adamw_8bit": 2 + 2 * 4 / 256, "adamw_bf16": 4, "adafactor": 0}
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2 + 2 * 4 / 256, "adamw_bf16": 4, "adafactor": 0,
+            # Of matrices; the rest, which has two, is less than a thousandth of a large network.
+            "muon": 4}  # fmt: skip
 # Parameters that ZeRO updates at a time without offload, and that saving puts aside at a time.
 GROUP_ELEMENTS = 100_000_000
 

@@ -18,7 +18,13 @@ from imagen_scale.planning.words import gb
 # the straight line through them.
 MEASURED_BATCHES = (1, 8)
 # How the optimizers differ from exact AdamW; a lower tier is preferred whatever it costs.
-TIERS: dict[OptimizerName, int] = {"adamw": 0, "adafactor": 0, "adamw_8bit": 1, "adamw_bf16": 2}
+TIERS: dict[OptimizerName, int] = {
+    "adamw": 0,
+    "adafactor": 0,
+    "muon": 0,
+    "adamw_8bit": 1,
+    "adamw_bf16": 2,
+}
 
 
 class Candidate(NamedTuple):

@@ -8,7 +8,7 @@ from rich.table import Table
 from imagen_scale.config import Config
 from imagen_scale.planning.machine import Machine
 from imagen_scale.planning.planner import Candidate, UnetPlan
-from imagen_scale.planning.setup import Setup
+from imagen_scale.planning.setup import WHOLE_MATRICES, Setup
 from imagen_scale.planning.words import gb
 
 TERMS = ("weights", "gradients", "optimizer", "ema", "activations", "buckets", "workspace")
@@ -59,7 +59,7 @@ def in_words(setup: Setup) -> str:
 
 def why(plan: UnetPlan) -> str:
     """Why this candidate and not another."""
-    chosen, exact = plan.choice, plan.choice.setup.optimizer in ("adamw", "adafactor")
+    chosen, exact = plan.choice, _exact(plan.choice)
     if plan.fault is not None:
         return f"nothing fits; this comes nearest. At fault: {plan.fault}"
     rival = next((c for c in plan.others if c.seconds < chosen.seconds and _exact(c)), None)
@@ -155,7 +155,7 @@ def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> 
 
 
 def _exact(candidate: Candidate) -> bool:
-    return candidate.setup.optimizer in ("adamw", "adafactor")
+    return candidate.setup.optimizer in ("adamw", *WHOLE_MATRICES)
 
 
 def _fastest(plan: UnetPlan) -> float:

@@ -12,6 +12,10 @@ BUCKET_ELEMENTS = 50_000_000
 OFFLOAD = {"device": "cpu"}
 
 
+# Optimizers of whole matrices, which ZeRO flattens and divides.
+WHOLE_MATRICES: tuple[OptimizerName, ...] = ("adafactor", "muon")
+
+
 class Setup(NamedTuple):
     """One way to train a U-Net; it changes memory and speed, not what is learned."""
 
@@ -96,7 +100,7 @@ def written_setup(
     precision = precision_of(stage, auto_precision or ("bf16" if on_card else "fp32"))
     zero = stage.zero_optimization
     if zero is None:
-        if in_backward or optimizer == "adafactor":
+        if in_backward or optimizer in WHOLE_MATRICES:
             zero = {"stage": 0}
         else:
             zero = default_zero(ranks, precision, on_card=on_card)

@@ -44,7 +44,9 @@ def step_seconds(
     hidden = HIDDEN_SHARE * min(exchange, compute) if setup.exchanges_in_backward else 0.0
     micro_step = compute + exchange - hidden + LAUNCH_S + cost.transfer_micro / PCIE_BYTES_PER_S
     # Weight, gradient and moments are read and written once.
-    moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2}[setup.optimizer]
+    moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2, "muon": 8}[
+        setup.optimizer
+    ]
     if setup.offloads_optimizer:
         update = (14 + moments) * parameters / HOST_BYTES_PER_S
     else:

@@ -35,8 +35,8 @@ class InBackwardEngine:
     ) -> None:
         self.module, self.device = unet.to(device), device
         self._optimizers: dict[Parameter, torch.optim.Optimizer] = {
-            parameter: make_optimizer([parameter], stage, setup)
-            for parameter in self.module.parameters()
+            parameter: make_optimizer([(name, parameter)], stage, setup)
+            for name, parameter in self.module.named_parameters()
         }
         self._takes_flag = all(map(_takes_flag, self._optimizers.values()))
         self._bad = torch.zeros((), device=device)  # 1 from a step's first bad gradient on

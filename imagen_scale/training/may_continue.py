@@ -18,7 +18,8 @@ from imagen_scale.runs.folders import (
 )
 
 # Keys of `training` that bend the loss curve: they may change, and that is said.
-_TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay", "betas", "grad_clip",
+_TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay",
+         "decay_matrices_only", "betas", "grad_clip",
          "ema_decay", "precision")  # fmt: skip
 # What may change when a run is continued: sections whole (None), or some of their keys.
 _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {

@@ -1,9 +1,8 @@
-"""The optimizers of torch and bitsandbytes, and one of our own."""
+"""The optimizer that a stage and a setup ask for."""
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +12,10 @@ from imagen_scale.config import StageConfig
 from imagen_scale.errors import MissingExtraError
 from imagen_scale.planning.cost import GROUP_ELEMENTS
 from imagen_scale.planning.setup import Setup
+from imagen_scale.training.matrix_optimizers import MatrixAdafactor, Muon
+
+# The layers that touch pixels, whose matrices are not Muon's.
+_OUTER = ("init_conv.", "final_conv.")
 
 
 def has_compiler() -> bool:
@@ -21,18 +24,33 @@ def has_compiler() -> bool:
 
 
 def make_optimizer(
-    parameters: Iterable[Parameter], stage: StageConfig, setup: Setup
+    named: Iterable[tuple[str, Parameter]], stage: StageConfig, setup: Setup
 ) -> torch.optim.Optimizer:
     """The optimizer of one U-Net, where `uses_cpu_adam` does not ask for DeepSpeed's.
 
     Without a compiler torch's AdamW steps the offloaded states too, slower.
 
+    Args:
+        named: Its parameters with their names.
+        stage: The U-Net.
+        setup: How it is trained.
+
     Raises:
         MissingExtraError: If bitsandbytes is needed and not installed.
     """
+    named, options = list(named), adamw_options(stage)
+    groups = parameter_groups(named, stage)
     if setup.optimizer == "adafactor":
-        return MatrixAdafactor(parameters, lr=stage.lr, weight_decay=stage.training.weight_decay)
-    groups, options = bounded_groups(parameters), adamw_options(stage)
+        return MatrixAdafactor(groups, lr=stage.lr, weight_decay=stage.training.weight_decay)
+    if setup.optimizer == "muon":
+        hidden: list[Parameter] = []
+        others: list[tuple[str, Parameter]] = []
+        for name, parameter in named:
+            if is_matrix(name, parameter) and not name.startswith(_OUTER):
+                hidden.append(parameter)
+            else:
+                others.append((name, parameter))
+        return Muon(hidden, parameter_groups(others, stage), options)
     if setup.optimizer == "adamw_8bit":
         return _adamw_8bit(groups, options)
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -48,6 +66,29 @@ def adamw_options(stage: StageConfig) -> dict[str, Any]:
     """What every AdamW is told, whoever wrote it."""
     training = stage.training
     return {"lr": stage.lr, "betas": training.betas, "weight_decay": training.weight_decay}
+
+
+def is_matrix(name: str, parameter: Parameter) -> bool:
+    """Whether it is the weight of a linear layer or of a convolution.
+
+    Not so are biases, scales of normalisations, and what stands for a text that is not there.
+    """
+    return parameter.ndim > 1 and name.endswith("weight")
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, Parameter]], stage: StageConfig
+) -> list[dict[str, Any]]:
+    """Parameters in groups of bounded size, those without weight decay in groups of their own."""
+    named = list(named)
+    if not stage.training.decay_matrices_only:
+        return bounded_groups(parameter for _, parameter in named)
+    matrices = [parameter for name, parameter in named if is_matrix(name, parameter)]
+    others = [parameter for name, parameter in named if not is_matrix(name, parameter)]
+    undecayed = bounded_groups(others)
+    for group in undecayed:
+        group["weight_decay"] = 0.0
+    return bounded_groups(matrices) + undecayed
 
 
 def bounded_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
@@ -79,38 +120,3 @@ def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.
             f"`pip install 'imagen-scale[8bit]'`, or set training.optimizer to adamw."
         ) from None
     return AdamW8bit(groups, **options)
-
-
-class MatrixAdafactor(torch.optim.Adafactor):
-    """Adafactor that factors a convolution's weight as a matrix (out, in * k * k).
-
-    torch factors the last two dimensions, which for a 3x3 kernel saves a third instead of nearly
-    all. The learning rate is relative to each weight's own size.
-
-    Source: Shazeer & Stern 2018, arXiv:1804.04235; the Imagen paper trains its base with it.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        """One step; see `torch.optim.Adafactor`."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        with _as_matrices(parameters):
-            return super().step(closure)
-
-
-@contextmanager
-def _as_matrices(parameters: list[Parameter]) -> Iterator[None]:
-    shapes = [parameter.shape for parameter in parameters]
-    for parameter in parameters:
-        if parameter.ndim > 2:
-            _reshape(parameter, torch.Size((len(parameter), -1)))
-    try:
-        yield
-    finally:
-        for parameter, shape in zip(parameters, shapes, strict=True):
-            _reshape(parameter, shape)
-
-
-def _reshape(parameter: Parameter, shape: torch.Size) -> None:
-    gradient, parameter.grad = parameter.grad, None
-    parameter.data = parameter.data.reshape(shape)
-    parameter.grad = None if gradient is None else gradient.reshape(shape)

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 from imagen_scale.errors import CheckpointError
 from imagen_scale.files.tensors import write_tensors
+from imagen_scale.planning.setup import WHOLE_MATRICES
 from imagen_scale.training.ema import EXCHANGE_ELEMENTS, Ema
 from imagen_scale.training.engine import Engine, Fragment
+from imagen_scale.training.matrix_optimizers import Muon
 
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +81,7 @@ def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
     """
     with ExitStack() as files:
         saved = _Saved(folder, files)
-        if "adafactor" in (saved.optimizer, optimizer) and saved.optimizer != optimizer:
+        if saved.optimizer != optimizer and {saved.optimizer, optimizer} & set(WHOLE_MATRICES):
             raise CheckpointError(
                 f"{folder}: saved with training.optimizer {saved.optimizer}, whose state means "
                 f"nothing to {optimizer}. Continue it with {saved.optimizer}."
@@ -130,7 +132,7 @@ def _give_step(
     """Writes the count of updates as the optimizer keeps it: torch's as a tensor."""
     if step is None:
         return
-    if isinstance(optimizer, torch.optim.AdamW):  # a fused one counts where its parameter is
+    if isinstance(optimizer, torch.optim.AdamW | Muon):  # a fused one counts where its parameter is
         state["step"] = torch.tensor(float(step), device=master.device)
     elif isinstance(optimizer, torch.optim.Adafactor):
         state["step"] = torch.tensor(float(step))

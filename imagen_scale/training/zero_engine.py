@@ -20,8 +20,8 @@ from imagen_scale.training import operators
 from imagen_scale.training.engine import Fragment
 from imagen_scale.training.optimizers import (
     adamw_options,
-    bounded_groups,
     make_optimizer,
+    parameter_groups,
     uses_cpu_adam,
 )
 from imagen_scale.training.ranks import PATIENCE, local_rank, together
@@ -50,7 +50,7 @@ def make_zero_engine(
     try:
         engine, *_ = deepspeed.initialize(
             model=unet,
-            optimizer=make(unet.parameters(), stage, setup),
+            optimizer=make(unet.named_parameters(), stage, setup),
             config=engine_config(stage, setup, num_parameters),
             dist_init_required=False,
         )
@@ -211,7 +211,7 @@ class ZeroEngine:
         return [sorted(group, key=lambda fragment: fragment.offset) for group in by_group]
 
     def groups(self) -> list[list[Parameter]]:
-        """One parameter each without ZeRO, else what `bounded_groups` made."""
+        """One parameter each without ZeRO, else what `parameter_groups` made."""
         if self.zero_stage == 0:
             return [[parameter] for parameter in self._parameters()]
         # ZeRO's names for them, whatever their type.
@@ -308,13 +308,13 @@ def _start_deepspeed(setup: Setup, say: Callable[[str], None]) -> None:
 
 
 def _cpu_adam(
-    parameters: Iterable[Parameter], stage: StageConfig, setup: Setup
+    named: Iterable[tuple[str, Parameter]], stage: StageConfig, setup: Setup
 ) -> torch.optim.Optimizer:
     """DeepSpeed's compiled AdamW for states in host memory."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     optimizer = DeepSpeedCPUAdam(
-        bounded_groups(parameters), adamw_mode=True,
+        parameter_groups(named, stage), adamw_mode=True,
         fp32_optimizer_states=setup.optimizer == "adamw", **adamw_options(stage),
     )  # fmt: skip
     optimizer.register_step_pre_hook(_forget_step_count())
