@@ -3,11 +3,12 @@
     python benchmarks/plan_figures.py
 
 writes imagen_scale/planning/figures.json, from nothing, some minutes; a test holds it to what would
-be found today.
+be found today. With names of configurations it adds theirs to what is there.
 """
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,14 +18,18 @@ CONFIGS = ("emoji_demo", "pokemon_64", "cascade_64_256", "imagen_64_256_1024")
 
 def main() -> None:
     """Plans every stage at both widths."""
+    names = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["IMAGEN_SCALE_CACHE"] = folder
         from imagen_scale.planning.cache import FIGURES, plan_dir
 
+        kept = json.loads(FIGURES.read_text()) if names else {}
         FIGURES.unlink(missing_ok=True)
-        for name in CONFIGS:
+        for name in names or CONFIGS:
             measure(ROOT / "configs" / f"{name}.json")
-        found = {path.stem: json.loads(path.read_text()) for path in plan_dir().glob("*.json")}
+        found = kept | {
+            path.stem: json.loads(path.read_text()) for path in plan_dir().glob("*.json")
+        }
         lines = (
             f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(found.items())
         )

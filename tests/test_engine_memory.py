@@ -101,11 +101,11 @@ class Trained:
 
     def save(self, folder):
         write_tensors(folder / "weights", self.ema.shapes(), self.ema.named_weights(), {})
-        save_shard(self.engine, self.ema, self.setup.optimizer, folder / "rank_0000.safetensors")
+        save_shard(self.engine, [self.ema], self.setup.optimizer, folder / "rank_0000.safetensors")
         (folder / "done").write_text(str(self.done))
 
     def load(self, folder):
-        load_shards(self.engine, self.ema, self.setup.optimizer, folder)
+        load_shards(self.engine, [self.ema], self.setup.optimizer, folder)
         self.engine.publish()
         self.done = int((folder / "done").read_text())
 

@@ -110,9 +110,9 @@ def resume(way: list[str], *, rehearse: bool) -> dict[str, Any]:
         with session_of(stage, setup) as session:
             batches = feed(session)
             losses_of(session, batches, RESUMED)
-            save_shard(session.engine, session.ema, setup.optimizer, shard)
+            save_shard(session.engine, session.averages, setup.optimizer, shard)
         with session_of(stage, setup) as session:
-            load_shards(session.engine, session.ema, setup.optimizer, Path(folder))
+            load_shards(session.engine, session.averages, setup.optimizer, Path(folder))
             session.engine.publish()
             session.step = RESUMED
             later = islice(micro_batches(stage, setup.micro_batch),

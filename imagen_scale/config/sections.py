@@ -142,6 +142,17 @@ class TrainingConfig(Section):
     ema_decay: Probability = Field(
         0.9999, description="Decay of the averaged weights that pictures are sampled from."
     )
+    ema_widths: Annotated[
+        tuple[Annotated[float, Field(ge=0.005, le=0.25)], ...], Field(max_length=8)
+    ] = Field(
+        (),
+        description="Averages kept in host memory beside it, each as long as this share of the "
+        "training, e.g. [0.05, 0.1]: `imagen-scale ema` makes the average of any length out of "
+        "their snapshots. See [Recipes](recipes.md).",
+    )
+    ema_snapshot_every: PositiveInt | None = Field(
+        None, description="Steps between these snapshots. null: a sixteenth of the steps."
+    )
     lowres_aug_max: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Super-resolution: the low-resolution picture is noised to a level drawn "

@@ -139,6 +139,11 @@ class StageConfig:
         return min(1000, self.steps // 10) if written is None else written
 
     @property
+    def ema_snapshot_every(self) -> int:
+        """Steps between snapshots of the averages of `training.ema_widths`."""
+        return self.training.ema_snapshot_every or max(1, self.steps // 16)
+
+    @property
     def loss_weight(self) -> LossWeightName | None:
         """What each noise level weighs in the loss; None for the plain loss."""
         return self._own(self.training.loss_weight)

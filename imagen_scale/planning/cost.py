@@ -54,7 +54,9 @@ class Cost(NamedTuple):
         )  # fmt: skip
 
 
-def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -> Cost:
+def step_cost(
+    setup: Setup, activations: Activations, *, on_card: bool = True, profiles: int = 0
+) -> Cost:
     """Bytes of one training step.
 
     Args:
@@ -62,6 +64,7 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         activations: Of one micro-batch with the setup's checkpointing.
         on_card: Whether there is a card; else `card` and `host` are the same memory and no
             context is counted.
+        profiles: Averages in host memory beside the EMA: `training.ema_widths`.
     """
     P, W = activations.num_parameters, setup.ranks
     width = 4 if setup.precision == "fp32" else 2
@@ -119,15 +122,16 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         update = 0 if setup.sums_in_fp32 else 6 * min(GROUP_ELEMENTS + largest, P // W)
 
     has_host_masters = setup.offloads_optimizer and setup.zero_stage > 0
-    ema = 0
+    ema, on_host = 0, profiles
     if has_host_masters or setup.ema_offload:
-        copies = W if setup.zero_stage == 0 else 1  # without ZeRO every rank averages all
-        host += 4 * P * copies
-        if not has_host_masters:
-            transfer += 4 * P * copies // W
+        on_host += 1
     else:
         ema = 4 * P // W if setup.zero_stage > 0 else 4 * P
-    pinned = host - 4 * P if has_host_masters else 0
+    copies = W if setup.zero_stage == 0 else 1  # without ZeRO every rank averages all
+    host += 4 * P * copies * on_host
+    if not has_host_masters:
+        transfer += 4 * P * copies * on_host // W
+    pinned = host - 4 * P * on_host if has_host_masters else 0
     host += setup.ranks * (activations.on_host + process_bytes(on_card=on_card))
     # The update happens when the activations are gone.
     busy = max(activations.peak + buckets, update)
@@ -145,7 +149,7 @@ def step_cost(setup: Setup, activations: Activations, *, on_card: bool = True) -
         workspace=workspace,
         host=int(host),
         pinned=int(pinned),
-        disk=int((master + 4 + 4) * P + moments),  # EMA twice
+        disk=int((master + 4 + 4 + 4 * profiles) * P + moments),  # EMA twice
         transfer=transfer,
         transfer_micro=transfer_micro + 2 * activations.on_host,
         **_exchange(setup, width * P * (W - 1) // W),

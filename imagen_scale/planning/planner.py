@@ -163,7 +163,10 @@ class Planner:
             ema_offload=mode.ema_offload,
         )
         activations = self._activations(setup)
-        cost = step_cost(setup, activations, on_card=self.machine.card is not None)
+        cost = step_cost(
+            setup, activations, on_card=self.machine.card is not None,
+            profiles=len(self.stage.training.ema_widths),
+        )  # fmt: skip
         flops = cached_flops(self.stage, checkpointing=checkpointing)
         seconds = step_seconds(setup, cost, activations, flops, link=self.machine.link)
         return Candidate(setup, cost, activations, seconds)

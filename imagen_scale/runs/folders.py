@@ -4,6 +4,7 @@
 RUN/config.json  data_report.json  evaluation.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
+    unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
     export/unetN/onnx-fp32/...
 ```
@@ -38,6 +39,22 @@ def unet_dir(run: Path, unet_number: int) -> Path:
 def inference_path(run: Path, unet_number: int) -> Path:
     """The file that sampling reads."""
     return unet_dir(run, unet_number) / "inference.safetensors"
+
+
+def snapshot_path(run: Path, unet_number: int, step: int, width: float) -> Path:
+    """An average of `training.ema_widths` after a step."""
+    name = f"step_{step:08d}_width_{width:.3f}.safetensors"
+    return unet_dir(run, unet_number) / "ema" / name
+
+
+def snapshot_paths(run: Path, unet_number: int) -> list[Path]:
+    """Every saved average of one U-Net, in the order of steps."""
+    return sorted((unet_dir(run, unet_number) / "ema").glob("step_*_width_*.safetensors"))
+
+
+def trained_path(run: Path, unet_number: int) -> Path:
+    """The inference file that training wrote, where `ema` put another in its place."""
+    return unet_dir(run, unet_number) / "ema" / "trained.safetensors"
 
 
 def metrics_path(run: Path, unet_number: int) -> Path:

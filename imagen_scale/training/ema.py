@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from imagen_scale.diffusion import ema_profiles
 from imagen_scale.training.engine import Engine
 from imagen_scale.training.ferry import Ferry
 
@@ -34,13 +35,14 @@ class Ema:
             for master in self.masters
         ]
 
+    def decay_at(self, step: int) -> float:
+        """What the average keeps of itself: it grows from 0.1, to forget the random start early."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights after optimizer step `step` (1-based).
-
-        The decay grows from 0.1 so that the random start is forgotten early.
-        """
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """Moves the average towards the weights after optimizer step `step` (1-based)."""
+        decay = self.decay_at(step)
         masters = [master.detach() for master in self.masters]
         if all(map(_are_alike, self.shards, masters)):
             torch._foreach_lerp_(self.shards, masters, 1 - decay)
@@ -111,6 +113,23 @@ class Ema:
                     _exchange(master, shard)
                 else:
                     master.copy_(aside)
+
+
+class PowerEma(Ema):
+    """A power function average in host memory; see `diffusion/ema_profiles.py`.
+
+    Args:
+        engine: Whose weights.
+        width: Relative to the steps done.
+    """
+
+    def __init__(self, engine: Engine, width: float) -> None:
+        super().__init__(engine, 1.0, offload=True)
+        self.width = width
+
+    def decay_at(self, step: int) -> float:
+        """0 at the first step: nothing of the random start is kept."""
+        return ema_profiles.decay(step, self.width)
 
 
 def _exchange(master: Tensor, shard: Tensor) -> None:

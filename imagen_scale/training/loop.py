@@ -54,6 +54,7 @@ class Due:
     report: bool
     validation: bool
     checkpoint: bool
+    snapshot: bool  # of the averages of `training.ema_widths`
     inference: bool  # the file for sampling
     pictures: bool
 
@@ -76,10 +77,12 @@ class Due:
 
         checkpoint, pictures = every(training.checkpoint_every), every(training.sample_every)
         inference = checkpoint or pictures
+        snapshot = bool(training.ema_widths) and every(stage.ema_snapshot_every)
         return cls(
-            report=every(log_every) or inference or is_stopping,
+            report=every(log_every) or inference or snapshot or is_stopping,
             validation=every(training.val_every),
             checkpoint=checkpoint or is_stopping,
+            snapshot=snapshot,
             inference=inference,
             pictures=pictures and not is_stopping,
         )
@@ -104,6 +107,8 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
                 stepped = session.stepper.step(loaded, lr)
             session.step += 1
             watchdog.stepped(session.step)
+            for profile in session.profiles:  # of all steps, those that were left out included
+                profile.update(session.step)
             if stepped.applied:
                 session.ema.update(session.step)
                 taken.append(stepped)
@@ -171,6 +176,9 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
                 telemetry.write(step, **measures)
     if due.checkpoint:
         save_checkpoint(session, job)
+    if due.snapshot:
+        with phase("saving"):
+            job.saver.save_snapshots(session)
     if due.inference:
         with phase("saving"):
             job.saver.save_inference(session)

@@ -100,7 +100,7 @@ def check_plan(stage: StageConfig, setup: Setup, baseline: int, say: Callable[[s
         offload_activations=setup.offload_activations,
     )
     on_card = torch.cuda.is_available()
-    cost = step_cost(setup, activations, on_card=on_card)
+    cost = step_cost(setup, activations, on_card=on_card, profiles=len(stage.training.ema_widths))
     host = cost.host / setup.ranks - process_bytes(on_card=on_card)
     measured_host = peak_host_bytes() - baseline
     where = f"plan check, {stage.name}"

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Saver:
         self._unsaved: list[str] = []  # what of the last step could not be
         self.folder = folders.unet_dir(run_dir, stage.number)
         self.inference = folders.inference_path(run_dir, stage.number)
+        self.run_dir = run_dir
         self.pictures = prepared.source.fingerprint
         self.text_embed_dim = prepared.embeddings.dim
         self.encoder = encoder_fingerprint(encoder_folder(config.text_encoder))
@@ -80,7 +82,7 @@ class Saver:
             return
         self._check_manifest(folder, manifest)
         optimizer = session.setup.optimizer
-        together(lambda: load_shards(session.engine, session.ema, optimizer, folder))
+        together(lambda: load_shards(session.engine, session.averages, optimizer, folder))
         session.engine.publish()
         session.engine.load_loss_scale(manifest.get("loss_scale"))
         session.step = session.saved_step = self._good = manifest["step"]
@@ -98,7 +100,17 @@ class Saver:
     def save_inference(self, session: Session) -> None:
         """Writes the EMA weights for sampling, or says why it could not."""
         step = session.step
-        self._try(step, "file for sampling", lambda: self._save_inference(session.ema, step))
+        self._try(
+            step, "file for sampling", lambda: self._save_average(session.ema, self.inference, step)
+        )
+
+    def save_snapshots(self, session: Session) -> None:
+        """Writes the averages that others are made of, or says why it could not."""
+        step = session.step
+        for average in session.profiles:
+            path = folders.snapshot_path(self.run_dir, self.stage.number, step, average.width)
+            save = partial(self._save_average, average, path, step)
+            self._try(step, f"average of width {average.width:g}", save)
 
     def finish(self) -> None:
         """Ends a training all of whose steps are done.
@@ -151,10 +163,10 @@ class Saver:
         return True
 
     def _save(self, session: Session) -> None:
-        engine, ema, step = session.engine, session.ema, session.step
+        engine, averages, step = session.engine, session.averages, session.step
         # Without ZeRO every rank holds the same: one writes.
         writes = rank() == 0 or engine.zero_stage > 0
-        needed = torch.tensor(state_bytes(engine, ema) if writes else 0, device=engine.device)
+        needed = torch.tensor(state_bytes(engine, averages) if writes else 0, device=engine.device)
         come_to_exchange()
         torch.distributed.all_reduce(needed)
         from_rank_0(lambda: check_space(self.folder, int(needed)))
@@ -162,7 +174,7 @@ class Saver:
 
         def write() -> None:
             if writes:
-                save_shard(engine, ema, session.setup.optimizer, staging / file_name(rank()))
+                save_shard(engine, averages, session.setup.optimizer, staging / file_name(rank()))
 
         together(write)
         facts = {
@@ -181,14 +193,14 @@ class Saver:
         )
         self._good = step
 
-    def _save_inference(self, ema: Ema, step: int) -> None:
-        """All ranks gather, rank 0 writes."""
+    def _save_average(self, ema: Ema, path: Path, step: int) -> None:
+        """Writes an inference file: all ranks gather, rank 0 writes."""
         weights = side_by_side(ema.named_weights())
         failure: Exception | None = None
         if rank() == 0:
             try:
                 file = inference.InferenceFile(
-                    self.inference, self.config, self.stage.number, self.text_embed_dim,
+                    path, self.config, self.stage.number, self.text_embed_dim,
                     self.encoder, step, self.steps,
                 )  # fmt: skip
                 inference.stream_inference(file, ema.shapes(), weights)

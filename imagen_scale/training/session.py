@@ -6,7 +6,7 @@ from types import TracebackType
 from imagen_scale.config import StageConfig
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training.building import build_unet, make_engine
-from imagen_scale.training.ema import Ema
+from imagen_scale.training.ema import Ema, PowerEma
 from imagen_scale.training.memory_use import forget_peaks, host_bytes, release_memory
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.stepping import Stepper
@@ -42,6 +42,7 @@ class Session:
         self.engine = make_engine(unet, stage, setup, say)
         try:
             self.ema = Ema(self.engine, stage.training.ema_decay, offload=setup.ema_offload)
+            self.profiles = [PowerEma(self.engine, w) for w in stage.training.ema_widths]
             self.objective = Objective(stage, self.engine.device)
             self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
         except BaseException:
@@ -58,7 +59,13 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.engine.release()
-        self.ema.release()
+        for average in self.averages:
+            average.release()
+
+    @property
+    def averages(self) -> list[Ema]:
+        """Of the weights: first the one that pictures are sampled from."""
+        return [self.ema, *self.profiles]
 
     @property
     def has_whole_unsaved_steps(self) -> bool:

@@ -8,7 +8,7 @@ it is, and the resumed run is the uninterrupted one bit for bit.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,21 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:04d}.safetensors"
 
 
-def state_bytes(engine: Engine, ema: Ema) -> int:
+def state_bytes(engine: Engine, averages: Sequence[Ema]) -> int:
     """Size of this rank's share on disk."""
-    return sum(tensor.nbytes for _, tensor in _tensors(engine, ema)[0]) + 2**16
+    return sum(tensor.nbytes for _, tensor in _tensors(engine, averages)[0]) + 2**16
 
 
-def save_shard(engine: Engine, ema: Ema, optimizer: str, path: Path) -> None:
-    """Writes this rank's masters, moments and EMA; one tensor at a time.
+def save_shard(engine: Engine, averages: Sequence[Ema], optimizer: str, path: Path) -> None:
+    """Writes this rank's masters, moments and averages; one tensor at a time.
 
     Args:
         engine: Whose share.
-        ema: Its average.
+        averages: Of its weights.
         optimizer: Its name in the configuration.
         path: The file.
     """
-    tensors, plain = _tensors(engine, ema)
+    tensors, plain = _tensors(engine, averages)
     write_tensors(
         path,
         {key: (tensor.dtype, tensor.shape) for key, tensor in tensors},
@@ -61,17 +61,17 @@ def save_shard(engine: Engine, ema: Ema, optimizer: str, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
+def load_shards(engine: Engine, averages: Sequence[Ema], optimizer: str, folder: Path) -> None:
     """Takes this rank's share out of a checkpoint, whatever shares it was saved in.
 
     `Engine.publish` has to follow on every rank.
 
-    Masters and EMA are copied; so are moments, unless they were saved in another precision or
+    Masters and averages are copied; so are moments, unless they were saved in another precision or
     divided otherwise in 8 bits: then they pass through fp32.
 
     Args:
         engine: Freshly built.
-        ema: Its average.
+        averages: Of its weights, those that were saved.
         optimizer: Its name in the configuration.
         folder: With every rank's file, all verified.
 
@@ -87,13 +87,15 @@ def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
                 f"nothing to {optimizer}. Continue it with {saved.optimizer}."
             )
         for i, ours in enumerate(engine.fragments()):
-            master, average, owner = ema.masters[i], ema.shards[i], engine.optimizer_of(i)
+            master, owner = averages[0].masters[i], engine.optimizer_of(i)
+            shards = zip(_names(averages), (ema.shards[i] for ema in averages), strict=True)
             state = owner.state[master]
             same = saved.find(ours, master.numel())
             state.clear()
             if same is not None and saved.optimizer == optimizer:
                 master.view(-1).copy_(same.get("master").view(-1))
-                average.view(-1).copy_(same.get("ema").view(-1))
+                for name, shard in shards:
+                    shard.view(-1).copy_(same.get(name).view(-1))
                 for key in same.state_keys():
                     value = same.get(f"state/{key}")
                     state[key] = torch.empty_like(value, device=master.device).copy_(value)
@@ -101,7 +103,8 @@ def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
                 _give_step(owner, state, state.pop("step", None), master)
             else:
                 saved.assemble(ours, "master", master)
-                saved.assemble(ours, "ema", average)
+                for name, shard in shards:
+                    saved.assemble(ours, name, shard)
                 if saved.step is not None:
                     _fill_moments(owner, optimizer, saved, ours, master)
 
@@ -109,12 +112,16 @@ def load_shards(engine: Engine, ema: Ema, optimizer: str, folder: Path) -> None:
 # What a rank holds ------------------------------------------------------------------------------
 
 
-def _tensors(engine: Engine, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[dict[str, Any]]]:
+def _tensors(
+    engine: Engine, averages: Sequence[Ema]
+) -> tuple[list[tuple[str, Tensor]], list[dict[str, Any]]]:
     """Everything in the order of the file, and what of the states is no tensor, by master."""
     tensors: list[tuple[str, Tensor]] = []
     plain: list[dict[str, Any]] = []
-    for i, (master, shard) in enumerate(zip(ema.masters, ema.shards, strict=True)):
-        tensors += [(f"{i}/master", master), (f"{i}/ema", shard)]
+    for i, master in enumerate(averages[0].masters):
+        tensors.append((f"{i}/master", master))
+        for name, ema in zip(_names(averages), averages, strict=True):
+            tensors.append((f"{i}/{name}", ema.shards[i]))
         plain.append({})
         for key, value in engine.optimizer_of(i).state[master].items():
             if key == "step":
@@ -124,6 +131,11 @@ def _tensors(engine: Engine, ema: Ema) -> tuple[list[tuple[str, Tensor]], list[d
             else:
                 plain[i][key] = value
     return tensors, plain
+
+
+def _names(averages: Sequence[Ema]) -> list[str]:
+    """What each is called in a file: "ema", "ema_1", ..."""
+    return ["ema", *(f"ema_{number}" for number in range(1, len(averages)))]
 
 
 def _give_step(
@@ -158,7 +170,7 @@ class _Group:
         return self.file.get_tensor(f"{self.index}/{key}")
 
     def values(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flat "master", "ema" or a moment of `_MOMENTS`."""
+        """Elements [start, stop) of the flat "master", an average or a moment of `_MOMENTS`."""
         if key not in _MOMENTS:
             return self._flat(key, start, stop)
         number = _MOMENTS.index(key) + 1

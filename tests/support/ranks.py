@@ -125,13 +125,13 @@ class Small:
         from imagen_scale.training.shards import file_name, save_shard
 
         if self.rank == 0 or self.engine.zero_stage > 0:
-            save_shard(self.engine, self.ema, self.optimizer, folder / file_name(self.rank))
+            save_shard(self.engine, [self.ema], self.optimizer, folder / file_name(self.rank))
         torch.distributed.barrier()
 
     def load(self, folder, done):
         from imagen_scale.training.shards import load_shards
 
-        load_shards(self.engine, self.ema, self.optimizer, folder)
+        load_shards(self.engine, [self.ema], self.optimizer, folder)
         self.engine.publish()
         self.done = done
 
