@@ -192,6 +192,21 @@ def test_networks_give_one_vector_for_each_picture_whatever_the_batch(models, mo
         monkeypatch.undo()
 
 
+def test_a_network_comes_without_a_download(monkeypatch):
+    extractor = open_extractor("efficientnet-lite0")
+    images = pictures(5, 32)
+    features = extractor(images)
+    assert features.shape == (5, 1280) and features.dtype == torch.float32
+    monkeypatch.setattr("imagen_scale.evaluation.features.AT_ONCE", 2)
+    assert torch.allclose(extractor(images), features, atol=1e-5)
+    # Trained: what is hardly changed is near, another picture is far.
+    near = (extractor((images + 0.02).clamp(-1, 1)) - features).norm(dim=1)
+    assert near.max() < 0.5 * (features[1:] - features[:-1]).norm(dim=1).min()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(MissingExtraError, match=r"packages are missing.*imagen-scale\[evaluate\]"):
+        open_extractor("efficientnet-lite0")
+
+
 def test_clip_encodes_captions_of_any_length(models):
     clip = Clip(str(models[0]))
     features = clip.encode(["red heart", "a" * 1000])

@@ -35,8 +35,18 @@ def test_what_is_due_and_in_which_order(step, expected):
 
 def test_at_the_last_step_everything_is_due_however_seldom_it_is():
     seldom = {"checkpoint_every": 1000, "sample_every": 1000, "val_every": 1000}
-    assert len(due_after(12, log_every=1000, **seldom)) == 5
+    assert len(due_after(12, log_every=1000, ema_widths=[0.1], **seldom)) == 6
     assert due_after(11, log_every=1000, **seldom) == []
+
+
+def test_averages_are_saved_a_sixteenth_of_the_steps_apart_with_a_report_before():
+    assert "snapshot" not in due_after(12)
+    assert due_after(3, ema_widths=[0.1], log_every=7) == ["report", "snapshot"]
+    often = {"ema_widths": [0.1], "log_every": 700, "steps": 320}
+    assert [step for step in range(1, 321) if "snapshot" in due_after(step, **often)] == [
+        *range(20, 321, 20)
+    ]
+    assert "snapshot" in due_after(12, ema_widths=[0.1], ema_snapshot_every=7)  # the last
 
 
 def test_pictures_may_never_be_due():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.runs import losses
 
 from imagen_scale.runs.checkpoint import list_checkpoints
+from imagen_scale.runs.folders import snapshot_path, snapshot_paths
 from imagen_scale.runs.inference import read_inference
 
 pytestmark = pytest.mark.distributed
@@ -191,10 +192,16 @@ def undo_last_checkpoint(run, unet):
 )
 def test_a_continued_run_is_the_same_run(zero, precision, processes, config, launch, tmp_path):
     run = tmp_path / "run"
-    options = (zero, f'training.precision="{precision}"', "training.micro_batch=4", "--unet", "2")
+    options = (zero, f'training.precision="{precision}"', "training.micro_batch=4",
+               "training.ema_widths=[0.05,0.1]", "--unet", "2")  # fmt: skip
     launch(config, run, *options, processes=processes)
     before, curve = weights(run, 2), losses(run, 2)
+    averages = [snapshot_path(run, 2, 6, width) for width in (0.05, 0.1)]
+    saved = [path.read_bytes() for path in averages]
+    assert saved[0] != saved[1] and len(snapshot_paths(run, 2)) == 12
     undo_last_checkpoint(run, 2)
+    for path in averages:
+        path.unlink()
     (run / "unet2" / ".staging_00000006").mkdir()  # a save that the kill interrupted
     with (run / "unet2" / "metrics.jsonl").open("a") as file:
         file.write('{"unet": 2, "st')  # a line that it cut
@@ -205,6 +212,7 @@ def test_a_continued_run_is_the_same_run(zero, precision, processes, config, lau
     assert losses(run, 2) == curve
     after = weights(run, 2)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert [path.read_bytes() for path in averages] == saved
     assert not (run / "unet2" / ".staging_00000006").exists()
 
 

@@ -54,7 +54,8 @@ def evaluate(
 
     Retrieval, colours, faithfulness to the low-resolution picture, and PSNR and SSIM against
     bicubic need nothing else. --features adds FID and KID: a vision model of transformers (folder
-    or name, e.g. facebook/dinov2-base), `inception`, or the path of Inception's weights. --clip
+    or name, e.g. facebook/dinov2-base), `efficientnet-lite0`, which needs no download, `inception`,
+    or the path of Inception's weights. --clip
     adds the CLIP score.
 
     \b

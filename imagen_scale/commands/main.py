@@ -4,6 +4,7 @@ import click
 
 from imagen_scale.commands.config import config
 from imagen_scale.commands.doctor.command import doctor
+from imagen_scale.commands.ema import ema
 from imagen_scale.commands.evaluate import evaluate
 from imagen_scale.commands.export import export
 from imagen_scale.commands.group import CommandGroup
@@ -20,7 +21,7 @@ from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.version import __version__
 
 COMMANDS = (
-    config, doctor, evaluate, export, import_config, import_run, plan, prepare, report, runs,
+    config, doctor, ema, evaluate, export, import_config, import_run, plan, prepare, report, runs,
     sample, train, ui, upscale,
 )  # fmt: skip
 

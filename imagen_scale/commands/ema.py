@@ -1,0 +1,99 @@
+"""`imagen-scale ema`."""
+
+import json
+from typing import Any
+
+import click
+
+from imagen_scale.commands.console import Progress, open_console, say
+from imagen_scale.commands.errors import user_errors
+from imagen_scale.errors import UsageError
+
+
+@click.command(short_help="Choose the average of the weights after training.")
+@click.argument("run", required=False)
+@click.option(
+    "--unet", type=click.IntRange(min=1), default=1, show_default=True, help="Of the run."
+)
+@click.option("--width", type=click.FloatRange(min=0, min_open=True, max=0.25),
+              help="Sample from the average of this share of the training.")  # fmt: skip
+@click.option("--pick", is_flag=True, help="Measure several widths and sample from the best.")
+@click.option("--restore", is_flag=True, help="Sample from training's own average again.")
+@click.option("--num", type=click.IntRange(min=2), default=256, show_default=True,
+              help="Pictures measured on.")  # fmt: skip
+@click.option("--features", help="Pick by KID on this network (see `evaluate`), which samples.")
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True,
+              help="Sampling steps for KID.")  # fmt: skip
+@click.option("--cond-scale", type=float, default=2.0, show_default=True, help="Guidance for KID.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@user_errors
+def ema(
+    run: str | None,
+    unet: int,
+    width: float | None,
+    pick: bool,
+    restore: bool,
+    num: int,
+    features: str | None,
+    steps: int,
+    cond_scale: float,
+    as_json: bool,
+) -> None:
+    """Choose the average of the weights of a U-Net of RUN (default the newest under runs/).
+
+    Needs a training with training.ema_widths, whose snapshots make the average over any share of
+    the training. Alone it measures several; nothing is changed.
+
+    \b
+        imagen-scale ema runs/birds --unet 1            # a table of widths
+        imagen-scale ema runs/birds --unet 1 --pick     # and sample from the best
+        imagen-scale ema runs/birds --unet 1 --width 0.08
+    """
+    if sum((width is not None, pick, restore)) > 1:
+        raise UsageError("--width, --pick and --restore: give one of them.")
+    from imagen_scale.runs import averages
+    from imagen_scale.runs.folders import find_run
+
+    run_dir = find_run(run)
+    if restore:
+        done = averages.restore(run_dir, unet)
+        what = "samples from" if done else "already sampled from"
+        click.echo(f"U-Net {unet} {what} training's own average")
+        return
+    if width is None:
+        from imagen_scale.evaluation.averages import best, measure_averages
+        from imagen_scale.sampling.options import SamplingOptions
+
+        with Progress() as progress:
+            found = measure_averages(
+                run_dir, unet, None, num=num, features=features,
+                options=SamplingOptions.make(steps=steps, cond_scale=cond_scale),
+                progress=progress, say=say,
+            )  # fmt: skip
+        _show(found, as_json)
+        if not pick:
+            return
+        width = best(found).width
+        if width is None:
+            averages.restore(run_dir, unet)
+            click.echo(f"U-Net {unet}: training's own average is the best; it is sampled from")
+            return
+    averages.install(run_dir, unet, width)
+    click.echo(f"U-Net {unet} samples from the average of width {width:g}; --restore undoes it")
+
+
+def _show(found: list[Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([one._asdict() for one in found], indent=1))
+        return
+    from rich.table import Table
+
+    table = Table("width", box=None, pad_edge=False, header_style="bold")
+    table.add_column("error of the predicted picture", justify="right")
+    if found[0].kid is not None:
+        table.add_column("KID x 1000", justify="right")
+    for one in found:
+        name = "training's own" if one.width is None else f"{one.width:g}"
+        kid = [] if one.kid is None else [f"{1000 * one.kid:.2f}"]
+        table.add_row(name, f"{one.x_0_error:.5f}", *kid)
+    open_console().print(table)

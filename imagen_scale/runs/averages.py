@@ -1,0 +1,122 @@
+"""Averages of the weights that are made, after training, of those it saved."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from imagen_scale.diffusion.ema_profiles import Mixture, Profile, mixture
+from imagen_scale.errors import UsageError, option
+from imagen_scale.runs.folders import inference_path, snapshot_paths, trained_path
+from imagen_scale.runs.inference import InferenceFile, read_inference, stream_inference
+
+WORST = 0.1  # error of a mixture that still is the average it is called
+
+
+class Snapshots(NamedTuple):
+    """Saved averages of one U-Net, those of the training that ended last."""
+
+    trained: InferenceFile  # what training itself left
+    files: list[Path]
+    profiles: list[Profile]
+
+    def mixture(self, width: float) -> Mixture:
+        """How they make up the average of a width at the last step."""
+        return mixture(self.profiles, Profile(self.trained.step, width))
+
+
+def find_snapshots(run: Path, unet_number: int) -> Snapshots:
+    """What `training.ema_widths` left.
+
+    Raises:
+        CheckpointError: If the stage is not trained or a file is damaged.
+        UsageError: If nothing was saved.
+    """
+    trained = read_inference(inference_path(run, unet_number))
+    if trained.average:
+        trained = read_inference(trained_path(run, unet_number))
+    files, profiles = [], []
+    for path in snapshot_paths(run, unet_number):
+        found = re.fullmatch(r"step_(\d+)_width_([\d.]+)", path.stem)
+        if found is None or int(found[1]) > trained.step:
+            continue
+        files.append(path)
+        profiles.append(Profile(int(found[1]), float(found[2])))
+    if not files:
+        raise UsageError(
+            f"{run}: U-Net {unet_number} has no saved averages up to step {trained.step}. Train "
+            f"with training.ema_widths, e.g. [0.05, 0.1]."
+        )
+    return Snapshots(trained, files, profiles)
+
+
+def write_average(snapshots: Snapshots, width: float, path: Path) -> None:
+    """Writes the inference file of another average; one tensor is in memory at a time.
+
+    Raises:
+        CheckpointError: If a saved average is damaged or of another network.
+        UsageError: If the saved ones cannot make it.
+    """
+    made = snapshots.mixture(width)
+    if made.error > WORST:
+        raise UsageError(
+            f"{option('width')} {width:g}: what can be made of the saved averages misses it by "
+            f"{made.error:.0%}; take one nearer to those that were kept "
+            f"({', '.join(sorted({f'{p.width:g}' for p in snapshots.profiles}))}), or train with "
+            f"more snapshots (training.ema_snapshot_every)."
+        )
+    file = snapshots.trained._replace(path=path, average=f"power function of width {width:g}")
+    shapes = _shapes(snapshots.trained.path)
+    stream_inference(file, shapes, _mixed(snapshots, made, list(shapes)))
+
+
+def install(run: Path, unet_number: int, width: float) -> None:
+    """Makes sampling use the average of a width; what training left is kept beside the saved ones.
+
+    Raises:
+        CheckpointError: As `write_average`, and so is `UsageError`.
+    """
+    snapshots = find_snapshots(run, unet_number)
+    used, kept = inference_path(run, unet_number), trained_path(run, unet_number)
+    made = kept.with_name("made.safetensors")
+    write_average(snapshots, width, made)
+    if snapshots.trained.path == used:
+        os.link(used, made.with_name("trained.link"))
+        made.with_name("trained.link").replace(kept)
+    made.replace(used)
+
+
+def restore(run: Path, unet_number: int) -> bool:
+    """Puts back what training left; False where it never was taken away."""
+    used = inference_path(run, unet_number)
+    if not read_inference(used).average:
+        return False
+    trained_path(run, unet_number).replace(used)
+    return True
+
+
+def _shapes(path: Path) -> dict[str, tuple[torch.dtype, Iterable[int]]]:
+    with safe_open(path, "pt") as file:
+        return {name: (torch.float32, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _mixed(
+    snapshots: Snapshots, made: Mixture, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    # What no step changed stays what it is: the shares of all steps add up to 1.
+    shares = made.coefficients / made.coefficients.sum()
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in snapshots.files]
+        for name in names:
+            whole = None
+            for file, share in zip(files, shares.tolist(), strict=True):
+                part = share * file.get_tensor(name).double()
+                whole = part if whole is None else whole.add_(part)
+            assert whole is not None
+            yield name, whole.float()

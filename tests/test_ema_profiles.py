@@ -1,0 +1,150 @@
+"""Averages of the weights whose length is chosen after training."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from support.tiny import write_run
+
+from imagen_scale.commands.main import main
+from imagen_scale.diffusion import ema_profiles
+from imagen_scale.diffusion.ema_profiles import Profile, gamma_of, mixture, weights_of_steps
+from imagen_scale.errors import UsageError
+from imagen_scale.runs import averages
+from imagen_scale.runs.folders import inference_path, snapshot_path, trained_path
+from imagen_scale.runs.inference import read_inference, save_inference
+from imagen_scale.training.ema import PowerEma
+
+STEPS = 64
+KEPT = (0.05, 0.1)
+GROWTH = 1e-3  # of every weight in a step
+
+
+def test_the_exponents_are_those_of_the_paper():
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)  # section 3.1
+    assert gamma_of(0.1) == pytest.approx(6.94, abs=0.005)
+    assert gamma_of(ema_profiles.WIDEST) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.1, 0.25])
+def test_what_the_steps_weigh_is_what_the_decays_multiply_to(width):
+    weights = torch.zeros(500, dtype=torch.float64)
+    for step in range(1, 401):
+        weights *= ema_profiles.decay(step, width)
+        weights[step - 1] += 1 - ema_profiles.decay(step, width)
+    found = weights_of_steps(Profile(400, width), 500)
+    torch.testing.assert_close(found, weights, rtol=0, atol=1e-14)
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+    # The width is the standard deviation of what is remembered, in shares of the training.
+    at = torch.arange(1, 501, dtype=torch.float64)
+    mean = (at * found).sum()
+    deviation = ((at - mean).square() * found).sum().sqrt()
+    assert deviation / 400 == pytest.approx(width, rel=0.01)
+
+
+def test_saved_averages_make_up_others():
+    saved = [Profile(step, width) for step in range(20, 321, 20) for width in KEPT]
+    for width in KEPT:
+        exact = mixture(saved, Profile(320, width))
+        assert exact.error < 1e-9
+        assert exact.coefficients.abs().max() == pytest.approx(1, abs=1e-6)
+    for width, error in ((0.03, 0.05), (0.07, 0.006), (0.15, 0.02), (0.2, 0.05)):
+        assert mixture(saved, Profile(320, width)).error < error
+    assert mixture(saved, Profile(320, 0.01)).error > averages.WORST
+
+
+def trained(widths, saved_every):
+    """Averages of a walk of eight weights, and their snapshots by step and width."""
+    generator = torch.Generator().manual_seed(0)
+    master = torch.randn(8, generator=generator)
+    engine = SimpleNamespace(masters=lambda: [master])
+    kept, snapshots = [PowerEma(engine, width) for width in widths], {}
+    for step in range(1, STEPS + 1):
+        master += 0.1 * torch.randn(8, generator=generator)
+        for ema in kept:
+            ema.update(step)
+            if step % saved_every == 0:
+                snapshots[step, ema.width] = ema.shards[0].clone()
+    return kept, snapshots
+
+
+def test_an_average_that_was_not_kept_is_what_it_would_have_been():
+    (wanted, *_), _ = trained([0.07], STEPS)
+    for saved_every, apart in ((1, 1e-6), (4, 3e-3)):
+        _, snapshots = trained(KEPT, saved_every)
+        made = mixture([Profile(*key) for key in snapshots], Profile(STEPS, 0.07))
+        weights = sum(c * s for c, s in zip(made.coefficients, snapshots.values(), strict=True))
+        torch.testing.assert_close(weights.float(), wanted.shards[0], rtol=0, atol=apart)
+
+
+def growth(profile):
+    """By how much an average has grown."""
+    steps = torch.arange(1, STEPS + 1, dtype=torch.float64)
+    return GROWTH * (steps * weights_of_steps(profile, STEPS)).sum().item()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose first stage left averages: weights that grow with every step."""
+    run = tmp_path / "run"
+    write_run(run)
+    file = read_inference(inference_path(run, 1))
+    file = file._replace(step=STEPS, steps=STEPS)
+    weights = load_file(file.path)
+    save_inference(file, weights)
+    for step in range(4, STEPS + 1, 4):
+        for width in KEPT:
+            grown = growth(Profile(step, width))
+            path = snapshot_path(run, 1, step, width)
+            some = {name: value + grown for name, value in weights.items()}
+            save_inference(file._replace(path=path, step=step), some)
+    return run
+
+
+def test_sampling_takes_the_average_asked_for_and_the_trained_one_again(run):
+    before = load_file(inference_path(run, 1))
+    averages.install(run, 1, 0.07)
+    file = read_inference(inference_path(run, 1))
+    assert file.average == "power function of width 0.07" and file.is_finished
+    grown = growth(Profile(STEPS, 0.07))
+    for name, value in load_file(file.path).items():
+        torch.testing.assert_close(value, before[name] + grown, rtol=0, atol=2e-5)
+    averages.install(run, 1, 0.1)  # another: the trained one is kept all the same
+    assert averages.restore(run, 1)
+    assert not averages.restore(run, 1)
+    after = load_file(inference_path(run, 1))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not trained_path(run, 1).exists()
+
+
+def test_what_cannot_be_made_is_refused_and_changes_nothing(run):
+    before = inference_path(run, 1).read_bytes()
+    with pytest.raises(UsageError, match="misses it by"):
+        averages.install(run, 1, 0.01)
+    with pytest.raises(UsageError, match="U-Net 2 has no saved averages"):
+        averages.install(run, 2, 0.05)
+    assert inference_path(run, 1).read_bytes() == before
+    assert not list(run.rglob("made*"))
+
+
+def test_the_command_measures_and_picks(run):
+    def told(*words):
+        done = CliRunner().invoke(main, ["ema", str(run), "--num", "3", *words])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    found = json.loads(told("--json"))
+    assert [one["width"] for one in found] == [None, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
+    assert all(math.isfinite(one["x_0_error"]) and one["kid"] is None for one in found)
+    assert read_inference(inference_path(run, 1)).average == ""  # nothing is changed
+    # The other averages are noise beside weights that were trained little.
+    assert min(found, key=lambda one: one["x_0_error"])["width"] is None
+    assert "training's own average is the best" in told("--pick")
+    assert "samples from the average of width 0.1" in told("--width", "0.1")
+    assert "samples from training's own average" in told("--restore")
+    done = CliRunner().invoke(main, ["ema", str(run), "--pick", "--restore"])
+    assert done.exit_code == 2 and "give one of them" in done.output
