@@ -63,9 +63,11 @@ def upscale(
         listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
         done = upscaler(picture, prompt, options, listener)
     facts = {
-        "file": Path(file).name, "prompt": prompt, "seed": options.seed, "unet": number,
-        "tile": options.tile, **done.settings.model_dump(), "runtime": done.runtime,
-        "version": __version__, "model_sha256": sha256(upscaler.file.path),
+        "file": Path(file).name, "prompt": prompt,
+        "not_read": [lost._asdict() for lost in done.not_read], "seed": options.seed,
+        "unet": number, "tile": options.tile, **done.settings.model_dump(),
+        "runtime": done.runtime, "version": __version__,
+        "model_sha256": sha256(upscaler.file.path),
     }  # fmt: skip
     save_picture(path, to_uint8(done.image[None])[0], facts)
     click.echo(f"{done.image.shape[2]} x {done.image.shape[1]} px: {path}")

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,14 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+class Unread(NamedTuple):
+    """What is left of a caption by who reads its first tokens only."""
+
+    read: int  # tokens, with the marks of its ends
+    tokens: int  # of the whole caption
+    text: str  # from where it is not read
+
+
 class TextEncoder:
     """A frozen text encoder in float32, on the CUDA device if there is one that holds it."""
 
@@ -203,6 +211,26 @@ class TextEncoder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length, positions)
+
+    def unread(self, caption: str, limit: int) -> Unread | None:
+        """What is not read of a caption where only its first tokens are; None if it is all read.
+
+        Args:
+            caption: What `encode` takes.
+            limit: Tokens that are read of what `encode` gives.
+        """
+        is_fast = self._tokenizer.is_fast  # others know no places in the text
+        whole, seen = (
+            self._tokenizer(caption, return_offsets_mapping=is_fast, verbose=False, **cut)
+            for cut in ({}, {"truncation": True, "max_length": self._max_tokens})
+        )
+        read = min(limit, len(seen["input_ids"]))
+        if is_fast:
+            text = caption[max(end for _, end in seen["offset_mapping"][:read]) :]
+        else:
+            text = self._tokenizer.decode(whole["input_ids"][read:], skip_special_tokens=True)
+        text = text.strip()
+        return Unread(read, len(whole["input_ids"]), text) if text else None
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Embedding]:

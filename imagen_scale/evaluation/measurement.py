@@ -21,6 +21,7 @@ from imagen_scale.sampling.measures import (
     ssim,
 )
 from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.prompts import encode
 from imagen_scale.sampling.stage import Inputs, Listener
 from imagen_scale.sampling.stages import GROUP, TrainedStages
 
@@ -62,6 +63,7 @@ class Evaluation(NamedTuple):
     captions: int
     retrieval_chance: float
     stages: list[StageMeasures]
+    cut_captions: int = 0  # that are longer than a U-Net's `max_text_len`
 
 
 class _StageTally:
@@ -161,11 +163,13 @@ def evaluate(
     """
     settings, configs = cascade.settings(options), cascade.configs
     tallies = [_StageTally(configs[0].size, extractor, clip) for _ in configs]
+    cut = 0
     together = max(1, min(GROUP, PIXELS_HELD // configs[-1].size ** 2))
     for start in range(0, len(indices), together):
         group = indices[start : start + together]
         captions = [prepared.source.captions[i] for i in group]
-        text = cascade.encode(captions)
+        text, not_read = encode(cascade.files, captions)
+        cut += sum(map(bool, not_read))
         seeds = [options.seed + start + i for i in range(len(group))]
         lowres = None
         for config, of_stage, tally in zip(configs, settings, tallies, strict=True):
@@ -189,4 +193,4 @@ def evaluate(
         tally.measures(config.number, config.size)
         for config, tally in zip(configs, tallies, strict=True)
     ]
-    return Evaluation(len(indices), 1 / len(indices), stages)
+    return Evaluation(len(indices), 1 / len(indices), stages, cut)

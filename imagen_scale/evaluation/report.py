@@ -12,6 +12,7 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
     """The evaluation as JSON can hold it; what was not measured is null."""
     return {
         "captions": result.captions,
+        "cut_captions": result.cut_captions,
         "retrieval_chance": result.retrieval_chance,
         "stages": [_plain(stage) for stage in result.stages],
     }

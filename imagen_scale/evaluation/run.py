@@ -87,6 +87,11 @@ def evaluate_run(
         clip=known_captions,
         listener=Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total)),
     )  # fmt: skip
+    if result.cut_captions:
+        say(
+            f"{result.cut_captions} of {result.captions} captions are read to max_text_len only, "
+            f"as in training"
+        )
     facts = {
         **as_dict(result), "split": chosen, "seed": options.seed, "features": features,
         "clip": clip, "settings": [of_stage.model_dump() for of_stage in settings],

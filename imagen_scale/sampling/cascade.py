@@ -3,6 +3,7 @@
 The same sampling as `imagen-scale sample`: equal pixels for equal options.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +65,9 @@ class Cascade:
             allow_unfinished: Accept stages whose training has not ended.
             device: Where to compute, as torch names it ("cpu", "cuda:1"); None takes the first
                 GPU, else the CPU.
-            say: Told in sentences what "auto" chose and what was changed for want of memory, e.g.
-                `print`; None keeps quiet.
+            say: Told in sentences what "auto" chose, what was changed for want of memory, and
+                what of a prompt is not read, e.g. `print`; None keeps quiet, but for prompts,
+                of which `warnings` tells.
             options: Of the runtime.
 
         Raises:
@@ -80,6 +82,7 @@ class Cascade:
             unet_limit=unet_limit,
             allow_unfinished=allow_unfinished,
             say=lambda sentence: None if say is None else say(spelled(sentence)),
+            warn=_warn if say is None else None,
         )
         return cls(stages)
 
@@ -158,6 +161,10 @@ class Cascade:
         listener = Listener(on_step, None if on_estimate is None else _with_images(on_estimate))
         options = (options or SamplingOptions()).changed(**changes)
         return map(_sample, self._stages.stream(captions, options, listener))
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(spelled(sentence), stacklevel=2)
 
 
 def _sample(picture: Picture) -> Sample:

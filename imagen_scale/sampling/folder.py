@@ -50,6 +50,7 @@ class SampleFolder:
         path = save_sample(self.folder, self.first + self.written, image, facts)
         self.written += 1
         return path
+            "not_read": [lost._asdict() for lost in picture.not_read],
 
 
 def _hash(path: Path) -> str:

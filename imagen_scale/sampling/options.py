@@ -7,10 +7,11 @@ the table of docs/sampling.md are made from `SamplingOptions`. Needs no torch.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from imagen_scale.config import StageConfig
 from imagen_scale.config.section import PerUnet
+from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
@@ -69,6 +70,11 @@ class SamplingOptions(OptionModel):
     at_once: Positive | None = Field(
         None, description="Pictures computed together; by default as many as their size allows."
     )
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return None if value is None or is_blank(value) else value
 
     def for_stages(self, stages: Sequence[StageConfig]) -> list[StageSettings]:
         """The settings of each stage, checked against each other.

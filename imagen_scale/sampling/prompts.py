@@ -1,6 +1,9 @@
-"""Prompts as the features that stages take."""
+"""Prompts as the features that stages take, and what of them no stage reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import (
@@ -10,22 +13,49 @@ from imagen_scale.data.encoder import (
     encoder_fingerprint,
     encoder_folder,
 )
-from imagen_scale.errors import CheckpointError
+from imagen_scale.data.sources.captions import is_blank
+from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Text
 
+SHOWN = 60  # characters of a prompt in a sentence
 
-def encode(file: InferenceFile, prompts: Sequence[str]) -> Text:
+
+class NotRead(NamedTuple):
+    """What a U-Net does not read of a prompt that is longer than its `max_text_len`."""
+
+    option: str  # "prompt" or "negative_prompt"
+    unet: int  # from 1
+    read: int  # tokens, with the marks of the text's ends
+    tokens: int  # of the whole prompt
+    text: str  # from where it is not read
+
+
+class Prompts(NamedTuple):
+    """B encoded prompts."""
+
+    text: Text
+    not_read: list[list[NotRead]]  # of each prompt; empty where every U-Net reads all of it
+
+
+def encode(files: Sequence[InferenceFile], prompts: Sequence[str], what: str = "prompt") -> Prompts:
     """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
+
+    Args:
+        files: Of the stages that will read them.
+        prompts: B of them; an empty one is the branch without text.
+        what: The option they come from.
 
     Raises:
         CheckpointError: If the encoder at hand is not the one of training.
     """
-    return encode_groups(file, [prompts])[0]
+    return encode_groups(files, {what: prompts})[what]
 
 
-def encode_groups(file: InferenceFile, groups: Sequence[Sequence[str]]) -> list[Text]:
-    """`encode` of several groups, with the encoder loaded once.
+def encode_groups(
+    files: Sequence[InferenceFile], groups: dict[str, Sequence[str]]
+) -> dict[str, Prompts]:
+    """`encode` of several options, with the encoder loaded once.
 
     What stands beside a prompt in its batch may move the last bits of its features, so the groups
     are encoded one after the other: the later ones leave those before them as they are.
@@ -33,6 +63,33 @@ def encode_groups(file: InferenceFile, groups: Sequence[Sequence[str]]) -> list[
     Raises:
         CheckpointError: If the encoder at hand is not the one of training.
     """
+    file = files[0]
+    nothing: Embedding = np.zeros((0, file.text_embed_dim), np.float32)
+    found = {prompt: nothing for prompts in groups.values() for prompt in prompts
+             if is_blank(prompt)}  # fmt: skip
+    unread: dict[tuple[str, str], list[NotRead]] = {}
+    encoder: TextEncoder | None = None
+    for what, prompts in groups.items():
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if new and encoder is None:
+            encoder = _encoder(file)
+        for start in range(0, len(new), file.config.text.batch_size):
+            some = new[start : start + file.config.text.batch_size]
+            assert encoder is not None
+            found |= dict(zip(some, encoder.encode(some), strict=True))
+        for prompt in dict.fromkeys(prompts):
+            if encoder is not None and not is_blank(prompt):
+                unread[what, prompt] = list(_not_read(encoder, files, what, prompt))
+    return {
+        what: Prompts(
+            Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS)),
+            [unread.get((what, prompt), []) for prompt in prompts],
+        )
+        for what, prompts in groups.items()
+    }
+
+
+def _encoder(file: InferenceFile) -> TextEncoder:
     name = file.config.text_encoder
     folder = encoder_folder(name)
     if encoder_fingerprint(folder) != file.text_fingerprint:
@@ -40,14 +97,55 @@ def encode_groups(file: InferenceFile, groups: Sequence[Sequence[str]]) -> list[
             f"{file.path}: trained with another version of the text encoder {name!r} than the "
             f"one in {folder}. Put the original files back, or train again."
         )
-    encoder, together = TextEncoder(folder), file.config.text.batch_size
-    found: dict[str, Embedding] = {}
-    for prompts in groups:
-        unique = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        for start in range(0, len(unique), together):
-            some = unique[start : start + together]
-            found |= dict(zip(some, encoder.encode(some), strict=True))
-    return [
-        Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS))
-        for prompts in groups
+    return TextEncoder(folder)
+
+
+def _not_read(
+    encoder: TextEncoder, files: Sequence[InferenceFile], what: str, prompt: str
+) -> Iterable[NotRead]:
+    for file in files:
+        unread = encoder.unread(prompt, file.stage.unet.max_text_len)
+        if unread is not None:
+            yield NotRead(what, file.unet_number, *unread)
+
+
+def cut_sentence(prompts: Sequence[str], not_read: Sequence[Sequence[NotRead]]) -> str | None:
+    """One sentence about all prompts that are not read to their end; None if there are none.
+
+    Args:
+        prompts: B of them.
+        not_read: Of each.
+    """
+    cut = {prompt: lost for prompt, lost in zip(prompts, not_read, strict=True) if lost}
+    if not cut:
+        return None
+    (prompt, lost), *others = cut.items()
+    unets: dict[tuple[int, str], list[int]] = {}
+    for one in lost:
+        unets.setdefault((one.read, one.text), []).append(one.unet)
+    parts = [
+        f"U-Net {' and '.join(map(str, numbers))} {'read' if len(numbers) > 1 else 'reads'} the "
+        f"first {read} of {lost[0].tokens} tokens (max_text_len) and not what begins at "
+        f"{shortened(text)!r}"
+        for (read, text), numbers in unets.items()
     ]
+    more = f"; so it is with {len(others)} more" if others else ""
+    return f"{option(lost[0].option)} {shortened(prompt)!r}: {', '.join(parts)}{more}"
+
+
+def blank_sentence(file: InferenceFile, prompts: Sequence[str]) -> str | None:
+    """One sentence about empty prompts; None if there are none."""
+    if not any(map(is_blank, prompts)):
+        return None
+    share = file.config.imagen.cond_drop_prob
+    known = (
+        f"as training knew it in {share:.0%} of its samples (imagen.cond_drop_prob)"
+        if share
+        else "which training never knew (imagen.cond_drop_prob 0)"
+    )
+    return f"an empty {option('prompt')} is no text at all, {known}: guidance does not act on it"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, for a sentence."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()}..."

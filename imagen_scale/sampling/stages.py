@@ -12,7 +12,12 @@ from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.prompts import encode, encode_groups
+from imagen_scale.sampling.prompts import (
+    NotRead,
+    blank_sentence,
+    cut_sentence,
+    encode_groups,
+)
 from imagen_scale.sampling.runtimes.contract import Say, Text, no_negative_prompt
 from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Listener, Stage, default_device, out_of_memory
@@ -29,6 +34,15 @@ class Picture(NamedTuple):
     seed: int
     stages: list[Tensor]  # of each stage, (3, size, size) in [-1, 1]
     runtimes: list[str]  # what computed each stage
+    not_read: list[NotRead]  # of its prompt and of the negative one
+
+
+class Encoded(NamedTuple):
+    """What B pictures are made from."""
+
+    text: Text
+    negative: Text | None  # one prompt that guidance leads away from
+    not_read: list[list[NotRead]]  # of each picture's prompts
 
 
 class TrainedStages:
@@ -39,6 +53,7 @@ class TrainedStages:
         device: Where to compute; None takes the first GPU, else the CPU.
         runtime: What computes the U-Nets, and how.
         say: Told what "auto" chose and what was changed for want of memory.
+        warn: Told what of a prompt is not read; None tells `say`.
     """
 
     def __init__(
@@ -48,10 +63,12 @@ class TrainedStages:
         runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
         say: Say = lambda sentence: None,
+        warn: Say | None = None,
     ) -> None:
         self.files = files
         self.device = device or default_device()
         self.runtime, self.say = runtime, _once(say)
+        self.warn = self.say if warn is None else _once(warn)
 
     @classmethod
     def load(
@@ -63,16 +80,18 @@ class TrainedStages:
         unet_limit: int | None = None,
         allow_unfinished: bool = False,
         say: Say = lambda sentence: None,
+        warn: Say | None = None,
     ) -> "TrainedStages":
         """Opens the stages of a run; the weights are read when a stage is used.
 
         Args:
             run: The run's folder.
-            device: As for `TrainedStages`, and so are `runtime` and `say`.
+            device: As for `TrainedStages`, and so are `runtime`, `say` and `warn`.
             runtime: See there.
             unet_limit: Use only the first so many U-Nets.
             allow_unfinished: Accept stages whose training has not ended.
             say: See there.
+            warn: See there.
 
         Raises:
             CheckpointError: Naming the stage that is missing, damaged or not trained to its end.
@@ -90,7 +109,7 @@ class TrainedStages:
                     f"{run}: {file.stage.name} was trained with another version of the text "
                     f"encoder than U-Net 1. Train one of them again with --unet N --fresh."
                 )
-        return cls(files, device, runtime, say=say)
+        return cls(files, device, runtime, say=say, warn=warn)
 
     @property
     def configs(self) -> list[StageConfig]:
@@ -176,7 +195,7 @@ class TrainedStages:
             for start in range(0, len(wanted), GROUP):
                 group = wanted[start : start + GROUP]
                 prompts, seeds = [prompt for prompt, _ in group], [seed for _, seed in group]
-                text, negative = self._encode(prompts, options.negative_prompt)
+                text, negative, not_read = self.encode(prompts, options.negative_prompt)
                 made: list[Tensor] = []
                 runtimes: list[str] = []
                 for config, of_stage in zip(self.configs, settings, strict=True):
@@ -199,25 +218,34 @@ class TrainedStages:
                         continue
                     for i, image in enumerate(image for part in parts for image in part):
                         earlier = [images[i] for images in made]
-                        yield Picture(*group[i], [*earlier, image], runtimes)
+                        yield Picture(*group[i], [*earlier, image], runtimes, not_read[i])
         except torch.OutOfMemoryError:
             raise out_of_memory(self.device) from None
         finally:
             if stage is not None:
                 stage.close()
 
-    def _encode(
-        self, prompts: Sequence[str], negative_prompt: str | None
-    ) -> tuple[Text, Text | None]:
-        """The prompts, and the one that guidance leads away from."""
-        if not negative_prompt:
-            return self.encode(prompts), None
-        text, negative = encode_groups(self.files[0], [prompts, [negative_prompt]])
-        return text, negative
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Encoded:
+        """Encodes prompts as all stages take them; what is not read of them is told.
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Encodes prompts as all stages take them."""
-        return encode(self.files[0], prompts)
+        Args:
+            prompts: B captions; an empty one is no text at all.
+            negative_prompt: What guidance leads away from.
+        """
+        groups = {"prompt": prompts}
+        if negative_prompt:
+            groups["negative_prompt"] = [negative_prompt]
+        encoded = encode_groups(self.files, groups)
+        for what, of_option in groups.items():
+            if sentence := cut_sentence(of_option, encoded[what].not_read):
+                self.warn(sentence)
+        if sentence := blank_sentence(self.files[0], prompts):
+            self.warn(sentence)
+        text, not_read = encoded["prompt"]
+        if not negative_prompt:
+            return Encoded(text, None, not_read)
+        negative, (lost,) = encoded["negative_prompt"]
+        return Encoded(text, negative, [[*of_prompt, *lost] for of_prompt in not_read])
 
 
 def _tile(config: StageConfig, tile: int | None) -> int | None:

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.data.sources.images import load_whole_picture
 from imagen_scale.errors import DataError, UsageError, option
 from imagen_scale.files.pictures import from_uint8
 from imagen_scale.runs.inference import read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.runtimes.contract import Say, Text
+from imagen_scale.sampling.prompts import NotRead
+from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener, out_of_memory
 from imagen_scale.sampling.stages import TrainedStages
@@ -25,6 +27,7 @@ class Upscaled(NamedTuple):
     image: Tensor  # (3, height, width) in [-1, 1]
     settings: StageSettings
     runtime: str  # its name
+    not_read: list[NotRead]  # of the prompt
 
 
 class Upscaler:
@@ -73,7 +76,8 @@ class Upscaler:
 
         Args:
             picture: (3, h, w) in [-1, 1].
-            prompt: What it shows; None leaves the text out, as in training with dropped captions.
+            prompt: What it shows; None or an empty one leaves the text out, as in training with
+                dropped captions.
             options: How; guidance is 1 unless given, and tiles are as large as the U-Net's own
                 pictures.
             listener: Told of each step.
@@ -85,17 +89,14 @@ class Upscaler:
                 f"pixels; cut it or shrink it first."
             )
         if "cond_scale" not in options.model_fields_set:
-            options = options.changed(cond_scale=1.0 if prompt else 0.0)  # 0: without the text
-        elif not prompt:
+            options = options.changed(cond_scale=1.0)
+        elif prompt is None or is_blank(prompt):
             raise UsageError(
                 f"{option('cond_scale')}: guidance follows a text; give one with "
                 f"{option('prompt')}."
             )
         (settings,) = self.stages.settings(options)
-        if prompt:
-            text = self.stages.encode([prompt])
-        else:
-            text = Text(torch.zeros(1, 1, self.file.text_embed_dim), torch.zeros(1, 1).bool())
+        text, _, (not_read,) = self.stages.encode([prompt or ""])
         stage = self.stages.stage(self.config.number, tile=options.tile or self.config.size)
         try:
             image = stage.upscale(picture, text, options.seed, settings, listener)
@@ -103,7 +104,7 @@ class Upscaler:
             raise out_of_memory(self.stages.device) from None
         finally:
             stage.close()
-        return Upscaled(image, settings, stage.runtime.name)
+        return Upscaled(image, settings, stage.runtime.name, not_read)
 
 
 def read_picture(path: Path) -> Tensor:

@@ -162,8 +162,6 @@ def checked(request: Request) -> SamplingOptions:
     Raises:
         UsageError: Naming the field.
     """
-    if not request.prompt:
-        raise UsageError("no prompt: write what the picture shows.")
     seed = request.options.get("seed")
     if seed is None or seed < 0:
         raise UsageError(

@@ -33,9 +33,15 @@ def clean_caption(caption: Any) -> str:
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
         raise DataError("the caption holds a broken character; correct it.") from None
     text = " ".join("".join(" " if _is_control(c) else c for c in caption).split())
-    if all(unicodedata.category(c)[0] in "CZ" for c in text):
+    if is_blank(text):
         raise DataError("the caption is empty; write one or remove the picture.")
     return text
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character."""
+    kinds = [unicodedata.category(c) for c in text]
+    return all(kind[0] in "CZ" and kind != "Cs" for kind in kinds)  # Cs: of another encoding
 
 
 def _is_control(character: str) -> bool:

@@ -14,10 +14,15 @@ Say = Callable[[str], None]
 
 
 class Text(NamedTuple):
-    """Encoded prompts."""
+    """Encoded prompts; one without a token is the branch without text, as training knew it."""
 
     embeds: Tensor  # (B, L, D) float32
     mask: Tensor  # (B, L) bool
+
+    @property
+    def is_kept(self) -> Tensor:
+        """False where there is no text, (B,) bool: `keep_mask` of `UNet.condition_text`."""
+        return self.mask.any(dim=1)
 
 
 class Conditioning(NamedTuple):

@@ -17,7 +17,7 @@ from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Conditioning, no_negative_prompt
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text, no_negative_prompt
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
 from imagen_scale.sampling.runtimes.manifest import (
     MANIFEST,
@@ -75,7 +75,8 @@ class ExportedRuntime:
         if cond.negative is not None:
             raise no_negative_prompt(self.name)
         cond.check(self._stage)
-        text = self._conditioner.condition_text(cond.text.embeds.cpu(), cond.text.mask.cpu())
+        given = Text(cond.text.embeds.cpu(), cond.text.mask.cpu())
+        text = self._conditioner.condition_text(*given, given.is_kept)
         return _BoundDenoiser(self, text, cond)
 
     @property

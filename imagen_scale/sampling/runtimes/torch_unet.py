@@ -64,7 +64,8 @@ class TorchRuntime:
         return UNetDenoiser(self, text, null, cond)
 
     def _condition(self, text: Text) -> TextCond:
-        return self.unet.condition_text(text.embeds.to(self.device), text.mask.to(self.device))
+        given = Text(text.embeds.to(self.device), text.mask.to(self.device))
+        return self.unet.condition_text(*given, given.is_kept)
 
     def close(self) -> None:
         """Frees the network."""
