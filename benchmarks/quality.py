@@ -43,6 +43,7 @@ class Measured(NamedTuple):
     seconds: float  # of the base stage's training, its process's start included
     x_0_error: float  # of the base, over the log-SNRs of the evaluation
     drift: float  # of the base's mean colours, of 255
+    kid: float  # x 1000, of the base
     psnr_gain: float  # of super-resolution over the enlarged picture, dB
     sr_drift: float
 
@@ -94,25 +95,27 @@ def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: i
         subprocess.run([*train, "--unet", "2"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
         ["imagen-scale", "evaluate", "--run", str(run), "--steps", "25", "--cond-scale", "2",
-         "--num", str(pictures)],
+         "--num", str(pictures), "--features", "efficientnet-lite0"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     base, larger = json.loads((run / "evaluation.json").read_text())["stages"]
     restored = larger["restoration"]
     return Measured(
-        seconds, base["x_0_error"], 255 * base["colour_mean_drift"],
+        seconds, base["x_0_error"], 255 * base["colour_mean_drift"], 1000 * base["kid"],
         restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
     )  # fmt: skip
 
 
 def report(found: dict[str, list[Measured]], seeds: int, steps: int, pictures: int) -> str:
     """The table, with what it was measured on."""
+    forms = (".0f", ".3f", "+.1f", ".0f", "+.2f", "+.1f")
     rows = [
         [name, *(_spread(values, form) for values, form in zip(
-            zip(*trainings, strict=True), (".0f", ".3f", "+.1f", "+.2f", "+.1f"), strict=True))]
+            zip(*trainings, strict=True), forms, strict=True))]
         for name, trainings in found.items()
     ]  # fmt: skip
-    columns = ("recipe", "base, s", "x_0 error", "drift of 255", "over the enlarged picture, dB",
+    columns = ("recipe", "base, s", "x_0 error", "drift of 255", "KID x 1000",
+               "over the enlarged picture, dB",
                "drift of 255, 64 px")  # fmt: skip
     return (
         f"{table(columns, rows)}\n\n{steps} steps of each stage, {pictures} held-out pictures, "

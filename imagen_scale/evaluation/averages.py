@@ -78,7 +78,7 @@ def measure_averages(
     real = real_pictures(prepared, indices, stage_config.size)
     small = stage_config.small_size
     inputs = Inputs(
-        encode(snapshots.trained, [prepared.source.captions[i] for i in indices]),
+        encode([snapshots.trained], [prepared.source.captions[i] for i in indices]).text,
         [options.seed + i for i in range(len(indices))],
         None if small is None else resize(real, small),
     )

@@ -38,8 +38,9 @@ def open_extractor(name: str) -> Extractor:
 
     Args:
         name: `efficientnet-lite0`, which needs no download; `inception`, or the path of its
-            weights, `weights-inception-2015-12-05-6726825d.pth`; or a vision model of transformers (CLIP, DINOv2, ViT, ...): a folder written by
-            save_pretrained, or a name on the Hugging Face hub.
+            weights, `weights-inception-2015-12-05-6726825d.pth`; or a vision model of
+            transformers (CLIP, DINOv2, ViT, ...): a folder written by save_pretrained, or a name
+            on the Hugging Face hub.
 
     Raises:
         DataError: If it can be neither found nor downloaded.

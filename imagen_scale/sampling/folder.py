@@ -43,6 +43,7 @@ class SampleFolder:
             "negative_prompt": self.options.negative_prompt or None,
             "seed": picture.seed,
             "tile": self.options.tile,
+            "not_read": [lost._asdict() for lost in picture.not_read],
             "stages": stages,
             "version": __version__,
         }
@@ -50,7 +51,6 @@ class SampleFolder:
         path = save_sample(self.folder, self.first + self.written, image, facts)
         self.written += 1
         return path
-            "not_read": [lost._asdict() for lost in picture.not_read],
 
 
 def _hash(path: Path) -> str:
