@@ -182,6 +182,12 @@ class TrainingConfig(Section):
         description="Steps left out in a row, because a gradient was not finite, before training "
         "goes back to the newest checkpoint, once, and then stops.",
     )
+    on_spike: Literal["tell", "stop"] = Field(
+        "tell",
+        description="What a report does whose loss is above 5 times the median of the last 20, or "
+        "whose gradient norm is above 10 times: a warning, or training ends before anything of it "
+        "is saved, so that it can go on from the checkpoint before with a lower rate.",
+    )
     hang_timeout: PositiveFloat | None = Field(
         120.0,
         description="With several processes: seconds without a sign of life, or of standing still "

@@ -22,6 +22,7 @@ from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, worl
 from imagen_scale.training.rates import learning_rate
 from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
+from imagen_scale.training.spikes import Spikes
 from imagen_scale.training.stepping import Stepped
 from imagen_scale.training.telemetry import Telemetry
 from imagen_scale.training.validation import validate
@@ -97,7 +98,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
     """
     stage, watchdog, first = session.stage, job.watchdog, session.step
     loaded = Feed(watchdog.loading(_micro_batches(session, job)), session.engine.device)
-    skipped = SkippedSteps(job)
+    skipped, spikes = SkippedSteps(job), Spikes(job)
     taken: list[Stepped] = []  # by this rank since the last report
     with _telemetry(session, job) as telemetry, watchdog.phase("step"):
         while session.step < stage.steps:
@@ -125,7 +126,7 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
                 log_every=job.config.logging.log_every, is_stopping=bool(signum),
             )  # fmt: skip
             if due.report:
-                _report(session, telemetry, lr, taken)
+                _report(session, telemetry, lr, taken, spikes)
                 taken = []
             _carry_out(due, session, job, telemetry)
             if signum:
@@ -189,11 +190,14 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
             )
 
 
-def _report(session: Session, telemetry: Telemetry | None, lr: float, taken: list[Stepped]) -> None:
+def _report(
+    session: Session, telemetry: Telemetry | None, lr: float, taken: list[Stepped], spikes: Spikes
+) -> None:
     """Reports the mean of the losses since the last report.
 
     Raises:
-        ImagenScaleError: If the average of the weights is not finite on some rank.
+        ImagenScaleError: If the average of the weights is not finite on some rank, or the loss
+            jumped and training is to stop at that.
     """
     engine, step = session.engine, session.step
     losses = [stepped.loss for stepped in taken]
@@ -207,16 +211,18 @@ def _report(session: Session, telemetry: Telemetry | None, lr: float, taken: lis
             f"raise training.warmup_steps, and run the command again: it continues from the "
             f"newest checkpoint. If that diverges too, start anew with --fresh."
         )
+    norm = engine.grad_norm()
     if telemetry is not None:
         telemetry.train(
             step,
             loss=loss if math.isfinite(loss) else None,
             lr=lr,
-            grad_norm=engine.grad_norm(),
+            grad_norm=norm,
             loss_scale=engine.loss_scale,
             images=session.setup.global_batch,
             quarters=quarters,
         )
+    spikes.look(step, loss, norm, session.saved_step)
 
 
 def _preempted(session: Session, signum: int) -> Preempted:

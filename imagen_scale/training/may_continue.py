@@ -32,7 +32,7 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "imagen": ("only_train_unet_number", "dynamic_thresholding_percentile",
                "lowres_sample_noise_level"),
     "training": ("micro_batch", "optimizer", "checkpoint_every", "keep_checkpoints", "keep_every",
-                 "max_skipped", "hang_timeout", "val_every", "val_batches", "val_x0",
+                 "max_skipped", "on_spike", "hang_timeout", "val_every", "val_batches", "val_x0",
                  "ema_snapshot_every",
                  "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
                  "tf32", "cudnn_benchmark", "compile", "channels_last", "deterministic",
