@@ -19,14 +19,16 @@ from support.tiny import TINY, write_stage
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config
+from imagen_scale.data.encoder import TextEncoder
 from imagen_scale.diffusion.names import Sampler
-from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import next_number, save_sample, to_uint8
 from imagen_scale.runs.folders import find_run, inference_path
 from imagen_scale.runs.inference import load_weights, read_inference
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.upscale import Upscaler
 
 make = SamplingOptions.make
 
@@ -73,6 +75,40 @@ def test_inference_files_carry_the_weights_and_the_configuration(tmp_path):
     weights = load_weights(file.path)
     for name, value in unet.state_dict().items():
         assert torch.equal(weights[name], value)
+
+
+def test_a_stage_that_does_not_fit_ends_in_advice(run, monkeypatch):
+    """The accident of a 12 GB card: the first stage fits, the second one does not."""
+
+    def load(path):
+        if "unet2" in str(path):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_weights(path)
+
+    monkeypatch.setattr("imagen_scale.sampling.runtimes.torch_unet.load_weights", load)
+    advice = "memory is too small. Make fewer pictures at once"
+    with pytest.raises(EnvironmentProblem, match=advice):
+        sample(run, "sun")
+    upscaler = Upscaler(run, 2)
+    with pytest.raises(EnvironmentProblem, match=advice):
+        upscaler(torch.zeros(3, 16, 16), None, SamplingOptions(steps=1))
+
+
+def test_text_is_encoded_where_the_stages_are_and_leaves_nothing_there(run, monkeypatch):
+    made = []
+
+    class Spy(TextEncoder):
+        def __init__(self, folder, device=None):
+            made.append((self, device))
+            super().__init__(folder, device)
+
+    monkeypatch.setattr("imagen_scale.sampling.prompts.TextEncoder", Spy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # another card, of no concern
+    stages = TrainedStages.load(run, torch.device("cpu"))
+    stages.sample(["sun"], SamplingOptions(steps=1))
+    ((encoder, device),) = made
+    assert device == encoder._device == torch.device("cpu")
+    assert not hasattr(encoder, "_model")
 
 
 def test_missing_and_half_trained_stages_are_named(tmp_path):

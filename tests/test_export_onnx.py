@@ -124,6 +124,38 @@ def test_operators_follow_the_precision(exported, number):
                 assert stash == onnx.TensorProto.FLOAT
 
 
+# What ONNX Runtime 1.27 computes in bfloat16 on NVIDIA cards (docs/OperatorKernels.md there, and
+# for normalisations and attention its contributed kernels and functions).
+BF16_ON_CARDS = {
+    "Add", "Attention", "Cast", "Concat", "Conv", "Expand", "Gemm", "GroupNormalization",
+    "LayerNormalization", "MatMul", "Mul", "Reshape", "Sigmoid", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+
+def test_a_bf16_graph_has_no_operator_that_cards_do_not_compute_in_bf16(tmp_path):
+    write_run(tmp_path / "run")
+    unet = load_unet(read_inference(inference_path(tmp_path / "run", 2)))
+    export_denoisers(unet, tmp_path, image_size=32, precision="bf16", dynamic_size=True)
+    assert any(isinstance(module, nn.Upsample) for module in unet.modules())  # the network's own
+    for name in ("denoiser.onnx", "denoiser_unguided.onnx"):
+        model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / name), data_prop=True)
+        graph = model.graph
+        kinds = {v.name: v.type.tensor_type.elem_type
+                 for v in (*graph.value_info, *graph.input, *graph.output)}  # fmt: skip
+        kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        in_bf16 = {
+            node.op_type for node in graph.node
+            if any(kinds.get(v) == onnx.TensorProto.BFLOAT16 for v in (*node.input, *node.output))
+        }  # fmt: skip
+        assert {"Conv", "GroupNormalization"} < in_bf16 <= BF16_ON_CARDS
+
+
+def test_nearest_neighbours_without_resize_are_the_same():
+    x = torch.randn(2, 3, 5, 4)
+    assert torch.equal(Twice()(x), nn.Upsample(scale_factor=2, mode="nearest")(x))
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_every_input_keeps_a_free_batch(exported, number):
     model = onnx.load(

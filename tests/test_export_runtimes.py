@@ -12,6 +12,7 @@ from support.noise import implied_noise
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
 from imagen_scale.sampling.runtimes.contract import Conditioning
+from imagen_scale.sampling.runtimes.executors import computing
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
@@ -20,7 +21,7 @@ from imagen_scale.sampling.runtimes.torch_unet import load_unet
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("cond_scale", [1.0, 3])  # whole numbers count as well
+@pytest.mark.parametrize("cond_scale", [0.0, 1.0, 3])  # whole numbers count as well
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
@@ -31,7 +32,7 @@ def test_same_seed_same_pixels_as_torch(exported, number, kind, cond_scale):
     bound = runtime.bind(Conditioning(text, cond_scale, **low))
     reference = torch_denoiser(unet, schedule, text, cond_scale=cond_scale, **low)
     ours, theirs = (pictures(fn, schedule, batch, size) for fn in (bound, reference))
-    assert list(runtime._executors) == [cond_scale != 1]  # only the graph that is needed
+    assert list(runtime._executors) == [cond_scale == 3]  # only the graph that is needed
     runtime.close()
     assert theirs.std() > 10
     assert (ours - theirs).abs().max() <= 0.5  # half a level before rounding: one at most after
@@ -87,10 +88,48 @@ def test_images_that_the_export_does_not_take(exported):
     )
     assert (engine.max_batch, dynamic.max_batch) == (8, None)
     engine.check_shape(torch.Size((8, 3, 32, 32)))
-    with pytest.raises(ExportError, match=r"1 to 8 images at once, not 9.*--batch MIN:OPT:MAX"):
+    with pytest.raises(ExportError, match=r"at most 8 images at once, not 9.*--batch MIN:OPT:MAX"):
         engine.check_shape(torch.Size((9, 3, 16, 16)))
     with pytest.raises(ExportError, match="sides of 16 to 32 px, not 34 x 32"):
         engine.check_shape(torch.Size((8, 3, 32, 34)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_engine_for_several_images_takes_fewer(exported, batch):
+    """It is given some of them twice, and the surplus is dropped."""
+    file, schedule, text = open_file(exported, 1), NoiseSchedule.linear(100), random_text(batch)
+    runtime = open_exported("onnx", file, folder=None, device=CPU)
+    engine = ExportedRuntime(
+        file, runtime._backend, load_unet(file),
+        profile=Profile(batch=(2, 2, 4), side=(16, 16, 16)), dynamic_size=False,
+    )  # fmt: skip
+    asked, compute = [], engine.executor(guided=True)
+
+    def spy(inputs):
+        asked.append({len(value) for value in inputs.values()})
+        return compute(inputs)
+
+    engine._executors[True] = spy
+    ours, theirs = (
+        pictures(one.bind(Conditioning(text, SCALE)), schedule, batch, 16)
+        for one in (engine, runtime)
+    )
+    assert asked == [{max(2, batch)}] * 20  # every input alike
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_a_library_that_fails_while_it_computes_says_so(exported, kind, monkeypatch):
+    runtime = open_exported(kind, open_file(exported, 2), folder=None, device=CPU)
+    # The manifest may claim what the graph does not take.
+    broken = {"x_t": torch.randn(1, 3, 33, 32), "t": torch.ones(1)}
+    with pytest.raises(ExportError, match=r"(ONNX Runtime|OpenVINO), .*denoiser.* failed: "):
+        runtime.executor(guided=False)(broken)
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="Failed to allocate memory"),
+        computing("ONNX Runtime, denoiser.onnx"),
+    ):
+        raise RuntimeError("bfc_arena.cc:359 Failed to allocate memory for requested buffer")
 
 
 def test_inputs_that_do_not_belong_together(exported):

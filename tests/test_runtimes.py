@@ -134,3 +134,4 @@ def test_closing_frees_the_network(run):
     stage = Stage(read_inference(inference_path(run, 1)), CPU)
     stage.close()
     assert not hasattr(stage.runtime, "unet")
+    stage.close()  # again, nothing

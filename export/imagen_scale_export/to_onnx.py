@@ -67,6 +67,8 @@ def export_denoisers(
     """
     if precision != "fp32":
         unet = copy.deepcopy(unet).to(DTYPES[precision])
+    if precision == "bf16":
+        unet.apply(_without_resize)
     config = unet.config
     output = denoiser_output(config, image_size, dynamic_size=dynamic_size)
     for guided, module, name in (
@@ -79,6 +81,27 @@ def export_denoisers(
             opset=OPSETS[precision], size=image_size, divisor=config.size_divisor,
             weights_of=None if guided else folder / DENOISER,
         )  # fmt: skip
+
+
+class Twice(nn.Module):
+    """Nearest neighbours at twice the side without ONNX's Resize.
+
+    ONNX Runtime computes that on cards in float32 and float16, not in bfloat16
+    (docs/OperatorKernels.md there, CUDAExecutionProvider).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
+        batch, channels, height, width = x.shape
+        apart = x[:, :, :, None, :, None].expand(batch, channels, height, 2, width, 2)
+        return apart.reshape(batch, channels, 2 * height, 2 * width)
+
+
+def _without_resize(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Upsample):
+            assert (child.scale_factor, child.mode) == (2.0, "nearest")
+            setattr(module, name, Twice())
 
 
 def export_conditioner(unet: UNet, path: Path) -> None:

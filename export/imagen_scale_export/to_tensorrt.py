@@ -3,8 +3,10 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from imagen_scale.errors import ExportError, UsageError
+from imagen_scale.data.storage import first_line
+from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.sampling.runtimes.manifest import Profile
 from imagen_scale.sampling.runtimes.ports import BATCH, HEIGHT, WIDTH, Port
 from imagen_scale.sampling.runtimes.tensorrt_library import Library, make_logger
@@ -35,6 +37,11 @@ def parse_targets(text: str, library: Library) -> tuple[str, ...]:
     if text == PORTABLE:
         return (PORTABLE,)
     known = [name for name in _capabilities(library) if re.fullmatch(r"SM\d+", name)]
+    if not known:
+        raise UsageError(
+            f"--target {text}: {library.name} {library.version} builds for the card at hand only; "
+            f"leave --target out, or install tensorrt-rtx, which builds for others too."
+        )
     targets = tuple(dict.fromkeys(part.strip().upper() for part in text.split(",")))
     if unknown := [target for target in targets if target not in known]:
         raise UsageError(
@@ -63,7 +70,14 @@ class TensorRTNetwork:
     def __init__(self, library: Library, onnx_file: Path) -> None:
         trt = library.module
         self.library, self.log = library, make_logger(trt)
-        self.builder = trt.Builder(self.log)
+        try:
+            self.builder = trt.Builder(self.log)
+        except (TypeError, RuntimeError) as error:  # the binding's way to say that there is none
+            reason = self.log.errors[-1] if self.log.errors else first_line(error)
+            raise EnvironmentProblem(
+                f"{library.name} {library.version} cannot build engines here: {reason}. TensorRT "
+                f"needs an NVIDIA driver for that; tensorrt-rtx (imagen-scale[tensorrt]) does not."
+            ) from None
         # TensorRT 10 must be told to take its types from the file; later ones always do.
         flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self.definition = self.builder.create_network(0 if flags is None else 1 << int(flags))
@@ -85,6 +99,16 @@ class TensorRTNetwork:
                 groups.append(int(layer.num_groups))
         return [count for count in groups if count > 1]
 
+    def config(self) -> Any:
+        """A builder configuration in which float32 is float32.
+
+        TensorRT rounds the inputs of float32 convolutions to 10 bits by default (TF32), which moves
+        a picture by more than an export may differ.
+        """
+        config = self.builder.create_builder_config()
+        config.clear_flag(self.library.module.BuilderFlag.TF32)
+        return config
+
     def build(self, ports: Sequence[Port], profile: Profile, targets: Sequence[str]) -> bytes:
         """Builds the engine.
 
@@ -97,7 +121,7 @@ class TensorRTNetwork:
             ExportError: With the library's own reason, if it builds none.
         """
         trt = self.library.module
-        config = self.builder.create_builder_config()
+        config = self.config()
         shapes = self.builder.create_optimization_profile()
         for port in ports:
             free = {BATCH: profile.batch, HEIGHT: profile.side, WIDTH: profile.side}

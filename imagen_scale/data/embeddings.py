@@ -137,6 +137,7 @@ class EmbeddingStore:
             name = f"shard_{number}_{uuid.uuid4().hex[:8]}"
             self._add_shard(self._folder / name, embeds)
             number += 1
+        model.close()
         self._read_shards()
 
     def _add_shard(self, path: Path, embeds: dict[str, npt.NDArray[Any]]) -> None:

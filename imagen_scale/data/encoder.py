@@ -169,8 +169,12 @@ class Unread(NamedTuple):
 class TextEncoder:
     """A frozen text encoder in float32, on the CUDA device if there is one that holds it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
         """Loads tokenizer and weights from `folder`; no code from the folder is ever run.
+
+        Args:
+            folder: Written by save_pretrained.
+            device: Where to compute; None takes the first card, if there is one.
 
         Raises:
             DataError: If they cannot be loaded.
@@ -200,7 +204,7 @@ class TextEncoder:
         if model.config.is_encoder_decoder and str(kind) not in ENCODER_CLASSES:
             model = model.get_encoder()
         self._model: Any = model.eval().requires_grad_(False)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self._model.to(self._device)
         except torch.OutOfMemoryError:  # the largest T5 outgrows a 12 GB card, not the host
@@ -211,6 +215,12 @@ class TextEncoder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length, positions)
+
+    def close(self) -> None:
+        """Gives the memory back, to others than torch as well."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def unread(self, caption: str, limit: int) -> Unread | None:
         """What is not read of a caption where only its first tokens are; None if it is all read.

@@ -106,6 +106,7 @@ def estimate(config: Config, progress: Progress) -> Estimate:
     start = time.monotonic()
     features = encoder.encode(tried)
     seconds += (time.monotonic() - start) * len(captions) / len(tried)
+    encoder.close()
     progress("encoding a trial of captions", 1, 1)
     width = 4 if config.text.store_dtype == "float32" else 2
     text_bytes = sum(one.size for one in features) * width * len(captions) // len(tried)

@@ -168,7 +168,7 @@ def evaluate(
     for start in range(0, len(indices), together):
         group = indices[start : start + together]
         captions = [prepared.source.captions[i] for i in group]
-        text, not_read = encode(cascade.files, captions)
+        text, not_read = encode(cascade.files, captions, device=cascade.device)
         cut += sum(map(bool, not_read))
         seeds = [options.seed + start + i for i in range(len(group))]
         lowres = None

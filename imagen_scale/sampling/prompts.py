@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import (
@@ -38,22 +39,30 @@ class Prompts(NamedTuple):
     not_read: list[list[NotRead]]  # of each prompt; empty where every U-Net reads all of it
 
 
-def encode(files: Sequence[InferenceFile], prompts: Sequence[str], what: str = "prompt") -> Prompts:
+def encode(
+    files: Sequence[InferenceFile],
+    prompts: Sequence[str],
+    what: str = "prompt",
+    device: torch.device | None = None,
+) -> Prompts:
     """Encodes prompts with the encoder of training; it is freed before a stage is loaded.
 
     Args:
         files: Of the stages that will read them.
         prompts: B of them; an empty one is the branch without text.
         what: The option they come from.
+        device: Where to compute; None takes the first card, if there is one.
 
     Raises:
         CheckpointError: If the encoder at hand is not the one of training.
     """
-    return encode_groups(files, {what: prompts})[what]
+    return encode_groups(files, {what: prompts}, device)[what]
 
 
 def encode_groups(
-    files: Sequence[InferenceFile], groups: dict[str, Sequence[str]]
+    files: Sequence[InferenceFile],
+    groups: dict[str, Sequence[str]],
+    device: torch.device | None = None,
 ) -> dict[str, Prompts]:
     """`encode` of several options, with the encoder loaded once.
 
@@ -72,7 +81,7 @@ def encode_groups(
     for what, prompts in groups.items():
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if new and encoder is None:
-            encoder = _encoder(file)
+            encoder = _encoder(file, device)
         for start in range(0, len(new), file.config.text.batch_size):
             some = new[start : start + file.config.text.batch_size]
             assert encoder is not None
@@ -80,6 +89,8 @@ def encode_groups(
         for prompt in dict.fromkeys(prompts):
             if encoder is not None and not is_blank(prompt):
                 unread[what, prompt] = list(_not_read(encoder, files, what, prompt))
+    if encoder is not None:
+        encoder.close()  # its memory is the stages', whoever allocates it
     return {
         what: Prompts(
             Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS)),
@@ -89,7 +100,7 @@ def encode_groups(
     }
 
 
-def _encoder(file: InferenceFile) -> TextEncoder:
+def _encoder(file: InferenceFile, device: torch.device | None) -> TextEncoder:
     name = file.config.text_encoder
     folder = encoder_folder(name)
     if encoder_fingerprint(folder) != file.text_fingerprint:
@@ -97,7 +108,7 @@ def _encoder(file: InferenceFile) -> TextEncoder:
             f"{file.path}: trained with another version of the text encoder {name!r} than the "
             f"one in {folder}. Put the original files back, or train again."
         )
-    return TextEncoder(folder)
+    return TextEncoder(folder, device)
 
 
 def _not_read(

@@ -203,6 +203,7 @@ class TrainedStages:
                     if stage is None or len(settings) > 1:
                         if stage is not None:
                             stage.close()
+                            stage = None  # the next one may not fit
                         stage = self.stage(
                             config.number,
                             tile=_tile(config, options.tile),
@@ -235,7 +236,7 @@ class TrainedStages:
         groups = {"prompt": prompts}
         if negative_prompt:
             groups["negative_prompt"] = [negative_prompt]
-        encoded = encode_groups(self.files, groups)
+        encoded = encode_groups(self.files, groups, self.device)
         for what, of_option in groups.items():
             if sentence := cut_sentence(of_option, encoded[what].not_read):
                 self.warn(sentence)

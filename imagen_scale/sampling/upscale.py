@@ -1,5 +1,6 @@
 """A super-resolution stage applied to any picture."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,13 +98,12 @@ class Upscaler:
             )
         (settings,) = self.stages.settings(options)
         text, _, (not_read,) = self.stages.encode([prompt or ""])
-        stage = self.stages.stage(self.config.number, tile=options.tile or self.config.size)
+        tile = options.tile or self.config.size
         try:
-            image = stage.upscale(picture, text, options.seed, settings, listener)
+            with closing(self.stages.stage(self.config.number, tile=tile)) as stage:
+                image = stage.upscale(picture, text, options.seed, settings, listener)
         except torch.OutOfMemoryError:
             raise out_of_memory(self.stages.device) from None
-        finally:
-            stage.close()
         return Upscaled(image, settings, stage.runtime.name, not_read)
 
 

@@ -4,14 +4,18 @@ An executor maps named float32 tensors on its device to the prediction, nothing 
 guidance and the noise schedule are bound to it in `runtimes`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from imagen_scale.errors import EnvironmentProblem, option
+from imagen_scale.data.storage import first_line
+from imagen_scale.errors import EnvironmentProblem, ExportError, option
 from imagen_scale.sampling.runtimes.ports import DENOISER, UNGUIDED
+
+_NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 class Executor(Protocol):
@@ -26,6 +30,25 @@ class Executor(Protocol):
     def close(self) -> None:
         """Frees what the graph holds."""
         ...
+
+
+@contextmanager
+def computing(what: str) -> Iterator[None]:
+    """Turns whatever a library raises while it computes into what callers know.
+
+    Args:
+        what: Names the library and the graph.
+
+    Raises:
+        torch.OutOfMemoryError: If it found no memory; callers of torch's networks catch the same.
+        ExportError: Otherwise.
+    """
+    try:
+        yield
+    except Exception as error:  # the libraries' errors share no base class
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            raise torch.OutOfMemoryError(f"{what}: {first_line(error)}") from None
+        raise ExportError(f"{what} failed: {first_line(error)}") from None
 
 
 class OnStream:

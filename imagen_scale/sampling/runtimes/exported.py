@@ -75,14 +75,22 @@ class ExportedRuntime:
         if cond.negative is not None:
             raise no_negative_prompt(self.name)
         cond.check(self._stage)
-        given = Text(cond.text.embeds.cpu(), cond.text.mask.cpu())
-        text = self._conditioner.condition_text(*given, given.is_kept)
+        if "text" not in branches(cond.cond_scale):
+            # No graph computes this branch alone, but the one without guidance takes any text.
+            text = self._conditioner.null_text(len(cond.text.embeds))
+        else:
+            given = Text(cond.text.embeds.cpu(), cond.text.mask.cpu())
+            text = self._conditioner.condition_text(*given, given.is_kept)
         return _BoundDenoiser(self, text, cond)
 
     @property
     def max_batch(self) -> int | None:
         """Most images at once; None for any number."""
         return self._profile.batch[2] if self._profile else None
+
+    def missing(self, batch: int) -> int:
+        """Images that a batch lacks to be one that the graph takes."""
+        return max(0, self._profile.batch[0] - batch) if self._profile else 0
 
     def executor(self, *, guided: bool) -> Executor:
         """The graph with guidance or without, loaded when it is first asked for."""
@@ -103,12 +111,11 @@ class ExportedRuntime:
         """
         batch, sides = shape[0], tuple(shape[2:])
         number, profile, size = self._stage.number, self._profile, self._stage.size
-        if profile and not profile.batch[0] <= batch <= profile.batch[2]:
+        if profile and batch > profile.batch[2]:
             raise ExportError(
-                f"the engine of U-Net {number} takes {profile.batch[0]} to {profile.batch[2]} "
-                f"images at once, not {batch}. Ask for fewer at once, or build it again with "
-                f"`imagen-scale export --unet {number} --format tensorrt --batch MIN:OPT:MAX "
-                f"--force`."
+                f"the engine of U-Net {number} takes at most {profile.batch[2]} images at once, "
+                f"not {batch}. Ask for fewer at once, or build it again with `imagen-scale export "
+                f"--unet {number} --format tensorrt --batch MIN:OPT:MAX --force`."
             )
         if not self._dynamic_size:
             if sides != (size, size):
@@ -138,7 +145,7 @@ class _BoundDenoiser:
     """An exported graph with everything but x_t and t bound to it."""
 
     def __init__(self, runtime: ExportedRuntime, text: TextCond, cond: Conditioning) -> None:
-        guided = "null" in branches(cond.cond_scale)  # no graph computes the null branch alone
+        guided = len(branches(cond.cond_scale)) == 2
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
@@ -146,19 +153,26 @@ class _BoundDenoiser:
             inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond.cond_scale))
         if cond.lowres_img is not None and cond.lowres_t is not None:
             inputs |= {"lowres_img": cond.lowres_img.float(), "lowres_t": cond.lowres_t.float()}
-        self._inputs = {name: value.to(runtime.device) for name, value in inputs.items()}
+        self._batch = len(text.tokens)
+        # An engine built for several images gets the last one more than once.
+        self._more = runtime.missing(self._batch)
+        self._inputs = {name: self._filled(v.to(runtime.device)) for name, v in inputs.items()}
         self._cond = cond
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
-        if len(x_t) != len(self._inputs["text_tokens"]):
-            raise ShapeError(
-                f"{len(x_t)} images, but text of {len(self._inputs['text_tokens'])} is bound."
-            )
+        if len(x_t) != self._batch:
+            raise ShapeError(f"{len(x_t)} images, but text of {self._batch} is bound.")
         self._runtime.check_shape(x_t.shape)
         x_t = x_t.float()
-        prediction = self._executor({"x_t": x_t, "t": t.float(), **self._inputs})
+        given = {"x_t": self._filled(x_t), "t": self._filled(t.float()), **self._inputs}
+        prediction = self._executor(given)[: self._batch]
         return self._cond.completed(self._runtime.predicted_x_0(prediction, x_t, t))
+
+    def _filled(self, values: Tensor) -> Tensor:
+        if not self._more:
+            return values
+        return torch.cat((values, values[-1:].expand(self._more, *values.shape[1:])))
 
 
 def open_exported(

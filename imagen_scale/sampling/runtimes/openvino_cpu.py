@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import ExportError, MissingExtraError
-from imagen_scale.sampling.runtimes.executors import Backend, graph_name
+from imagen_scale.sampling.runtimes.executors import Backend, computing, graph_name
 
 # OpenVINO ---------------------------------------------------------------------------------------
 
@@ -23,6 +23,7 @@ class OpenVino:
     """
 
     def __init__(self, path: Path, *, bf16: bool) -> None:
+        self.path = path
         openvino = import_openvino()
         hints = {
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
@@ -37,8 +38,9 @@ class OpenVino:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
         feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        # A copy: the result lies in the request's own memory.
-        return torch.from_numpy(self.model(feed)[0].copy())
+        with computing(f"OpenVINO, {self.path}"):
+            # A copy: the result lies in the request's own memory.
+            return torch.from_numpy(self.model(feed)[0].copy())
 
     def close(self) -> None:
         """Frees the compiled graph."""

@@ -68,8 +68,9 @@ class TorchRuntime:
         return self.unet.condition_text(*given, given.is_kept)
 
     def close(self) -> None:
-        """Frees the network."""
-        del self.unet, self.denoise
+        """Frees the network; again, nothing."""
+        for name in ("unet", "denoise"):
+            vars(self).pop(name, None)
         if self.compiled:
             torch.compiler.reset()
         if self.device.type == "cuda":
