@@ -17,6 +17,7 @@ from imagen_scale.commands.train import train
 from imagen_scale.commands.ui import ui
 from imagen_scale.commands.upscale import upscale
 from imagen_scale.commands.waiting import wait_asleep
+from imagen_scale.files.caches import settle_caches
 from imagen_scale.version import __version__
 
 COMMANDS = (
@@ -39,6 +40,7 @@ def main() -> None:
     interrupted. NO_COLOR turns colours off; output that is piped is plain.
     """
     wait_asleep()
+    settle_caches()
 
 
 for command in COMMANDS:
