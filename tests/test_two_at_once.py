@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from imagen_scale_export.staging import staged
 
-from imagen_scale.data.storage import exclusive
 from imagen_scale.errors import UsageError
+from imagen_scale.files.locks import locked
 from imagen_scale.files.pictures import next_number, save_sample, taken_number
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.options import SamplingOptions
@@ -97,7 +97,7 @@ def test_who_waits_says_for_whom(tmp_path):
     assert re.fullmatch(
         rf"{re.escape(str(tmp_path))}: waiting for process \d+ on \S+, which works there", sentence
     )
-    with exclusive(tmp_path / ".lock", said.append):  # nobody is there any more
+    with locked(tmp_path / ".lock", said.append):  # nobody is there any more
         assert len(said) == 1
 
 
