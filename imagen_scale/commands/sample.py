@@ -14,13 +14,14 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
+from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError, of_system
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 
 @click.command(short_help="Make pictures from prompts.")
-@click.argument("prompts", nargs=-1)
+@click.argument("prompts", nargs=-1, type=Prompt())
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
 @click.option("--out", help="Folder for the pictures; default samples/ in the run.")

@@ -106,7 +106,15 @@ def onnxruntime() -> Iterator[Finding]:
 
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     seen = f"{ort.__version__}, providers {', '.join(providers)}"
-    if _has_card() and "CUDA" not in providers:
+    from imagen_scale.sampling.runtimes.onnx_runtime import is_outdated
+    from imagen_scale.sampling.runtimes.ports import LEAST_ONNXRUNTIME
+
+    if is_outdated(ort.__version__):
+        yield Finding(
+            "ONNX Runtime", "warning", f"{seen}: exports need {LEAST_ONNXRUNTIME} or later",
+            f"pip install -U '{both[0]}>={LEAST_ONNXRUNTIME}'",
+        )  # fmt: skip
+    elif _has_card() and "CUDA" not in providers:
         yield Finding(
             "ONNX Runtime", "warning", f"{seen}: none for the card",
             "pip uninstall onnxruntime, then pip install -c constraints.txt '.[gpu]'.",
