@@ -25,7 +25,8 @@ def spelled(message: str, spell: Callable[[str], str] = str) -> str:
 
 def of_system(error: OSError) -> str:
     """What a user is told of a full disk, or a folder that may not be written."""
-    return f"{error.filename or ''}: {error.strerror or error}"
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def exit_code_of(error: BaseException) -> int:

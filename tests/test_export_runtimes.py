@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
 from support.exports import SCALE, lowres, open_file, pictures, random_text, torch_denoiser
@@ -15,7 +16,7 @@ from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.executors import computing
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile
-from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
+from imagen_scale.sampling.runtimes.onnx_runtime import is_outdated, onnx_session
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 CPU = torch.device("cpu")
@@ -199,3 +200,35 @@ def test_a_missing_extra_is_named(package, call, advice):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert advice in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("ir_version", "opset"), [(99, 21), (10, 99)])
+def test_a_file_that_is_too_new_says_what_to_update(tmp_path, ir_version, opset):
+    value = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    out = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", value, out),
+        opset_imports=[onnx.helper.make_opsetid("", opset)],
+    )
+    model.ir_version = ir_version
+    onnx.save(model, tmp_path / "new.onnx")
+    with pytest.raises(ExportError, match=r"newer packages\. Update ONNX Runtime \(pip") as caught:
+        onnx_session(tmp_path / "new.onnx", "CPUExecutionProvider")
+    assert "/onnxruntime_src/" not in str(caught.value)
+
+
+def test_a_runtime_that_is_too_old_says_which_is_needed(exported, monkeypatch):
+    """Before it looks at a file: what it would say of one is a riddle."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.17.3")
+    file = open_file(exported, 1)
+    with pytest.raises(ExportError, match=r"1\.17\.3 .* need 1\.23 or later\. Update it: pip inst"):
+        open_exported("onnx", file, folder=None, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("1.9.0", True), ("1.22.1", True), ("1.23.0", False), ("1.23.0rc1", False), ("2.0", False)],
+)
+def test_which_runtimes_are_too_old(version, old):
+    assert is_outdated(version) == old

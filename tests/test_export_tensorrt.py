@@ -143,7 +143,7 @@ def test_a_damaged_record_of_builds_means_building_again(run, tmp_path, monkeypa
     built_here.remember(facts, "a", "2")
     assert built_here.is_built_here(facts, "a", "1")
     assert not built_here.is_built_here(facts, "b", "1")
-    (record,) = (tmp_path / "engines").iterdir()
+    (record,) = (tmp_path / "engines").glob("*.json")
     assert json.loads(record.read_text()) == {"a": ["1", "2"]}
     record.write_text("{")
     assert not built_here.is_built_here(facts, "a", "1")

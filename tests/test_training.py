@@ -216,6 +216,19 @@ def test_a_continued_run_is_the_same_run(zero, precision, processes, config, lau
     assert not (run / "unet2" / ".staging_00000006").exists()
 
 
+def test_a_training_with_nothing_left_says_what_goes_on(config, launch, reference, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    (run / "unet1" / "inference.safetensors").unlink()
+    done = launch(config, run, "--unet", "1", "training.steps=4", plain=True)
+    assert (
+        "U-Net 1: its checkpoint is of step 6 and training.steps is 4, so nothing is left to "
+        "train; set training.steps above 6 to go on"
+    ) in done.stdout
+    assert losses(run, 1) == losses(reference[0], 1)
+    assert (run / "unet1" / "inference.safetensors").is_file()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config, launch, reference, tmp_path
 ):

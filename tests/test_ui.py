@@ -321,7 +321,10 @@ def served(folder):
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, reached, "ui", "--run", run, "--port", "0", "--no-open",
          "--runtime", "torch"],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+        # The page fetches nothing, so that no proxy is its business.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ALL_PROXY": "socks5://127.0.0.1:9",
+                          "https_proxy": "http://127.0.0.1:9"},
     )  # fmt: skip
     try:
         line = process.stderr.readline()

@@ -111,7 +111,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         engine=library is not None,
     )
     constants = sampler_constants(file)
-    with staged(final, force=options.force) as folder:
+    with staged(final, force=options.force, tell=tell) as folder:
         checkpoint_sha256 = sha256(file.path)
         unet = load_unet(file)
         if options.precision == "fp16":

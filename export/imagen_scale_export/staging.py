@@ -1,13 +1,13 @@
 """A folder that appears whole or not at all, and what an export needs of the machine."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imagen_scale.data.storage import exclusive
 from imagen_scale.errors import EnvironmentProblem, MissingExtraError, ParityError, UsageError
 from imagen_scale.files.atomic import sync
+from imagen_scale.files.locks import locked
 from imagen_scale.sampling.runtimes.manifest import MANIFEST
 
 _STAGING_PREFIX = ".staging_"
@@ -19,7 +19,9 @@ _ONNX_RAM, _ENGINE_RAM, _REST_BYTES, _SPARE_DISK_BYTES = 2.2, 3.4, 2**31, 2**29
 
 
 @contextmanager
-def staged(final: Path, *, force: bool) -> Iterator[Path]:
+def staged(
+    final: Path, *, force: bool, tell: Callable[[str], None] | None = None
+) -> Iterator[Path]:
     """A hidden folder to fill, which takes the name `final` when the block ends well.
 
     What a killed export left is removed first. When the block raises ParityError the folder is
@@ -28,11 +30,12 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
     Args:
         final: The folder to make.
         force: Replace it if it exists.
+        tell: Told that another export of the same U-Net is waited for.
 
     Raises:
         UsageError: If it exists and `force` is not given.
     """
-    with exclusive(final.parent / ".lock"):
+    with locked(final.parent / ".lock", tell):
         if final.exists() and not force:
             raise UsageError(f"{final}: exists already; add --force to replace it.")
         for leftover in final.parent.glob(f"{_STAGING_PREFIX}*"):

@@ -14,10 +14,12 @@ from imagen_scale.commands.prepare import prepare
 from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.sample import sample
+from imagen_scale.commands.terminal import settle_output
 from imagen_scale.commands.train import train
 from imagen_scale.commands.ui import ui
 from imagen_scale.commands.upscale import upscale
 from imagen_scale.commands.waiting import wait_asleep
+from imagen_scale.files.caches import settle_caches
 from imagen_scale.version import __version__
 
 COMMANDS = (
@@ -40,6 +42,8 @@ def main() -> None:
     interrupted. NO_COLOR turns colours off; output that is piped is plain.
     """
     wait_asleep()
+    settle_output()
+    settle_caches()
 
 
 for command in COMMANDS:

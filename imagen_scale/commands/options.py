@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from imagen_scale.commands.terminal import Prompt
 from imagen_scale.sampling.option_facts import OptionFacts, facts_of
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
@@ -76,7 +77,7 @@ def option_of(facts: OptionFacts) -> Callable[[Callable[..., Any]], Callable[...
     flag = "--" + facts.name.replace("_", "-")
     if facts.kind is bool:
         return click.option(flag, is_flag=True, help=facts.description)
-    kind: Any = {int: click.INT, float: click.FLOAT, str: click.STRING}[facts.kind]
+    kind: Any = {int: click.INT, float: click.FLOAT, str: Prompt()}[facts.kind]
     if facts.choices:
         kind = click.Choice(facts.choices)
     elif facts.kind is int and facts.least is not None:

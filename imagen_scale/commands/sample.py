@@ -14,13 +14,14 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
-from imagen_scale.errors import UsageError
+from imagen_scale.commands.terminal import Prompt
+from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError, of_system
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
 
 @click.command(short_help="Make pictures from prompts.")
-@click.argument("prompts", nargs=-1)
+@click.argument("prompts", nargs=-1, type=Prompt())
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
 @click.option("--out", help="Folder for the pictures; default samples/ in the run.")
@@ -63,6 +64,10 @@ def sample(
     made = SampleFolder(folder, cascade, options)
     total = len(all_prompts) * options.num
     shown: list[tuple[str, list[Any]]] = []
+
+    def kept() -> str:
+        return f"{made.written} of {total} pictures are in {folder}"
+
     try:
         with Progress() as progress:
             listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
@@ -72,14 +77,23 @@ def sample(
                 if len(shown) < GRID_LIMIT:
                     images = [to_uint8(image[None])[0] for image in picture.stages]
                     shown.append((picture.prompt, images))
+        rows = list(zip(*(images for _, images in shown), strict=True))
+        save_grid(made.grid, rows, [caption for caption, _ in shown])
     except KeyboardInterrupt:
-        click.echo(f"interrupted: {made.written} of {total} pictures are in {folder}", err=True)
+        click.echo(f"interrupted: {kept()}", err=True)
         sys.exit(130)
-    grid = folder / f"grid_{made.first:05d}.png"
-    rows = list(zip(*(images for _, images in shown), strict=True))
-    save_grid(grid, rows, [caption for caption, _ in shown])
+    except BrokenPipeError:  # nobody reads the progress any more
+        raise
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{of_system(error)}. {kept()}; make room there, or name another folder with --out."
+        ) from None
+    except ImagenScaleError:
+        if made.written:
+            click.echo(kept(), err=True)
+        raise
     which = "all of them" if len(shown) == made.written else f"the first {len(shown)}"
-    click.echo(f"{made.written} pictures in {folder}, {which} in {grid}")
+    click.echo(f"{made.written} pictures in {folder}, {which} in {made.grid}")
 
 
 def _read_prompts(path: str) -> list[str]:

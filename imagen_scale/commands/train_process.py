@@ -13,6 +13,7 @@ from imagen_scale.commands.errors import with_flags
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
+from imagen_scale.files.caches import settle_caches
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
 OPTIONS = (
@@ -88,6 +89,7 @@ def main() -> None:
     outlive_listeners()
     wait_asleep()
     settle_allocators()
+    settle_caches()
     is_alone = False
     try:
         fill_environment()

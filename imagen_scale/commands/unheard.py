@@ -28,5 +28,5 @@ def _of(stream: TextIO) -> TextIO:
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Unheard(stream.fileno(), "w", closefd=False)),
-        encoding=stream.encoding, errors=stream.errors, line_buffering=True,
+        encoding=stream.encoding, errors="backslashreplace", line_buffering=True,
     )  # fmt: skip

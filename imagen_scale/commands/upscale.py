@@ -11,6 +11,7 @@ from imagen_scale.commands.options import (
     sampling_options,
     unfinished_option,
 )
+from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import UsageError
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
@@ -20,7 +21,9 @@ from imagen_scale.version import __version__
 @click.command(short_help="Enlarge any picture.")
 @click.argument("file", type=click.Path())
 @run_option
-@click.option("--prompt", help="What the picture shows; without it the text is left out.")
+@click.option(
+    "--prompt", type=Prompt(), help="What the picture shows; without it the text is left out."
+)
 @click.option("--unet", type=int, help="Which super-resolution U-Net; default the last.")
 @click.option("--out", type=click.Path(), help="PNG file; default FILE_xN.png beside FILE.")
 @unfinished_option

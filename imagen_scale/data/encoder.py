@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from imagen_scale.config.network import TEXT_ENCODER_DIMS
+from imagen_scale.data.network import hub_reason
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, MissingExtraError
 
@@ -48,6 +49,7 @@ def encoder_folder(name: str) -> Path:
 
     Raises:
         DataError: If it is not available.
+        EnvironmentProblem: If it was to be downloaded and cannot be written.
         MissingExtraError: If a package is missing.
     """
     if name == "minilm":
@@ -93,7 +95,7 @@ def _hub_folder(name: str, repository: str) -> Path:
             # Subfolders hold the same weights in other formats.
             folder = Path(snapshot_download(repository, ignore_patterns=["*/*"], **attempt))
         except Exception as error:  # hub, network and file system each raise their own types
-            reason = first_line(error)
+            reason = hub_reason(error)
             continue
         # The cache may hold a part only, such as a config.json that was once looked at.
         if (folder / "config.json").is_file() and _weights(folder):

@@ -1,6 +1,5 @@
 """A run's data, checked, resized and encoded."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from imagen_scale.data.image_store import ImageStore, stored_sizes
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
+from imagen_scale.files.caches import cache_root
 from imagen_scale.files.pictures import from_uint8
 
 
@@ -27,9 +27,9 @@ class Prepared(NamedTuple):
 
 
 def cache_dir(config: Config) -> Path:
-    """Folder of prepared data: `data.cache_dir`, $IMAGEN_SCALE_CACHE or ~/.cache/imagen-scale."""
-    folder = config.data.cache_dir or os.environ.get("IMAGEN_SCALE_CACHE")
-    return Path(folder or "~/.cache/imagen-scale").expanduser()
+    """Folder of prepared data: `data.cache_dir`, or `cache_root`."""
+    named = config.data.cache_dir
+    return cache_root() if named is None else Path(named).expanduser()
 
 
 def prepare(config: Config, progress: Progress | None = None, size: int | None = None) -> Prepared:

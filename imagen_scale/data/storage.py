@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_scale.errors import EnvironmentProblem
 from imagen_scale.files.atomic import clear_temporary, temporary_path
+from imagen_scale.files.caches import cannot_write
+from imagen_scale.files.locks import locked
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+SETTING = "data.cache_dir"
 PREPARATION = 3  # to be raised when prepared pictures change for the same files
 
 
@@ -22,25 +24,17 @@ def fingerprint(*parts: Any) -> str:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock `path`; other processes wait here until it is released.
-
-    The operating system frees the lock of a process that dies, so no stale lock can remain.
+    """`locked` in the folder of prepared data.
 
     Raises:
         EnvironmentProblem: If the folder cannot be created or written.
     """
-    from filelock import FileLock
-
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except OSError as error:
+            raise cannot_write(path.parent, error, SETTING) from None
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -62,7 +56,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error, SETTING) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,10 +65,3 @@ def first_line(error: Exception) -> str:
     """What another library's error says, short enough to stand inside one of our sentences."""
     line = str(error).strip().partition("\n")[0].rstrip(". ")
     return getattr(error, "strerror", None) or line or type(error).__name__
-
-
-def _cannot_write(path: Path, error: OSError) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"{path}: cannot be written: {error.strerror or error}; free disk space, or set "
-        f"data.cache_dir (or IMAGEN_SCALE_CACHE) to a writable folder."
-    )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imagen_scale.data.network import hub_reason
 from imagen_scale.data.storage import first_line
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.errors import DataError, MissingExtraError, option
@@ -253,7 +254,7 @@ def _model_folder(name: str, option: str) -> Path:
                 )
             )  # fmt: skip
         except Exception as error:  # hub, network and file system each raise their own types
-            reason = first_line(error)
+            reason = hub_reason(error)
             continue
         if all(any(found.glob(pattern)) for pattern in MODEL_FILES):  # else a part only
             return found

@@ -66,12 +66,19 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and renames it, so that readers never see half of it."""
+    """Writes a file beside its place and renames it, so that readers never see half of it.
+
+    Raises:
+        OSError: Naming the file, which a full disk's own error does not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
         write(temporary)
         sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

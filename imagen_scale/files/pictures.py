@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ def save_png(path: Path, image: Any) -> None:
     _save(path, Image.fromarray(image))
 
 
+@contextmanager
+def taken_number(folder: Path, least: int = 1) -> Iterator[int]:
+    """A number for a picture that nobody else takes, whoever writes into the folder meanwhile.
+
+    Args:
+        folder: Where the picture is written while the number is held.
+        least: The first that comes into question.
+    """
+    number = max(least, next_number(folder))
+    while True:
+        claim = folder / f".{number:05d}"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+            continue
+        try:
+            free = next_number(folder)
+            if free <= number:  # else somebody wrote one of this number before it was claimed
+                yield number
+                return
+            number = free
+        finally:
+            claim.unlink(missing_ok=True)
+
+
 def save_sample(folder: Path, number: int, image: Any, facts: dict[str, Any]) -> Path:
     """Writes a picture and, beside it, what it was made from.
 
@@ -64,17 +91,19 @@ def save_sample(folder: Path, number: int, image: Any, facts: dict[str, Any]) ->
 
 
 def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
-    """`save_sample` under a name of the caller's."""
-    text = json.dumps(facts, ensure_ascii=False, indent=1) + "\n"
-    write_atomically(
-        path.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
-    save_png(path, image)
+    """`save_sample` under a name of the caller's; both files, or neither."""
+    text, beside = json.dumps(facts, ensure_ascii=False, indent=1) + "\n", path.with_suffix(".json")
+    write_atomically(beside, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    try:
+        save_png(path, image)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def next_number(folder: Path) -> int:
     """One above the highest picture number in a folder, so that nothing is overwritten."""
-    found = (re.match(r"(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir())
+    found = (re.match(r"(?:grid_)?(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir())
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 

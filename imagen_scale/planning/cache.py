@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from imagen_scale.config import StageConfig
 from imagen_scale.files.atomic import temporary_path
+from imagen_scale.files.caches import cache_root
 from imagen_scale.planning.activations import Activations, measure, step_flops
 
 # Raise it when the U-Net or the way of counting changes.
@@ -19,11 +19,7 @@ FIGURES = Path(__file__).with_name("figures.json")
 
 def plan_dir() -> Path:
     """Where the planner keeps what it found."""
-    own = os.environ.get("IMAGEN_SCALE_CACHE")
-    if own is not None:
-        return Path(own) / "plan"
-    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(cache) / "imagen-scale" / "plan"
+    return cache_root() / "plan"
 
 
 @cache

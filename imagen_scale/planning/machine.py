@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from imagen_scale.files.atomic import write_atomically
 from imagen_scale.models.card import has_bf16
 from imagen_scale.planning.cache import plan_dir
 
@@ -84,8 +86,9 @@ def keep_calibration(name: str, ratio: float) -> None:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known | {name: round(ratio, 4)}, indent=1))
+    text = json.dumps(known | {name: round(ratio, 4)}, indent=1)
+    with suppress(OSError):  # without a cache the next plan is the prediction again
+        write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _calibration_file() -> Path:

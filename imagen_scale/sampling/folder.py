@@ -4,14 +4,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import next_number, save_sample, to_uint8
+from imagen_scale.files.pictures import save_sample, taken_number, to_uint8
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import Picture, TrainedStages
 from imagen_scale.version import __version__
 
 
 class SampleFolder:
-    """Writes the pictures of one call; what lies in the folder already is left alone.
+    """Writes the pictures of one call; others in the folder, or coming into it, are left alone.
 
     Args:
         folder: Where to; made if it is missing.
@@ -27,8 +27,17 @@ class SampleFolder:
         folder.mkdir(parents=True, exist_ok=True)  # refused now rather than after the work
         self.folder = folder
         self.models = [_hash(file.path) for file in cascade.files]
-        self.first = next_number(folder)
-        self.written = 0
+        self.numbers: list[int] = []  # of the pictures written so far
+
+    @property
+    def written(self) -> int:
+        """How many pictures there are by now."""
+        return len(self.numbers)
+
+    @property
+    def grid(self) -> Path:
+        """Where the pictures of this call are shown together; the first must be written."""
+        return self.folder / f"grid_{self.numbers[0]:05d}.png"
 
     def write(self, picture: Picture) -> Path:
         """Writes one picture, its last stage; gives the PNG file."""
@@ -41,6 +50,7 @@ class SampleFolder:
         facts = {
             "prompt": picture.prompt,
             "negative_prompt": self.options.negative_prompt or None,
+            "not_read": [lost._asdict() for lost in picture.not_read],
             "seed": picture.seed,
             "tile": self.options.tile,
             "not_read": [lost._asdict() for lost in picture.not_read],
@@ -48,8 +58,9 @@ class SampleFolder:
             "version": __version__,
         }
         image = to_uint8(picture.stages[-1][None])[0]
-        path = save_sample(self.folder, self.first + self.written, image, facts)
-        self.written += 1
+        with taken_number(self.folder, max(self.numbers, default=0) + 1) as number:
+            path = save_sample(self.folder, number, image, facts)
+        self.numbers.append(number)
         return path
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import sys
 import sysconfig
 from collections.abc import Callable, Collection
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.files.caches import (
+    OPERATORS_VARIABLE,
+    cannot_write,
+    operators_dir,
+)
 
 COMMUNICATION, CPU_ADAM = "deepspeed_shm_comm", "cpu_adam"
 
@@ -62,12 +66,14 @@ def build_missing(names: Collection[str], say: Callable[[str], None]) -> None:
     ever.
 
     Raises:
-        EnvironmentProblem: With the compiler's complaint.
+        EnvironmentProblem: With the compiler's complaint, or if the folder cannot be written.
     """
     clear_stale_locks(extensions_dir(), say)
     for operator in operators():
-        if operator.name in names and not operator.is_built:
-            build(operator, say)
+        if operator.name in names and not _is_installed(operator.name):
+            check_extensions_dir()
+            if not operator.is_built:
+                build(operator, say)
 
 
 def build(operator: Operator, say: Callable[[str], None]) -> None:
@@ -86,6 +92,7 @@ def build(operator: Operator, say: Callable[[str], None]) -> None:
             f"them: `apt install python3-dev` (Debian, Ubuntu), `dnf install python3-devel` "
             f"(Fedora)."
         )
+    check_extensions_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     # An environment that is called without being activated: ninja lies beside its python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -100,18 +107,23 @@ def build(operator: Operator, say: Callable[[str], None]) -> None:
 
 
 def extensions_dir() -> Path:
-    """Where this machine's compiled operators live.
+    """Where this machine's compiled operators live."""
+    return operators_dir().resolve()  # as /proc names the files that processes hold open
 
-    One folder per host: the operators are built for the processor of the machine that built
-    them, and a home directory may be shared.
+
+def check_extensions_dir() -> None:
+    """Makes the folder; torch locks it even where the operators in it are compiled already.
+
+    Raises:
+        EnvironmentProblem: If it cannot be written.
     """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if folder is None:
-        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        folder = str(Path(cache) / "imagen-scale" / "torch_extensions" / platform.node())
-    path = Path(folder).resolve()  # as /proc names the files that processes hold open
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    folder = extensions_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".{os.getpid()}").touch()
+        (folder / f".{os.getpid()}").unlink()
+    except OSError as error:
+        raise cannot_write(folder, error, OPERATORS_VARIABLE) from None
 
 
 def clear_stale_locks(folder: Path, say: Callable[[str], None]) -> None:

@@ -86,11 +86,20 @@ class Saver:
         session.engine.publish()
         session.engine.load_loss_scale(manifest.get("loss_scale"))
         session.step = session.saved_step = self._good = manifest["step"]
-        self.say(f"{self.stage.name}: continues at step {session.step} of {self.steps}")
+        self.say(self._where(session.step))
         facts = _facts(session.setup)
         if changed := [f"{key} {manifest[key]} -> {facts[key]}" for key in facts
                        if manifest.get(key, facts[key]) != facts[key]]:  # fmt: skip
             self.say(f"saved with another setup: {', '.join(changed)}")
+
+    def _where(self, step: int) -> str:
+        """Where a training goes on, or that there is nothing left."""
+        if step < self.steps:
+            return f"{self.stage.name}: continues at step {step} of {self.steps}"
+        return (
+            f"{self.stage.name}: its checkpoint is of step {step} and training.steps is "
+            f"{self.steps}, so nothing is left to train; set training.steps above {step} to go on"
+        )
 
     def save(self, session: Session) -> None:
         """Writes a checkpoint, or says why it could not; `session.saved_step` tells."""

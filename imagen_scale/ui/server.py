@@ -9,6 +9,7 @@ from contextlib import closing
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from imagen_scale.data.network import without_proxies
 from imagen_scale.errors import EnvironmentProblem, MissingExtraError
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ def require_gradio() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        import gradio
-        import uvicorn
+        with without_proxies():  # it opens clients at once, though the page fetches nothing
+            import gradio
+            import uvicorn
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"the page needs gradio, and this installation lacks {error.name}; run "

@@ -55,6 +55,7 @@ def examine(
         "pinned memory": machine.pinned_memory,
         "shared memory": machine.shared_memory,
         "disk": partial(machine.disk, folders),
+        "caches": machine.caches,
         "compiler": software.compiler,
         "DeepSpeed": partial(software.deepspeed, build),
         "ONNX Runtime": software.onnxruntime,

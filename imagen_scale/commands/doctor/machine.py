@@ -1,5 +1,6 @@
 """The machine: Python, cards, memory, disk."""
 
+import errno
 import os
 import platform
 import shutil
@@ -9,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from imagen_scale.commands.doctor.finding import Finding
+from imagen_scale.commands.doctor.finding import Finding, State, of_problem
+from imagen_scale.files.caches import (
+    OPERATORS_VARIABLE,
+    cache_root,
+    cannot_write,
+    hub_home,
+    is_writable,
+    operators_dir,
+)
 from imagen_scale.models.card import BF16_CAPABILITY
 
 GIB = 2**30
@@ -187,6 +196,21 @@ def shared_memory() -> Iterator[Finding]:
         yield Finding("shared memory", "warning", seen, remedy)
     else:
         yield Finding("shared memory", "ok", seen)
+
+
+def caches() -> Iterator[Finding]:
+    """Whether what is kept between programs can be written: ours, and that of libraries."""
+    denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
+    kept: list[tuple[str, Path, tuple[str, ...], State]] = [
+        ("prepared data", cache_root(), (), "problem"),
+        ("operators", operators_dir(), (OPERATORS_VARIABLE,), "problem"),
+        ("models of the hub", hub_home(), ("HF_HOME",), "warning"),  # what lies there is read
+    ]
+    for what, folder, variables, state in kept:
+        if is_writable(folder):
+            yield Finding("caches", "ok", f"{what} in {folder}")
+        else:
+            yield of_problem("caches", cannot_write(folder, denied, *variables), state)
 
 
 def disk(folders: dict[str, Path]) -> Iterator[Finding]:

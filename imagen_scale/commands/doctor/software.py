@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from imagen_scale.commands.doctor.finding import Finding, State
+from imagen_scale.commands.doctor.finding import Finding, State, of_problem
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
 
 INSTALL_TRAINING = "pip install -c constraints.txt '.[train]'"
@@ -80,8 +80,12 @@ def deepspeed(build: Callable[[str], None] | None) -> Iterator[Finding]:
             try:
                 operators.build(operator, build)
             except EnvironmentProblem as error:
-                lines = [line for line in str(error).splitlines() if line.strip()]
-                yield Finding(name, "problem", lines[0], lines[-1])
+                first, *lines = [line for line in str(error).splitlines() if line.strip()]
+                is_long = bool(lines)  # a compiler's complaint, and what to do at its end
+                yield (
+                    Finding(name, "problem", first, lines[-1]) if is_long
+                    else of_problem(name, error)
+                )  # fmt: skip
                 continue
             yield Finding(name, "ok", f"compiled just now ({operator.used_for})")
 
@@ -102,7 +106,15 @@ def onnxruntime() -> Iterator[Finding]:
 
     providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
     seen = f"{ort.__version__}, providers {', '.join(providers)}"
-    if _has_card() and "CUDA" not in providers:
+    from imagen_scale.sampling.runtimes.onnx_runtime import is_outdated
+    from imagen_scale.sampling.runtimes.ports import LEAST_ONNXRUNTIME
+
+    if is_outdated(ort.__version__):
+        yield Finding(
+            "ONNX Runtime", "warning", f"{seen}: exports need {LEAST_ONNXRUNTIME} or later",
+            f"pip install -U '{both[0]}>={LEAST_ONNXRUNTIME}'",
+        )  # fmt: skip
+    elif _has_card() and "CUDA" not in providers:
         yield Finding(
             "ONNX Runtime", "warning", f"{seen}: none for the card",
             "pip uninstall onnxruntime, then pip install -c constraints.txt '.[gpu]'.",

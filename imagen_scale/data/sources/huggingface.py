@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import DataConfig
+from imagen_scale.data.network import network_reason
 from imagen_scale.data.sources.captions import clean_caption
 from imagen_scale.data.sources.file_source import PIXELS, FileSource
 from imagen_scale.data.sources.lists import csv_rows, matching, read_text
@@ -195,8 +196,9 @@ def _load_rows(config: DataConfig) -> Any:
     except DataError:
         raise
     except Exception as error:  # hub, network, file system and parsers each raise their own types
+        reason = first_line(error) if folder.exists() else network_reason(error)
         raise DataError(
             f"data.path: the data set {path!r} (split {config.split!r}) cannot be loaded: "
-            f"{first_line(error)}; check name, split and network (set HF_TOKEN if it is private), "
+            f"{reason}; check name, split and network (set HF_TOKEN if it is private), "
             f"or give a local folder written by save_to_disk."
         ) from error

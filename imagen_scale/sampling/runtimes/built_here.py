@@ -6,17 +6,17 @@ engine, since whoever swaps the one can rewrite the other; a record outside the 
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.caches import cache_root, cannot_write
+from imagen_scale.files.locks import locked
 from imagen_scale.sampling.runtimes.manifest import EngineFacts
 
 
 def _record(facts: EngineFacts) -> Path:
-    root = Path(os.environ.get("IMAGEN_SCALE_CACHE") or "~/.cache/imagen-scale").expanduser()
     key = hashlib.sha256(facts.model_dump_json().encode()).hexdigest()
-    return root / "engines" / f"{key}.json"
+    return cache_root() / "engines" / f"{key}.json"
 
 
 def remember(facts: EngineFacts, name: str, sha256: str) -> None:
@@ -26,13 +26,21 @@ def remember(facts: EngineFacts, name: str, sha256: str) -> None:
         facts: ONNX hash, library, version and targets.
         name: The file's name: the engine, or its runtime cache.
         sha256: Its hash. An earlier build's is kept beside it: builds differ in their bytes.
+
+    Raises:
+        EnvironmentProblem: If the record cannot be written.
     """
     path = _record(facts)
-    known = _read(path)
-    known.setdefault(name, [])
-    if sha256 not in known[name]:
-        known[name].append(sha256)
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(known, indent=1)))
+    try:
+        with locked(path.with_suffix(".lock")):  # another build may note its own meanwhile
+            known = _read(path)
+            known.setdefault(name, [])
+            if sha256 not in known[name]:
+                known[name].append(sha256)
+                text = json.dumps(known, indent=1)
+                write_atomically(path, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def is_built_here(facts: EngineFacts, name: str, sha256: str) -> bool:

@@ -20,7 +20,14 @@ from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, linear_beta
 from imagen_scale.errors import ExportError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED, Port, Precision
+from imagen_scale.sampling.runtimes.ports import (
+    CONDITIONER,
+    DENOISER,
+    LEAST_ONNXRUNTIME,
+    UNGUIDED,
+    Port,
+    Precision,
+)
 from imagen_scale.sampling.stage_schedule import noise_schedule, stage_schedule
 from imagen_scale.version import __version__
 
@@ -224,7 +231,11 @@ def write_manifest(
         sampler=sampler_constants(file),
         text=text_facts(file),
         engine=engine,
-        needs=({engine.library: f"=={engine.version}"} if engine else {"onnxruntime": ">=1.23"}),
+        needs=(
+            {engine.library: f"=={engine.version}"}
+            if engine
+            else {"onnxruntime": f">={LEAST_ONNXRUNTIME}"}
+        ),
         files={
             path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
             for path in sorted(folder.iterdir())

@@ -1,5 +1,7 @@
 """Graphs in ONNX Runtime, on the CPU and on CUDA."""
 
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +18,55 @@ from imagen_scale.sampling.runtimes.executors import (
     graph_name,
     require_driver,
 )
-from imagen_scale.sampling.runtimes.ports import CONDITIONER
+from imagen_scale.sampling.runtimes.ports import CONDITIONER, LEAST_ONNXRUNTIME
 
 # A node of these on the CPU while a GPU was asked for means a silent fallback.
 HEAVY_OPS = {"Attention", "Conv", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
 
 
-# ONNX Runtime -----------------------------------------------------------------------------------
+def import_onnxruntime() -> Any:
+    """The onnxruntime package, new enough for what is exported.
+
+    Raises:
+        ExportError: If it is older.
+        MissingExtraError: If it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError(
+            "the onnx runtime needs the package onnxruntime; run pip install "
+            "'imagen-scale[export]', or 'imagen-scale[gpu]' for NVIDIA cards."
+        ) from None
+    if is_outdated(onnxruntime.__version__):
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} is installed, and exports need "
+            f"{LEAST_ONNXRUNTIME} or later. Update it: pip install -U "
+            f"'onnxruntime>={LEAST_ONNXRUNTIME}' (onnxruntime-gpu on NVIDIA cards), or take "
+            f"{option('runtime')} torch."
+        )
+    return onnxruntime
+
+
+def is_outdated(version: str) -> bool:
+    """Whether an ONNX Runtime is older than exports need."""
+    ours, least = (
+        tuple(int(part) for part in re.findall(r"\d+", one)[:2])
+        for one in (version, LEAST_ONNXRUNTIME)
+    )
+    return ours < least
+
+
+def _complaint(error: Exception) -> str:
+    """What ONNX Runtime says of a file, without its own sources, and what to do about it."""
+    text = first_line(error)
+    if found := re.search(r"Unsupported model IR version.*|Opset \d+ is under development", text):
+        return (
+            f"{found[0].rstrip('. ')}: it was exported with newer packages. Update ONNX Runtime "
+            f"(pip install -U onnxruntime), or export again here with --force."
+        )
+    return text
 
 
 def onnx_session(path: Path, provider: str, options: dict[str, str] | None = None) -> Any:
@@ -37,15 +81,10 @@ def onnx_session(path: Path, provider: str, options: dict[str, str] | None = Non
 
     Raises:
         EnvironmentProblem: If another provider would compute it.
+        ExportError: If ONNX Runtime is too old, or the file too new for it.
         MissingExtraError: If ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError(
-            "the onnx runtime needs the package onnxruntime; run pip install "
-            "'imagen-scale[export]', or 'imagen-scale[gpu]' for NVIDIA cards."
-        ) from None
+    onnxruntime = import_onnxruntime()
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = torch.get_num_threads()
@@ -59,7 +98,7 @@ def onnx_session(path: Path, provider: str, options: dict[str, str] | None = Non
                 path, settings, providers=[provider], provider_options=[options or {}]
             )
     except Exception as error:  # its errors share no base class
-        raise ExportError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from None
+        raise ExportError(f"{path}: ONNX Runtime cannot load it: {_complaint(error)}") from None
     # Not `disable_cpu_ep_fallback`: it refuses every node on the CPU (onnxruntime pull request
     # 16016), and the shape arithmetic of a free batch belongs there.
     session.disable_fallback()
@@ -149,10 +188,9 @@ def onnx_backend(folder: Path, device: torch.device) -> Backend:
         require_driver(device, "onnx")
     # The conditioner is small: it shows at once which provider computes.
     onnx_session(folder / CONDITIONER, f"{'CPU' if is_cpu else 'CUDA'}ExecutionProvider")
-    import onnxruntime
-
+    version = import_onnxruntime().__version__
     return Backend(
-        f"onnxruntime {onnxruntime.__version__} ({'CPU' if is_cpu else 'CUDA'})",
+        f"onnxruntime {version} ({'CPU' if is_cpu else 'CUDA'})",
         device,
         lambda guided: (
             OnnxCpu(folder / graph_name(guided))

@@ -15,6 +15,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 # fp32 keeps attention in its parts: TensorRT-RTX 1.7 refuses the Attention operator in float32.
 # Half precision needs opset 23: one Attention node, and norms that keep float32 statistics.
 OPSETS: dict[Precision, int] = {"fp32": 21, "fp16": 23, "bf16": 23}
+LEAST_ONNXRUNTIME = "1.23"  # the first that computes them all
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 Dim = int | str  # a fixed length, or the name of a free one

@@ -87,7 +87,9 @@ class TensorRT(OnStream):
         self.stream.synchronize()
         if self._cache is not None:
             path = self.path.with_suffix(".cache")
-            with suppress(OSError):  # a folder that may not be written costs time only
+            with suppress(
+                OSError, EnvironmentProblem
+            ):  # a folder that may not be written costs time only
                 temporary = temporary_path(path)
                 temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
                 temporary.replace(path)
