@@ -86,15 +86,45 @@ def test_cut_and_moved_files(run, name):
         open_onnx(run)
 
 
-def test_links(run):
-    path = folder(run) / "denoiser.onnx.data"
-    target = path.rename(run / "target")
-    path.symlink_to(target)
-    with pytest.raises(ExportError, match="is a link"):
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda data: data["denoiser"]["inputs"][0].update(dims=["batch", 3, "height", "width"]),
+         "the inputs of denoiser.onnx are not those that it lists"),
+        (lambda data: data["denoiser"]["outputs"][0].update(name="noise"),
+         "the outputs of denoiser.onnx are not"),
+        (lambda data: data["conditioner"]["inputs"][1].update(dtype="float32"),
+         "the inputs of conditioner.onnx are not"),
+        (lambda data: data.update(precision="fp16"),
+         "it says fp16 of denoiser.onnx, which is fp32"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_what_the_graphs_are_not(run, change, complaint):
+    edit_manifest(run, change)
+    with pytest.raises(ExportError, match=f"damaged: {complaint}"):
         open_onnx(run)
-    path.unlink()
-    os.link(target, path)  # another name for the file, through which it may change
-    with pytest.raises(ExportError, match="is a link"):
+
+
+def test_links_count_by_what_they_lead_to(run):
+    """A backup of hard links, and the cache of the Hugging Face hub."""
+    path = folder(run) / "denoiser.onnx.data"
+    os.link(path, run / "backup")
+    open_onnx(run)
+    blobs = run / "blobs"
+    blobs.mkdir()
+    for file in list(folder(run).iterdir()):
+        (folder(run) / file.name).symlink_to(file.rename(blobs / file.name))
+    open_onnx(run).executor(guided=True)
+    with pytest.raises(ExportError, match=r"is a link, and OpenVINO.*`cp -rL`.*runtime onnx"):
+        open_exported("openvino", read_inference(inference_path(run, 1)), folder=None, device=CPU)
+    target = blobs / path.name
+    content = bytearray(target.read_bytes())
+    content[-1] ^= 1
+    target.write_bytes(content)
+    with pytest.raises(ExportError, match="content changed"):
+        open_onnx(run)
+    target.unlink()
+    with pytest.raises(ExportError, match="missing"):
         open_onnx(run)
     path.unlink()
     os.mkfifo(path)

@@ -8,13 +8,15 @@ import onnxruntime
 import pytest
 import torch
 from imagen_scale_export.to_onnx import (
+    Twice,
     check_fp16_range,
     example_inputs,
     export_conditioner,
+    export_denoisers,
     op_census,
 )
 from support import ROOT
-from support.tiny import TINY, write_stage
+from support.tiny import TINY, write_run, write_stage
 from torch import nn
 
 from imagen_scale.config import parse_config
@@ -22,7 +24,7 @@ from imagen_scale.errors import ExportError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.runtimes.manifest import data_files
+from imagen_scale.sampling.runtimes.onnx_files import data_files
 from imagen_scale.sampling.runtimes.ports import denoiser_inputs
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
 

@@ -16,7 +16,7 @@ from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.executors import computing
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
 from imagen_scale.sampling.runtimes.manifest import Profile
-from imagen_scale.sampling.runtimes.onnx_runtime import is_outdated, onnx_session
+from imagen_scale.sampling.runtimes.onnx_runtime import cuda_options, is_outdated, onnx_session
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_an_engine_for_several_images_takes_fewer(exported, batch):
 def test_a_library_that_fails_while_it_computes_says_so(exported, kind, monkeypatch):
     runtime = open_exported(kind, open_file(exported, 2), folder=None, device=CPU)
     # The manifest may claim what the graph does not take.
-    broken = {"x_t": torch.randn(1, 3, 33, 32), "t": torch.ones(1)}
+    broken = {"x_t": torch.randn(1, 5, 32, 32), "t": torch.ones(1)}
     with pytest.raises(ExportError, match=r"(ONNX Runtime|OpenVINO), .*denoiser.* failed: "):
         runtime.executor(guided=False)(broken)
     with (
@@ -145,6 +145,13 @@ def test_inputs_that_do_not_belong_together(exported):
     bound = base.bind(Conditioning(random_text(2), 1.0))
     with pytest.raises(ShapeError, match="3 images, but text of 2 is bound"):
         bound(torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3]))
+
+
+def test_a_card_computes_float32_in_float32():
+    """The provider's default is TF32."""
+    assert cuda_options(torch.device("cuda", 2), 5) == {
+        "device_id": "2", "user_compute_stream": "5", "use_tf32": "0",
+    }  # fmt: skip
 
 
 def test_a_gpu_that_is_not_there_is_an_error_not_the_cpu(exported):

@@ -53,7 +53,6 @@ class SampleFolder:
             "not_read": [lost._asdict() for lost in picture.not_read],
             "seed": picture.seed,
             "tile": self.options.tile,
-            "not_read": [lost._asdict() for lost in picture.not_read],
             "stages": stages,
             "version": __version__,
         }

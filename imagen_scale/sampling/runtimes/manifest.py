@@ -20,6 +20,7 @@ from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, linear_beta
 from imagen_scale.errors import ExportError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.runtimes.onnx_files import data_files, describe
 from imagen_scale.sampling.runtimes.ports import (
     CONDITIONER,
     DENOISER,
@@ -253,7 +254,7 @@ def read_manifest(folder: Path) -> Manifest:
         ExportError: If it is missing, damaged or newer than this program.
     """
     path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file():
         raise ExportError(
             f"{folder}: not a finished export (it has no {MANIFEST}). Export again with "
             f"`imagen-scale export`."
@@ -279,8 +280,11 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Checks that the export's files are its own and unchanged.
 
+    What a link leads to is as good as a file, if its content is right: backups share files that
+    way, and so does the cache of the Hugging Face hub.
+
     Raises:
-        ExportError: Naming the file that is missing, changed, a link, or outside the folder.
+        ExportError: Naming the file that is missing, changed, no file, or outside the folder.
     """
     needed = {DENOISER, UNGUIDED, CONDITIONER}
     if manifest.format == "tensorrt":
@@ -292,22 +296,51 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise _damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
         try:
-            status = path.lstat()
+            status = path.stat()
         except OSError:
             raise ExportError(
                 f"{path}: missing. The files of an export stay together: put it back, or export "
                 f"again with --force."
             ) from None
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise ExportError(f"{path}: is a link or no regular file; copy the file itself there.")
+        if not stat.S_ISREG(status.st_mode):
+            raise ExportError(f"{path}: is no regular file; copy the file itself there.")
         if status.st_size != expected.bytes or sha256(path) != expected.sha256:
             raise ExportError(
                 f"{path}: its content changed since it was exported. Export again with --force."
             )
+    check_graphs(folder, manifest)
     for graph in (DENOISER, UNGUIDED, CONDITIONER):
         if foreign := sorted(data_files(folder / graph) - set(manifest.files)):
             raise _damaged(
                 folder / graph, f"it takes weights from {foreign[0]!r}, which is not of this export"
+            )
+
+
+def check_graphs(folder: Path, manifest: Manifest) -> None:
+    """Checks that the manifest says of the graphs what they are.
+
+    Raises:
+        ExportError: Naming what differs.
+    """
+    for name, meant, left_out in (
+        (DENOISER, manifest.denoiser, ""),
+        (UNGUIDED, manifest.denoiser, "cond_scale"),
+        (CONDITIONER, manifest.conditioner, ""),
+    ):
+        found = describe(folder / name)
+        for what, ours, theirs in (
+            ("inputs", found.inputs, meant.inputs),
+            ("outputs", found.outputs, meant.outputs),
+        ):
+            said = [(p.name, p.dtype, p.dims) for p in theirs if p.name != left_out]
+            if [tuple(port) for port in ours] != said:
+                raise _damaged(
+                    folder / MANIFEST, f"the {what} of {name} are not those that it lists"
+                )
+        precision = "fp32" if name == CONDITIONER else manifest.precision
+        if found.precision not in (None, precision):
+            raise _damaged(
+                folder / MANIFEST, f"it says {precision} of {name}, which is {found.precision}"
             )
 
 
@@ -364,16 +397,3 @@ def _stale(folder: Path, file: InferenceFile, reason: str) -> ExportError:
 
 def _damaged(path: Path, reason: str) -> ExportError:
     return ExportError(f"{path}: damaged: {reason}. Export again with --force.")
-
-
-def data_files(path: Path) -> set[str]:
-    """Names of the files that an ONNX file takes its weights from, as it writes them."""
-    import onnx
-    from onnx.external_data_helper import (
-        ExternalDataInfo,
-        _get_all_tensors,  # those inside nodes and subgraphs as well
-        uses_external_data,
-    )
-
-    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
-    return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

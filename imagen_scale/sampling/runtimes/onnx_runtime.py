@@ -15,13 +15,19 @@ from imagen_scale.errors import EnvironmentProblem, ExportError, MissingExtraErr
 from imagen_scale.sampling.runtimes.executors import (
     Backend,
     OnStream,
+    computing,
     graph_name,
     require_driver,
 )
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, LEAST_ONNXRUNTIME
 
-# A node of these on the CPU while a GPU was asked for means a silent fallback.
-HEAVY_OPS = {"Attention", "Conv", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
+# A node of these on the CPU while a GPU was asked for means a silent fallback: they compute, or
+# copy, whole feature maps.
+HEAVY_OPS = {
+    "Attention", "Conv", "Gemm", "GroupNormalization", "InstanceNormalization",
+    "LayerNormalization", "MatMul", "ReduceMean", "Resize", "Softmax",
+}  # fmt: skip
+LEAST_ON_CARDS = "1.27"  # earlier ones lack kernels of the graphs' opsets there
 
 
 def import_onnxruntime() -> Any:
@@ -49,13 +55,12 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def is_outdated(version: str) -> bool:
+def is_outdated(version: str, least: str = LEAST_ONNXRUNTIME) -> bool:
     """Whether an ONNX Runtime is older than exports need."""
-    ours, least = (
-        tuple(int(part) for part in re.findall(r"\d+", one)[:2])
-        for one in (version, LEAST_ONNXRUNTIME)
+    ours, theirs = (
+        tuple(int(part) for part in re.findall(r"\d+", one)[:2]) for one in (version, least)
     )
-    return ours < least
+    return ours < theirs
 
 
 def _complaint(error: Exception) -> str:
@@ -132,17 +137,36 @@ class OnnxCpu:
     """A graph on ONNX Runtime's CPU provider; tensors are handed over without a copy."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.session = onnx_session(path, "CPUExecutionProvider")
         self.device = torch.device("cpu")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
         feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        return torch.from_numpy(self.session.run(None, feed)[0])
+        with computing(f"ONNX Runtime, {self.path}"):
+            return torch.from_numpy(self.session.run(None, feed)[0])
 
     def close(self) -> None:
         """Frees the session."""
         del self.session
+
+
+def cuda_options(device: torch.device, stream: int) -> dict[str, str]:
+    """What ONNX Runtime's CUDA provider is told.
+
+    Its default is to round inputs of float32 products and convolutions to 10 bits (TF32), which
+    moves a picture by more than an export may differ.
+
+    Args:
+        device: A CUDA device.
+        stream: The stream to compute on, as a number.
+    """
+    return {
+        "device_id": str(device.index or 0),
+        "user_compute_stream": str(stream),
+        "use_tf32": "0",
+    }
 
 
 class OnnxCuda(OnStream):
@@ -151,10 +175,8 @@ class OnnxCuda(OnStream):
     def __init__(self, path: Path, device: torch.device) -> None:
         require_driver(device, "onnx")
         super().__init__(device)
-        options = {
-            "device_id": str(device.index or 0),
-            "user_compute_stream": str(self.stream.cuda_stream),
-        }
+        self.path = path
+        options = cuda_options(device, self.stream.cuda_stream)
         self.session = onnx_session(path, "CUDAExecutionProvider", options)
         self.binding = self.session.io_binding()
 
@@ -173,7 +195,8 @@ class OnnxCuda(OnStream):
         )  # fmt: skip
 
     def _run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+        with computing(f"ONNX Runtime, {self.path}"):
+            self.session.run_with_iobinding(self.binding)
 
     def close(self) -> None:
         """Frees the session and the buffers."""
@@ -186,6 +209,13 @@ def onnx_backend(folder: Path, device: torch.device) -> Backend:
     is_cpu = device.type == "cpu"
     if not is_cpu:
         require_driver(device, "onnx")
+        version = import_onnxruntime().__version__
+        if is_outdated(version, LEAST_ON_CARDS):
+            raise EnvironmentProblem(
+                f"ONNX Runtime {version} is installed, and cards need {LEAST_ON_CARDS} or later: "
+                f"pip install -U 'onnxruntime-gpu>={LEAST_ON_CARDS}', or take "
+                f"{option('runtime')} torch."
+            )
     # The conditioner is small: it shows at once which provider computes.
     onnx_session(folder / CONDITIONER, f"{'CPU' if is_cpu else 'CUDA'}ExecutionProvider")
     version = import_onnxruntime().__version__

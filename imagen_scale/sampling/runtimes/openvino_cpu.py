@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import ExportError, MissingExtraError
+from imagen_scale.errors import ExportError, MissingExtraError, option
 from imagen_scale.sampling.runtimes.executors import Backend, computing, graph_name
 
 # OpenVINO ---------------------------------------------------------------------------------------
@@ -60,7 +60,16 @@ def import_openvino() -> Any:
 
 
 def openvino_backend(folder: Path, *, bf16: bool) -> Backend:
-    """An export on OpenVINO's CPU plug-in."""
+    """An export on OpenVINO's CPU plug-in.
+
+    Raises:
+        ExportError: If its files are links, behind which OpenVINO reads no weights.
+    """
+    if linked := sorted(path.name for path in folder.iterdir() if path.is_symlink()):
+        raise ExportError(
+            f"{folder / linked[0]}: is a link, and OpenVINO reads no weights behind links. Copy "
+            f"the export with `cp -rL`, or use {option('runtime')} onnx, which reads them."
+        )
     version = import_openvino().__version__.split("-")[0]
     return Backend(
         f"openvino {version} ({'bf16' if bf16 else 'fp32'})",
