@@ -80,7 +80,9 @@ def test_fp32_builds_because_its_attention_is_in_parts(exported):
 def test_float32_is_not_rounded_to_tf32(exported):
     """The library's own default is to do so on every card since Ampere."""
     library = find_library("tensorrt_rtx")
-    network = TensorRTNetwork(library, exported / "export" / "unet1" / "onnx-fp32" / "denoiser.onnx")
+    network = TensorRTNetwork(
+        library, exported / "export" / "unet1" / "onnx-fp32" / "denoiser.onnx"
+    )
     tf32 = library.module.BuilderFlag.TF32
     assert network.builder.create_builder_config().get_flag(tf32)
     assert not network.config().get_flag(tf32)
