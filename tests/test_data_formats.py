@@ -228,12 +228,12 @@ def test_two_pictures_with_one_caption_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("picture", "caption", "note"), [
-    ("0.image.png", "0.txt", "pictures are called KEY.image.png"),
-    ("0.png", "0.caption", "captions are called KEY.caption"),
-    ("0.png", "0.png.txt", "captions are called KEY.png.txt"),
-    ("0.png", "0.prompt.txt", "captions are called KEY.prompt.txt"),
-    ("0.image.png", "0.caption.txt", "pictures are called KEY.image.png"),
-    ("0.PNG", "0.meta.json", "captions are called KEY.meta.json"),
+    ("0.image.png", "0.txt", "picture is called KEY.image.png"),
+    ("0.png", "0.caption", "caption is called KEY.caption"),
+    ("0.png", "0.png.txt", "caption is called KEY.png.txt"),
+    ("0.png", "0.prompt.txt", "caption is called KEY.prompt.txt"),
+    ("0.image.png", "0.caption.txt", "picture is called KEY.image.png"),
+    ("0.PNG", "0.meta.json", "caption is called KEY.meta.json"),
 ])  # fmt: skip
 def test_near_names_in_tars_are_taken_where_they_mean_one_thing(tmp_path, picture, caption, note):
     text = '{"text": "one"}' if caption.endswith("json") else "one"

@@ -1,6 +1,7 @@
 """Near misses: taken where they can mean one thing only, else the message says what lies there."""
 
 import json
+import tarfile
 
 import pytest
 from PIL import Image
@@ -335,3 +336,85 @@ def test_names_of_labels_are_captions(tmp_path):
     assert captions(source) == {"0": "dog", "1": "cat"}
     assert reasons(source) == {"2": "the caption is missing; write one or remove the picture."}
     assert source.notes == ["the names of the labels in 'label' are taken for captions."]
+
+
+# ---------------------------------------------------------------------------- further near misses
+
+
+def test_lines_of_json_that_end_in_commas(tmp_path):
+    pictures(tmp_path)
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in BOTH.items()]
+    (tmp_path / "metadata.jsonl").write_text(",\n".join(lines) + ",\n")
+    source = opened(tmp_path)
+    assert captions(source) == BOTH
+    assert source.notes == ["metadata.jsonl: its lines end in commas."]
+
+
+@pytest.mark.parametrize(
+    ("listed", "how"),
+    [("a%20b.png", "characters written as in addresses"), (7, "no ending")],
+)
+def test_names_as_other_programs_write_them(tmp_path, listed, how):
+    name = "a b.png" if isinstance(listed, str) else "7.png"
+    pictures(tmp_path, name, "c.png")
+    rows = [{"file_name": listed, "text": "one"}, {"file_name": "c.png", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(tmp_path)
+    assert captions(source) == {name: "one", "c.png": "two"}
+    assert source.notes == [f"1 name in metadata.jsonl differs from the files' by {how}."]
+
+
+def test_a_name_that_is_there_is_taken_as_it_is(tmp_path):
+    pictures(tmp_path, "a%20b.png", "a b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na%20b.png,one\na b.png,two\n")
+    assert captions(opened(tmp_path)) == {"a%20b.png": "one", "a b.png": "two"}
+
+
+def test_a_table_in_a_text_file(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "metadata.txt").write_text("file_name\ttext\na.png\t1girl, solo\nb.png\ttwo\n")
+    assert captions(opened(tmp_path)) == BOTH
+    # ... but not where it is the caption of a picture.
+    pictures(tmp_path, "metadata.png")
+    source = opened(tmp_path, max_bad_fraction=0.9)
+    assert list(source.keys) == ["metadata.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["captions.txt", "results.token", "metadata.xlsx", "labels.xml", "list.yaml"]
+)
+def test_lists_that_are_not_read_are_named_where_captions_are_missing(tmp_path, name):
+    pictures(tmp_path)
+    (tmp_path / name).write_text("a.png one")
+    source = opened(tmp_path)
+    assert all(f"({name} lies there)" in reason for reason in reasons(source).values())
+    (note,) = source.notes
+    assert note.endswith(f"not {'used' if name.endswith('txt') else 'read'}: {name}.")
+
+
+def test_what_other_programs_keep_beside_each_picture_is_no_list(tmp_path):
+    pictures(tmp_path)
+    for name, text in BOTH.items():
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+        (tmp_path / name).with_suffix(".xml").write_text("<box/>")
+    source = opened(tmp_path)
+    assert captions(source) == BOTH and source.notes == []
+
+
+def test_shards_and_tables_of_odd_names_are_pointed_at(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "0.tar").touch()
+    with pytest.raises(DataError, match=rf"{tmp_path}/deep holds some: give that"):
+        opened(tmp_path, "webdataset")
+    (tmp_path / "T.PARQUET").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"T\.PARQUET lies there: call it T\.parquet"):
+        opened(tmp_path, "huggingface")
+
+
+def test_what_lies_beside_a_picture_without_caption_in_a_tar(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "a.cls").write_text("3")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("a.png", "a.cls"):
+            archive.add(tmp_path / name, name)
+    assert "(a.cls lies there)" in reasons(opened(tmp_path, "webdataset"))["s.tar/a"]

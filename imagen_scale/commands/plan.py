@@ -39,7 +39,7 @@ def plan(
     as_json: bool,
     write: str | None,
 ) -> None:
-    """Say how much memory training will take, and choose what fits, before it is spent.
+    """Say what memory, hours and disk training will take, and choose what fits, before it starts.
 
     What the configuration writes is kept; what it leaves null is chosen. Exit code 1 when a stage
     does not fit.
@@ -74,7 +74,12 @@ def plan(
     if write is not None:
         _write_deepspeed(Path(write), checked, plans)
     if as_json:
-        click.echo(json.dumps([as_dict(plan, ratio) for plan in plans], indent=1))
+        click.echo(
+            json.dumps(
+                [as_dict(plan, checked.stage(plan.unet_number), machine, ratio) for plan in plans],
+                indent=1,
+            )
+        )
     else:
         from rich.console import Console
 

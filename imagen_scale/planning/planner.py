@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
     cost: Cost
     activations: Activations
     seconds: float  # relative, of one optimizer step
+    flops: int  # of a picture's training step, recomputation included
 
 
 class UnetPlan(NamedTuple):
@@ -169,7 +170,7 @@ class Planner:
         )  # fmt: skip
         flops = cached_flops(self.stage, checkpointing=checkpointing)
         seconds = step_seconds(setup, cost, activations, flops, link=self.machine.link)
-        return Candidate(setup, cost, activations, seconds)
+        return Candidate(setup, cost, activations, seconds, flops)
 
     def _activations(self, setup: Setup) -> Activations:
         def measured(micro_batch: int) -> Activations:

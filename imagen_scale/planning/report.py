@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from imagen_scale.config import Config
+from imagen_scale.config import Config, StageConfig
+from imagen_scale.planning.hours import SHARE, cards_for, disk_left, hours
 from imagen_scale.planning.machine import Machine
 from imagen_scale.planning.planner import Candidate, UnetPlan
 from imagen_scale.planning.setup import WHOLE_MATRICES, Setup
@@ -14,7 +15,7 @@ from imagen_scale.planning.words import gb
 TERMS = ("weights", "gradients", "optimizer", "ema", "activations", "buckets", "workspace")
 
 
-def as_dict(plan: UnetPlan, ratio: float) -> dict[str, Any]:
+def as_dict(plan: UnetPlan, stage: StageConfig, machine: Machine, ratio: float) -> dict[str, Any]:
     """One U-Net's plan for scripts; bytes."""
     candidate = plan.choice
     return {
@@ -29,6 +30,11 @@ def as_dict(plan: UnetPlan, ratio: float) -> dict[str, Any]:
             **candidate.cost._asdict(),
             "card": int(candidate.cost.card * ratio),
             "activations_held": candidate.activations.held,
+            "disk_left": disk_left(candidate.cost, candidate.activations.num_parameters, stage),
+        },
+        "predicted_hours": {
+            card.name: round(hours(candidate, stage, card, machine), 2)
+            for card in cards_for(machine)
         },
         "seconds": round(candidate.seconds, 4),
         "relative_step_cost": round(candidate.seconds / _fastest(plan), 3),
@@ -111,9 +117,21 @@ def print_plan(
     row("host memory", [_number(host) for host in hosts])
     row("of it pinned", [_number(machine.share(c.cost.pinned)) for c in choices])
     row("disk per checkpoint", [_number(c.cost.disk) for c in choices])
+    stages = [config.stage(plan.unet_number) for plan in plans]
+    left = [
+        disk_left(c.cost, c.activations.num_parameters, stage)
+        for c, stage in zip(choices, stages, strict=True)
+    ]
+    row("disk when trained", [_number(nbytes) for nbytes in left])
+    cards_known = cards_for(machine)
+    for card in cards_known:
+        taken = [hours(c, stage, card, machine) for c, stage in zip(choices, stages, strict=True)]
+        row(f"hours on {card.name}, predicted", [in_hours(one) for one in taken])
     row("relative step cost", [f"{p.choice.seconds / _fastest(p):.2f}" for p in plans])
     row("fits", ["yes" if plan.fault is None else "NO" for plan in plans])
     console.print(table)
+    if cards_known:
+        console.print(_foretold(machine), markup=False)
     for plan in plans:
         console.print(f"U-Net {plan.unet_number}: {in_words(plan.choice.setup)}", markup=False)
         console.print(f"    why: {why(plan)}", markup=False)
@@ -129,6 +147,19 @@ def print_plan(
             "(0.6 GB, assumed) and 6 % allocator slack. Relative step cost: 1 is the fastest way "
             "without a limit; rates of imagen_scale/planning/speed.py."
         )  # fmt: skip
+
+
+def in_hours(hours: float) -> str:
+    """Hours with two digits that count."""
+    return f"{hours:.1f}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _foretold(machine: Machine) -> str:
+    cards = "" if machine.ranks == 1 else f" on {machine.ranks} such cards together"
+    return (
+        f"Hours are of all steps{cards}, at {SHARE:.0%} of the card's stated rate: an assumption, "
+        f"not measured. Pictures, validations and saving come on top."
+    )
 
 
 def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> str:

@@ -25,7 +25,14 @@ NORMS_SHARE = 0.03
 
 
 def step_seconds(
-    setup: Setup, cost: Cost, activations: Activations, flops: int, *, link: float
+    setup: Setup,
+    cost: Cost,
+    activations: Activations,
+    flops: int,
+    *,
+    link: float,
+    compute_rate: float = 1.0,
+    memory_rate: float = 1.0,
 ) -> float:
     """Estimated seconds of one optimizer step.
 
@@ -35,9 +42,11 @@ def step_seconds(
         activations: Of one micro-batch.
         flops: Of one picture, recomputation included.
         link: Bytes per second between the cards; used while they compute, where DeepSpeed can.
+        compute_rate: How much faster the card computes than the one of the round figures.
+        memory_rate: How much faster its memory is.
     """
     parameters = activations.num_parameters
-    compute = setup.micro_batch * flops / FLOPS_PER_S[setup.precision]
+    compute = setup.micro_batch * flops / FLOPS_PER_S[setup.precision] / compute_rate
     if any(level != "none" for level in setup.checkpointing):
         compute *= 1 + NORMS_SHARE
     exchange = cost.exchange_micro / link
@@ -47,11 +56,12 @@ def step_seconds(
     moments = {"adamw": 16, "adamw_8bit": 4, "adamw_bf16": 8, "adafactor": 2, "muon": 8}[
         setup.optimizer
     ]
+    card = CARD_BYTES_PER_S * memory_rate
     if setup.offloads_optimizer:
         update = (14 + moments) * parameters / HOST_BYTES_PER_S
     else:
-        update = (14 + moments) * parameters / setup.ranks / CARD_BYTES_PER_S
+        update = (14 + moments) * parameters / setup.ranks / card
     ema_on_host = setup.offloads_optimizer or setup.ema_offload
-    update += 12 * parameters / (HOST_BYTES_PER_S if ema_on_host else CARD_BYTES_PER_S)
+    update += 12 * parameters / (HOST_BYTES_PER_S if ema_on_host else card)
     between = cost.transfer / PCIE_BYTES_PER_S + cost.exchange / link
     return setup.accumulation * micro_step + between + update

@@ -17,7 +17,7 @@ from imagen_scale.data.encoder import (
 from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.contract import Say, Text
 
 SHOWN = 60  # characters of a prompt in a sentence
 
@@ -37,6 +37,49 @@ class Prompts(NamedTuple):
 
     text: Text
     not_read: list[list[NotRead]]  # of each prompt; empty where every U-Net reads all of it
+
+
+class Encoded(NamedTuple):
+    """What B pictures are made from."""
+
+    text: Text
+    negative: Text | None  # one prompt that guidance leads away from
+    not_read: list[list[NotRead]]  # of each picture's prompts
+
+
+def read_prompts(
+    files: Sequence[InferenceFile],
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+    warn: Say,
+    device: torch.device | None = None,
+) -> Encoded:
+    """Encodes prompts, and tells what is not read of them.
+
+    Args:
+        files: Of the stages that will read them.
+        prompts: B captions; an empty one is no text at all.
+        negative_prompt: What guidance leads away from.
+        warn: Told, in one sentence for all of them.
+        device: Where the encoder computes.
+
+    Raises:
+        CheckpointError: If the encoder at hand is not the one of training.
+    """
+    groups = {"prompt": prompts}
+    if negative_prompt:
+        groups["negative_prompt"] = [negative_prompt]
+    encoded = encode_groups(files, groups, device)
+    for what, of_option in groups.items():
+        if sentence := cut_sentence(of_option, encoded[what].not_read):
+            warn(sentence)
+    if sentence := blank_sentence(files[0], prompts):
+        warn(sentence)
+    text, not_read = encoded["prompt"]
+    if not negative_prompt:
+        return Encoded(text, None, not_read)
+    negative, (lost,) = encoded["negative_prompt"]
+    return Encoded(text, negative, [[*of_prompt, *lost] for of_prompt in not_read])
 
 
 def encode(

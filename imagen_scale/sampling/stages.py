@@ -12,13 +12,8 @@ from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.prompts import (
-    NotRead,
-    blank_sentence,
-    cut_sentence,
-    encode_groups,
-)
-from imagen_scale.sampling.runtimes.contract import Say, Text, no_negative_prompt
+from imagen_scale.sampling.prompts import Encoded, NotRead, read_prompts
+from imagen_scale.sampling.runtimes.contract import Say, no_negative_prompt
 from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Listener, Stage, default_device, out_of_memory
 
@@ -35,14 +30,6 @@ class Picture(NamedTuple):
     stages: list[Tensor]  # of each stage, (3, size, size) in [-1, 1]
     runtimes: list[str]  # what computed each stage
     not_read: list[NotRead]  # of its prompt and of the negative one
-
-
-class Encoded(NamedTuple):
-    """What B pictures are made from."""
-
-    text: Text
-    negative: Text | None  # one prompt that guidance leads away from
-    not_read: list[list[NotRead]]  # of each picture's prompts
 
 
 class TrainedStages:
@@ -233,20 +220,7 @@ class TrainedStages:
             prompts: B captions; an empty one is no text at all.
             negative_prompt: What guidance leads away from.
         """
-        groups = {"prompt": prompts}
-        if negative_prompt:
-            groups["negative_prompt"] = [negative_prompt]
-        encoded = encode_groups(self.files, groups, self.device)
-        for what, of_option in groups.items():
-            if sentence := cut_sentence(of_option, encoded[what].not_read):
-                self.warn(sentence)
-        if sentence := blank_sentence(self.files[0], prompts):
-            self.warn(sentence)
-        text, not_read = encoded["prompt"]
-        if not negative_prompt:
-            return Encoded(text, None, not_read)
-        negative, (lost,) = encoded["negative_prompt"]
-        return Encoded(text, negative, [[*of_prompt, *lost] for of_prompt in not_read])
+        return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device)
 
 
 def _tile(config: StageConfig, tile: int | None) -> int | None:

@@ -14,7 +14,14 @@ from imagen_scale.data.sources.folder_files import FolderFiles, what_lies_there
 from imagen_scale.data.sources.formats import EXTENSIONS
 from imagen_scale.data.sources.lists import FILE_NAME, json_caption, read_listing, read_text
 from imagen_scale.data.sources.near_names import Names, places
-from imagen_scale.data.sources.skipped import Skipped, counted, named, noted, printable
+from imagen_scale.data.sources.skipped import (
+    Skipped,
+    counted,
+    how_often,
+    named,
+    noted,
+    printable,
+)
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError
 
@@ -69,7 +76,7 @@ class FolderSource(FileSource):
                 f"{folder}: no pictures found; put files ending in {', '.join(EXTENSIONS)} there"
                 f"{what_lies_there(files)}."
             )
-        self.notes += (f"{count:,} {how}." for how, count in self._meant.items())
+        self.notes += how_often(self._meant)
         if config.max_items is None:
             self._tell_unused(files, lists)
         self.fingerprint = fingerprint("folder", PIXELS, self.keys, self._stats)
@@ -149,7 +156,8 @@ class FolderSource(FileSource):
             ending = found[0].name.removeprefix(picture.stem)
             self._meant[f"captions are taken from files that end in {ending}"] += 1
             return found[0]
-        near = [files.captions.elsewhere(picture), *files.near_lists, *files.other_lists]
+        lists = (*files.near_lists, *files.other_lists, *files.strangers)
+        near = [files.captions.elsewhere(picture), *lists]
         there = "".join(f" ({self._key(file)} lies there)" for file in near[:2] if file)
         raise DataError(
             f"has no caption; write it into {picture.with_suffix('.txt').name} beside it, or list "
@@ -179,7 +187,8 @@ class FolderSource(FileSource):
             "caption file is not used",
             "caption files are not used",
         )
-        unread = [file for file in (*files.near_lists, *files.other_lists) if file not in lists]
+        told_of = (*files.near_lists, *files.other_lists, *files.foreign_lists)
+        unread = [file for file in told_of if file not in lists]
         note(unread, "list is not read", "lists are not read")
         note(files.archives, "packed file is not looked into", "packed files are not looked into")
 

@@ -18,6 +18,8 @@ from imagen_scale.data.sources.walk import files_below, head_of
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 TABLES = (".parquet", ".arrow")
+# Lists of other programs.
+FOREIGN_LISTS = (".xlsx", ".xls", ".ods", ".xml", ".yaml", ".yml", ".token", ".lst", ".toml")
 
 
 class FolderFiles:
@@ -30,6 +32,8 @@ class FolderFiles:
         lists: Lists of captions that are called as they should be.
         near_lists: Lists that are nearly called so.
         other_lists: Files of a list's kind that are called otherwise.
+        foreign_lists: Lists of other programs, which are not read.
+        strangers: Those, and caption files without a picture's name, in any folder.
         captions: Caption files.
         archives: Packed files and tables, which may hold pictures.
         loose: Pictures that are passed over: of no known ending and without caption, or of a kind
@@ -54,6 +58,7 @@ class FolderFiles:
             if list_kind(file.name) not in ("", "parquet")
             and file not in (*self.lists, *self.near_lists)
         ]
+        self.foreign_lists = [file for file in files if ending_of(file.name) in FOREIGN_LISTS]
         self.archives = [
             file
             for file in files
@@ -72,6 +77,12 @@ class FolderFiles:
         self.in_order = sorted((*self.pictures, *self.unread))
         beside = {text for file in self.in_order for text in self.captions.beside(file)}
         self.other_lists = [file for file in self.other_lists if file not in beside]
+        stems = {file.with_suffix("") for file in self.in_order}  # whose facts they hold
+        self.foreign_lists = [f for f in self.foreign_lists if f.with_suffix("") not in stems]
+        told = {*self.near_lists, *self.other_lists}
+        names = {file.stem.casefold() for file in self.in_order}
+        texts = [f for f in self.captions.files if f.stem.casefold() not in names and f not in told]
+        self.strangers = [*self.foreign_lists, *texts]
 
     def _sort(self, file: Path, head: bytes, stems: set[Path]) -> None:
         """Where a file belongs whose ending is none of a picture that is read."""

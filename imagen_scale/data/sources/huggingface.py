@@ -125,6 +125,11 @@ def _no_pictures(config: DataConfig, column: str, rows: Any) -> str:
     )
 
 
+def _is_oddly_ended(file: Path) -> bool:
+    """Whether `datasets` does not know a Parquet file by its name."""
+    return file.suffix.lower() == ".parquet" != file.suffix
+
+
 def _roots(config: DataConfig) -> list[Path]:
     """Where the files of a data set may lie: in its folder, or in the caches of `datasets`."""
     import datasets
@@ -197,6 +202,8 @@ def _load_rows(config: DataConfig) -> Any:
         raise
     except Exception as error:  # hub, network, file system and parsers each raise their own types
         reason = first_line(error) if folder.exists() else network_reason(error)
+        if odd := [file.name for file in sorted(folder.glob("**/*")) if _is_oddly_ended(file)]:
+            reason += f" ({odd[0]} lies there: call it {odd[0][:-8]}.parquet)"
         raise DataError(
             f"data.path: the data set {path!r} (split {config.split!r}) cannot be loaded: "
             f"{reason}; check name, split and network (set HF_TOKEN if it is private), "

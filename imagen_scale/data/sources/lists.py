@@ -48,6 +48,8 @@ def read_listing(file: Path, caption_column: str) -> Listing:
 def list_kind(name: str) -> str:
     """The kind of a list by its name: "csv", "tsv", "json", "parquet"; "" of no list."""
     name = name.lower()
+    if name == "metadata.txt":
+        return "csv"
     # Windows hides endings, so that an editor's .txt comes after them.
     ending = name.removesuffix(".txt").rpartition(".")[2] if name.count(".") else ""
     kinds = dict.fromkeys(("json", "jsonl", "json1", "ndjson"), "json")
@@ -260,13 +262,12 @@ def _lines(file: Path, text: str) -> Iterator[Row]:
 
 def _whole(text: str, needed: Sequence[str]) -> Listing | None:
     """The rows that one JSON value holds; None where they are none, or could be several things."""
-    try:
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError):
-        return None
+    value, how = _value(text), "it is one JSON list"
+    if value is None:  # lines that end in commas are a list without its brackets
+        value, how = _value(f"[{text.strip().removesuffix(',')}]"), "its lines end in commas"
     rows: list[dict[str, Any]] = []
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        rows, how = value, "it is one JSON list"
+        rows = value
     elif isinstance(value, dict) and value:
         name, caption = (matching(wanted, value) for wanted in needed)
         if name is not None and caption is not None:  # columns, as pandas writes them
@@ -288,6 +289,14 @@ def _whole(text: str, needed: Sequence[str]) -> Listing | None:
     if not rows:
         return None
     return _listing([(f"entry {i}", row) for i, row in enumerate(rows, start=1)], needed, [how])
+
+
+def _value(text: str) -> Any:
+    """One JSON value; None where the text is none."""
+    try:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parquet(file: Path, needed: Sequence[str]) -> Listing:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from imagen_scale.data.sources.formats import PICTURES, ending_of
 from imagen_scale.data.sources.skipped import printable
@@ -47,6 +48,13 @@ class Names:
             listed: As the list has it.
             folder: Of the list, relative to the set; "." of the set's own.
         """
+        found = self._meant(listed, folder)
+        if found is None and (decoded := unquote(listed)) != listed:
+            found = self._meant(decoded, folder)
+            return found and found._replace(how="characters written as in addresses")
+        return found
+
+    def _meant(self, listed: str, folder: str) -> Meant | None:
         plain = _plain(listed)
         here = _plain(f"{folder}/{listed}") if folder != "." else plain
         for form in dict.fromkeys((here, plain)):
@@ -80,7 +88,9 @@ def places(
         wrong with that.
     """
     folder = base.relative_to(root).as_posix()
-    meant = [None if _is_there(name, base) else names.meant(name, folder) for name in listed]
+    # Data frames make numbers of names: 1 for 1.png.
+    texts = [str(name) if type(name) is int else name for name in listed]
+    meant = [None if _is_there(name, base) else names.meant(name, folder) for name in texts]
     # Other folders before the name are believed where they are the same for all.
     shifts = {one.shift for one in meant if one and one.shift}
     found: list[tuple[Path, str] | DataError] = []

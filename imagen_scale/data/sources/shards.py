@@ -34,9 +34,11 @@ def shards(config: DataConfig) -> list[Path]:
     else:
         found = [path.resolve()] if path.is_file() else []
     if not found:
+        deeper = sorted(path.glob("*/**/*.tar"))[:1] if path.is_dir() else []
+        there = f"; {deeper[0].parent} holds some: give that" if deeper else ""
         raise DataError(
-            f"data.path: {config.path!r} is neither a .tar nor a folder with .tar files in it; "
-            f"give the shards (compressed ones are not read: decompress them)."
+            f"data.path: {config.path!r} is neither a .tar nor a folder with .tar files in it"
+            f"{there or '; give the shards'} (compressed ones are not read: decompress them)."
         )
     return found
 

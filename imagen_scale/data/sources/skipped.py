@@ -1,6 +1,7 @@
 """Pictures that are left out, by name and with the reason."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -39,6 +40,20 @@ def printable(name: str) -> str:
     name = name if len(name) <= 200 else name[:200] + "..."
     visible = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
     return visible.encode("utf-8", "backslashreplace").decode()
+
+
+def how_often(meant: Mapping[str, int]) -> Iterator[str]:
+    """A sentence for each way in which files are not called as they should be.
+
+    Args:
+        meant: How many, by words that begin in the plural: "captions are taken from ...".
+    """
+    for how, count in meant.items():
+        if count == 1:
+            how = re.sub(r"^(\w+)s\b", r"\1", how)
+            for plural, singular in (("are ", "is "), ("differ ", "differs ")):
+                how = how.replace(plural, singular)
+        yield f"{count:,} {how}."
 
 
 def counted(names: Sequence[str], singular: str, plural: str) -> str:

@@ -21,7 +21,7 @@ from imagen_scale.data.sources.formats import (
 from imagen_scale.data.sources.images import MAX_FILE_BYTES
 from imagen_scale.data.sources.lists import matching
 from imagen_scale.data.sources.shards import beside, shards, tell_downloads
-from imagen_scale.data.sources.skipped import Skipped, counted, noted, printable
+from imagen_scale.data.sources.skipped import Skipped, counted, how_often, noted, printable
 from imagen_scale.data.sources.tar_index import Member, members, read_member
 from imagen_scale.data.sources.tar_samples import Sample, samples
 from imagen_scale.data.storage import fingerprint, first_line
@@ -72,7 +72,7 @@ class WebDatasetSource(FileSource):
                 f"data.path: {config.path}: its {len(self._tars)} tar(s) hold no pictures; put "
                 f"KEY.jpg and KEY.txt there for each."
             )
-        self.notes += (f"{count:,} {how}." for how, count in self._meant.items())
+        self.notes += how_often(self._meant)
         if self._loose:
             told = counted(self._loose, "other picture is not used", "other pictures are not used")
             self.notes.append(f"{told}.")
@@ -184,7 +184,9 @@ class WebDatasetSource(FileSource):
         if near:
             names = " and ".join(PurePosixPath(one.name).name for one in near)
             raise DataError(f"has the captions {printable(names)}; call one of them KEY.txt.")
-        raise DataError("has no caption; put KEY.txt or KEY.json beside it into the tar.")
+        others = [printable(PurePosixPath(one.name).name) for one in sample.others[:2]]
+        there = f" ({' and '.join(others)} lies there)" if others else ""
+        raise DataError(f"has no caption; put KEY.txt or KEY.json beside it into the tar{there}.")
 
     def _fact(self, tar: Path, member: Member) -> Any:
         facts = self._facts(tar, member)
