@@ -119,6 +119,7 @@ _PER_UNET_KEYS = {
         "lr",
         "warmup_steps",
         "loss_weight",
+        "start_from",
     ),
     "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
 }

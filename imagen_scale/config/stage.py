@@ -149,6 +149,11 @@ class StageConfig:
         return self._own(self.training.loss_weight)
 
     @property
+    def start_from(self) -> str | None:
+        """Folder of the run whose weights it starts from."""
+        return self._own(self.training.start_from)
+
+    @property
     def micro_batch(self) -> int | None:
         """Pictures per rank and forward pass."""
         return self._own(self.training.micro_batch)

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from imagen_scale.config import Config, told_of_recipe
+from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
 from imagen_scale.training import ranks
@@ -19,6 +21,7 @@ from imagen_scale.training.may_continue import (
     unet_numbers,
 )
 from imagen_scale.training.meeting import Meeting
+from imagen_scale.training.origin import check_encoder, find_origin
 from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
@@ -66,6 +69,8 @@ def train(
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, say, resume=resume, fresh=fresh)
+    found = {number: find_origin(config, number, run_dir, fresh=fresh) for number in numbers}
+    origins = {number: origin for number, origin in found.items() if origin is not None}
     check_owner(run_dir, numbers)
     ranks.check_machine()
     check_precision(config)
@@ -75,7 +80,11 @@ def train(
         prepared = prepare(config, progress=_progress(say), size=size)
         check_text_width(config, prepared.embeddings.dim)
         check_split(config, prepared.source.keys)
-        call = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
+        fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
+        for origin in origins.values():
+            check_encoder(origin, fingerprint, config.text_encoder)
+        call: dict[str, Any] = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
+        call |= {f"the weights that U-Net {n} starts from": o.sha256 for n, o in origins.items()}
         agree(meeting, config, call, prepared, run_dir)
     meeting.join()
     owner = Owner(run_dir, numbers, say)
@@ -96,7 +105,7 @@ def train(
                     Job(
                         config, number, run_dir, prepared,
                         say=say, request=request, watchdog=meeting.watchdog,
-                        plan_check=plan_check,
+                        plan_check=plan_check, origin=origins.get(number),
                     )
                 )  # fmt: skip
         say(f"run: {run_dir}")
