@@ -102,6 +102,14 @@ def read_inference(path: Path) -> InferenceFile:
     )
 
 
+def is_finished(path: Path, steps: int) -> bool:
+    """Whether an inference file is whole, and of so many steps or more."""
+    try:
+        return read_inference(path).step >= steps
+    except CheckpointError:
+        return False
+
+
 def load_weights(path: Path) -> dict[str, "Tensor"]:
     """The tensors of an inference file, on the CPU."""
     from safetensors.torch import load_file

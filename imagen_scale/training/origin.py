@@ -21,9 +21,17 @@ class Origin(NamedTuple):
 
     def said_of(self, stage: StageConfig) -> str:
         """In a sentence, what `stage` starts with."""
+        run, few = self.file.path.parents[1], stage.few_steps
+        if few is not None:
+            own = self.file.stage.few_steps
+            steps = few.steps_of_ordinary_teacher if own is None else own.steps
+            guidance = f"{'' if own is None else 'built-in '}guidance {few.cond_scale:g}"
+            return (
+                f"{stage.name}: learns {few.steps} {'step' if few.steps == 1 else 'steps'} from "
+                f"{steps} of {run} (step {self.file.step}), {guidance}, and starts as it is"
+            )
         theirs, ours = self.file.stage.unet.pred_type, stage.unet.pred_type
         change = "" if theirs == ours else f"; it predicted {theirs} there and learns {ours} here"
-        run = self.file.path.parents[1]
         return f"{stage.name}: starts from the weights of {run} (step {self.file.step}){change}"
 
 

@@ -84,7 +84,8 @@ class Saver:
         if folder is None:
             return
         self._check_manifest(folder, manifest)
-        self.origin_sha256 = manifest.get("origin")  # which need not be there any more
+        if self.stage.few_steps is None:
+            self.origin_sha256 = manifest.get("origin")  # which need not be there any more
         optimizer = session.setup.optimizer
         together(lambda: load_shards(session.engine, session.averages, optimizer, folder))
         session.engine.publish()
@@ -156,6 +157,11 @@ class Saver:
                 f"{folder}: trained with another version of the text encoder "
                 f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
                 f"--fresh."
+            )
+        if (few := self.stage.few_steps) and manifest.get("origin") != self.origin_sha256:
+            raise CheckpointError(
+                f"{folder}: {self.stage.name} learned from a teacher in {few.teacher} that changed "
+                f"since. Put its file for sampling back, or start anew with --fresh."
             )
         if manifest["pictures"] != self.pictures:
             self.say(
