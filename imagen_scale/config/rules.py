@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 
 from imagen_scale.config.deepspeed import deepspeed_problems, is_offloaded
+from imagen_scale.config.distill_rules import distill_checks
 from imagen_scale.config.network import NORM_GROUPS, TEXT_ENCODER_DIMS, UnetConfig
 from imagen_scale.config.schema import Config
 from imagen_scale.config.stage import StageConfig
@@ -27,7 +28,7 @@ def cross_checks(config: Config) -> list[str]:
         )
     for section, keys in _PER_UNET_KEYS.items():
         for key in keys:
-            value = getattr(getattr(config, section), key)
+            value = getattr(getattr(config, section), key, None)  # of a section that may be null
             if isinstance(value, tuple) and len(value) != num_unets:
                 problems.append(
                     f"{section}.{key}: {len(value)} values for {num_unets} U-Nets; give one "
@@ -71,6 +72,7 @@ def cross_checks(config: Config) -> list[str]:
             )
 
     if not problems:
+        problems += distill_checks(config)
         for stage in config.stages():
             if stage.global_batch % (stage.micro_batch or stage.global_batch):
                 problems.append(
@@ -119,7 +121,9 @@ _PER_UNET_KEYS = {
         "lr",
         "warmup_steps",
         "loss_weight",
+        "start_from",
     ),
+    "distill": ("steps", "cond_scale", "teacher_steps"),
     "memory": ("checkpointing", "offload_activations", "optimizer_in_backward"),
 }
 

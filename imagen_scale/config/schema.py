@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from imagen_scale.config.distillation import DistillConfig
 from imagen_scale.config.network import ImagenConfig, UnetConfig
 from imagen_scale.config.section import (
     Section,
@@ -34,6 +35,7 @@ class Config(Section):
     data: DataConfig = Field(DataConfig(), description="Where pictures and captions come from.")
     text: TextConfig = Field(TextConfig(), description="How captions become vectors.")
     training: TrainingConfig = Field(TrainingConfig(), description="How each U-Net is trained.")
+    distill: DistillConfig | None = Field(None, description="Stages that learn to take few steps.")
     memory: MemoryConfig = Field(MemoryConfig(), description="What is traded for memory.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Files and reports of a run.")
     deepspeed: dict[str, Any] = Field(
@@ -55,7 +57,7 @@ class Config(Section):
         width = text_embed_dim or text_width(self.imagen, self.unets, self.text_encoder)
         return StageConfig(
             number, self.imagen, self.unets[number - 1], self.training, self.memory,
-            self.deepspeed, self.text_encoder, width,
+            self.deepspeed, self.text_encoder, width, self.distill,
         )  # fmt: skip
 
     def stages(self, text_embed_dim: int | None = None) -> list[StageConfig]:

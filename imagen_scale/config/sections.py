@@ -170,6 +170,12 @@ class TrainingConfig(Section):
         "drawing each by itself.",
     )
     seed: NaturalInt = Field(0, description="Same seed, same run.")
+    start_from: PerUnet[str | None] | None = Field(
+        None,
+        description="Folder of a run whose trained U-Net of the same number is the start in place "
+        "of random weights, or one per U-Net; with the same network and text encoder, `pred_type`, "
+        "schedule and pictures may be others. See [Few steps](few_steps.md). null: random.",
+    )
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
     keep_checkpoints: PositiveInt = Field(
         2, description="Newest checkpoints kept; older ones are deleted."

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from imagen_scale.config.distillation import DistillConfig, FewSteps
 from imagen_scale.config.network import TEXT_ENCODER_DIMS, ImagenConfig, UnetConfig, size_divisor
 from imagen_scale.config.section import (
     CheckpointingLevel,
@@ -67,7 +68,7 @@ class StageConfig:
 
     Args:
         number: From 1.
-        imagen: The run's section, as are `training`, `memory` and `deepspeed`.
+        imagen: The run's section, as are `training`, `memory`, `deepspeed` and `distill`.
         unet: The entry of `unets` as it was written.
         text_encoder: Name of the encoder in force.
         text_embed_dim: Width of its features; None where only loading it would tell.
@@ -81,6 +82,7 @@ class StageConfig:
     deepspeed: dict[str, Any]
     text_encoder: str
     text_embed_dim: int | None
+    distill: DistillConfig | None = None
 
     @property
     def seed_index(self) -> int:
@@ -147,6 +149,22 @@ class StageConfig:
     def loss_weight(self) -> LossWeightName | None:
         """What each noise level weighs in the loss; None for the plain loss."""
         return self._own(self.training.loss_weight)
+
+    @property
+    def start_from(self) -> str | None:
+        """Folder of the run whose weights it starts from."""
+        return self._own(self.training.start_from)
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """How it is distilled; None for an ordinary stage."""
+        if self.distill is None:
+            return None
+        steps, teacher = self._own(self.distill.steps), self.distill.teacher
+        if steps is None:
+            return None
+        cond_scale = self._own(self.distill.cond_scale)
+        return FewSteps(teacher, steps, cond_scale, self._own(self.distill.teacher_steps))
 
     @property
     def micro_batch(self) -> int | None:

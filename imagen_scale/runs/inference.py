@@ -27,6 +27,8 @@ class InferenceFile(NamedTuple):
     step: int
     steps: int
     average: str = ""  # of the weights, where it is not that of training
+    # Hash of the inference file that training began with, where it was not random weights.
+    origin_sha256: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -62,6 +64,8 @@ def stream_inference(
     }
     if file.average:
         metadata["average"] = file.average
+    if file.origin_sha256 is not None:
+        metadata["origin_sha256"] = file.origin_sha256
     file.path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         file.path, lambda temporary: write_tensors(temporary, shapes, weights, metadata)
@@ -94,7 +98,16 @@ def read_inference(path: Path) -> InferenceFile:
         step=int(metadata["step"]),
         steps=int(metadata["steps"]),
         average=metadata.get("average", ""),
+        origin_sha256=metadata.get("origin_sha256"),
     )
+
+
+def is_finished(path: Path, steps: int) -> bool:
+    """Whether an inference file is whole, and of so many steps or more."""
+    try:
+        return read_inference(path).step >= steps
+    except CheckpointError:
+        return False
 
 
 def load_weights(path: Path) -> dict[str, "Tensor"]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.config.section import PerUnet
 from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
@@ -101,6 +102,12 @@ class SamplingOptions(OptionModel):
             # The low-resolution picture already says what to draw.
             columns["cond_scale"][1:] = [1.0] * (len(stages) - 1)
         for i, stage in enumerate(stages):
+            if stage.few_steps is not None:
+                self._check_few_steps(stage, {name: columns[name][i] for name in columns})
+                for name, value in learned_settings(stage.few_steps):
+                    if name != "cond_scale" or columns[name][i]:  # 0: the branch without text
+                        columns[name][i] = value
+                continue
             if columns["spacing"][i] == "auto":
                 columns["spacing"][i] = default_spacing(stage)
             # What corrects a picture is clamped, unless a percentile is asked for.
@@ -117,6 +124,29 @@ class SamplingOptions(OptionModel):
                     f"{of_stage.sampler}."
                 )
         return settings
+
+    def _check_few_steps(self, stage: StageConfig, asked: dict[str, Any]) -> None:
+        """Refuses what a stage of few steps cannot do, if it was asked for.
+
+        Raises:
+            UsageError: Naming the option.
+        """
+        few = stage.few_steps
+        assert few is not None
+        for name, own in learned_settings(few):
+            others = {"spacing": ("auto",), "cond_scale": (0,)}.get(name, ())
+            if name in self.model_fields_set and asked[name] not in (own, *others):
+                raise UsageError(
+                    f"{option(name)} {asked[name]}: {stage.name} learned to take {few.steps} "
+                    f"{'step' if few.steps == 1 else 'steps'} with guidance {few.cond_scale:g} "
+                    f"built in, and nothing else; leave {option(name)} out, or sample its teacher "
+                    f"{few.teacher}."
+                )
+
+
+def learned_settings(few: FewSteps) -> StageSettings:
+    """The only way in which a stage of few steps is sampled: as it learned it."""
+    return StageSettings(steps=few.steps, cond_scale=1.0, sampler="ddim", spacing="trailing")
 
 
 def default_spacing(stage: StageConfig) -> Spacing:

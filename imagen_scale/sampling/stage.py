@@ -247,7 +247,7 @@ class Stage:
             times=times,
             sampler=settings.sampler,
             eta=settings.eta,
-            threshold=_threshold(self.config, settings),
+            threshold=thresholding(self.config, settings.threshold),
             draw_noise=draw_noise,
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
         )
@@ -297,16 +297,23 @@ def _denoiser(
     return TiledDenoiser(bind, tile=tile, divisor=stage.divisor)
 
 
-def _threshold(config: StageConfig, settings: StageSettings) -> Callable[[Tensor], Tensor]:
+def thresholding(stage: StageConfig, percentile: float | None) -> Callable[[Tensor], Tensor]:
     """What is done to a predicted clean picture.
 
     One that is corrected lies where it belongs already: to scale a picture on white paper down for
-    the values that a correction takes beyond white would only move its colours.
+    the values that a correction takes beyond white would only move its colours. What a stage of few
+    steps predicts before its last one is no picture, but leads to where the next step begins.
+
+    Args:
+        stage: That predicts it.
+        percentile: Of dynamic thresholding, where it is asked for; None takes the stage's own way.
     """
-    if settings.threshold is None and config.unet.lowres_residual:
+    if percentile is None and stage.few_steps is not None:
+        return lambda x_0: x_0
+    if percentile is None and stage.unet.lowres_residual:
         return lambda x_0: x_0.clamp(-1, 1)
-    percentile = settings.threshold or config.imagen.dynamic_thresholding_percentile
-    return lambda x_0: dynamic_threshold(x_0, percentile)
+    chosen = percentile or stage.imagen.dynamic_thresholding_percentile
+    return lambda x_0: dynamic_threshold(x_0, chosen)
 
 
 def default_device() -> torch.device:

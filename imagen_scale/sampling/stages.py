@@ -122,11 +122,7 @@ class TrainedStages:
         """
         settings = options.for_stages(self.configs)
         if options.negative_prompt:
-            if not any("null" in branches(of_stage.cond_scale) for of_stage in settings):
-                raise UsageError(
-                    f"{option('negative_prompt')}: acts through guidance, and every "
-                    f"{option('cond_scale')} is 1, which is none; give one above 1."
-                )
+            _check_negative(self.configs, settings)
             if self.runtime.runtime in EXPORTED:
                 raise no_negative_prompt(f"{option('runtime')} {self.runtime.runtime}")
         return settings
@@ -221,6 +217,20 @@ class TrainedStages:
             negative_prompt: What guidance leads away from.
         """
         return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device)
+
+
+def _check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:
+    """Refuses a negative prompt where no stage is guided.
+
+    Raises:
+        UsageError: With what to do instead.
+    """
+    if any("null" in branches(of_stage.cond_scale) for of_stage in settings):
+        return
+    remedy = f"every {option('cond_scale')} is 1, which is none; give one above 1."
+    for few in filter(None, (config.few_steps for config in configs)):
+        remedy = f"that of few steps is built in; sample the teacher {few.teacher}."
+    raise UsageError(f"{option('negative_prompt')}: acts through guidance, and {remedy}")
 
 
 def _tile(config: StageConfig, tile: int | None) -> int | None:

@@ -1,11 +1,16 @@
 """Training of a cascade: one U-Net after another, each with an engine of its own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from imagen_scale.config import Config, told_of_recipe
+from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import prepare
 from imagen_scale.planning.setup import written_setup
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import is_finished
 from imagen_scale.training import ranks
 from imagen_scale.training.agreement import agree
 from imagen_scale.training.beats import PREPARING
@@ -19,10 +24,12 @@ from imagen_scale.training.may_continue import (
     unet_numbers,
 )
 from imagen_scale.training.meeting import Meeting
+from imagen_scale.training.origin import Origin, check_encoder, find_origin
 from imagen_scale.training.owner import Owner, check_owner
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_rank_0, rank, world_size
 from imagen_scale.training.switches import prepare_determinism
+from imagen_scale.training.teacher import find_teacher, take_over
 from imagen_scale.training.telemetry import say as say_aloud
 from imagen_scale.training.threads import share_cores
 from imagen_scale.training.unet import train_unet
@@ -66,6 +73,7 @@ def train(
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, say, resume=resume, fresh=fresh)
+    origins = find_origins(config, numbers, run_dir, fresh=fresh)
     check_owner(run_dir, numbers)
     ranks.check_machine()
     check_precision(config)
@@ -75,7 +83,11 @@ def train(
         prepared = prepare(config, progress=_progress(say), size=size)
         check_text_width(config, prepared.embeddings.dim)
         check_split(config, prepared.source.keys)
-        call = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
+        fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
+        for origin in origins.values():
+            check_encoder(origin, fingerprint, config.text_encoder)
+        call: dict[str, Any] = {"--unet": unet_number, "--fresh": fresh, "--plan-check": plan_check}
+        call |= {f"the weights that U-Net {n} starts from": o.sha256 for n, o in origins.items()}
         agree(meeting, config, call, prepared, run_dir)
     meeting.join()
     owner = Owner(run_dir, numbers, say)
@@ -92,17 +104,42 @@ def train(
             say(f"pictures: {prepared.source.attribution}")
         with StopRequest() as request:
             for number in numbers:
+                if config.distill is not None and config.stage(number).few_steps is None:
+                    if number in origins:
+                        from_rank_0(partial(take_over, origins[number], run_dir, say))
+                    continue
                 train_unet(
                     Job(
                         config, number, run_dir, prepared,
                         say=say, request=request, watchdog=meeting.watchdog,
-                        plan_check=plan_check,
+                        plan_check=plan_check, origin=origins.get(number),
                     )
                 )  # fmt: skip
         say(f"run: {run_dir}")
     finally:
         owner.release()
         ranks.stop()
+
+
+def find_origins(
+    config: Config, numbers: list[int], run_dir: Path, *, fresh: bool
+) -> dict[int, Origin]:
+    """What each U-Net starts from, and of students their teachers; none for random weights.
+
+    What is trained to its end needs none any more.
+
+    Raises:
+        ConfigError: If one cannot be started from.
+    """
+    found = {}
+    for number in numbers:
+        if not fresh and is_finished(inference_path(run_dir, number), config.stage(number).steps):
+            continue
+        if config.distill is not None:
+            found[number] = find_teacher(config, number, run_dir)
+        elif (origin := find_origin(config, number, run_dir, fresh=fresh)) is not None:
+            found[number] = origin
+    return found
 
 
 def _silent(message: str) -> None:

@@ -9,6 +9,7 @@ from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.planning.machine import joined, this_machine
 from imagen_scale.training.link import link_bytes_per_s
+from imagen_scale.training.origin import Origin
 from imagen_scale.training.preemption import StopRequest
 from imagen_scale.training.ranks import from_all, world_size
 from imagen_scale.training.samples import split_samples
@@ -29,6 +30,7 @@ class Job:
         request: Whether somebody asked to stop.
         watchdog: Told what this rank does.
         plan_check: Compare predicted with measured memory after so many steps.
+        origin: What it starts from; None for random weights.
 
     Attributes:
         stage: The U-Net.
@@ -50,10 +52,11 @@ class Job:
         request: StopRequest,
         watchdog: Watchdog,
         plan_check: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.config, self.run_dir, self.prepared = config, run_dir, prepared
         self.say, self.request, self.watchdog = say, request, watchdog
-        self.plan_check = plan_check
+        self.plan_check, self.origin = plan_check, origin
         here = this_machine(world_size())._replace(link=link_bytes_per_s())
         self.machine = joined(from_all((platform.node(), here)))
         # The learned null embedding of every caption is as wide as the encoder's features.
@@ -64,4 +67,4 @@ class Job:
             are_stored=prepared.images[self.stage.size].file is not None,
             cores=cores_each(ranks_here()),
         )
-        self.saver = Saver(config, self.stage, run_dir, prepared, say)
+        self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)

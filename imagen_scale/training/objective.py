@@ -77,9 +77,10 @@ class Objective:
         """
         draws = self.draw(batch.positions, batch.images.shape[1:], purpose)
         x_0, lowres_img = self._pictures(batch, draws)
-        predict = self._bound(unet, batch, draws, lowres_img)
-        prediction = predict(self.schedule.q_sample(x_0, draws.t, draws.eps), draws.t)
-        target = self.schedule.target(self.pred_type, x_0, draws.t, draws.eps)
+        x_t = self.schedule.q_sample(x_0, draws.t, draws.eps)
+        x_0, eps = self.learned(batch, draws, x_0, lowres_img, x_t)
+        prediction = self._bound(unet, batch, draws, lowres_img)(x_t, draws.t)
+        target = self.schedule.target(self.pred_type, x_0, draws.t, eps)
         if self.stage.unet.lowres_residual and lowres_img is not None:
             target = target - lowres_img  # enlarged, without the noise; sampling adds it again
         losses = image_loss(prediction, target, self.stage.imagen.loss_type)
@@ -111,6 +112,22 @@ class Objective:
 
         return x_0_errors(denoise, self.schedule, x_0, lambda: draws.eps)
 
+    def learned(
+        self, batch: Batch, draws: Draws, x_0: Tensor, lowres_img: Tensor | None, x_t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What x_t is to be taken apart into: a clean picture and noise, (B, C, H, W) each.
+
+        Here what it was made from. Called before the network runs.
+
+        Args:
+            batch: The samples.
+            draws: Their random numbers.
+            x_0: Their pictures.
+            lowres_img: These shrunk and enlarged, for super-resolution.
+            x_t: The noisy pictures.
+        """
+        return x_0, draws.eps
+
     def _pictures(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """Clean pictures (B, C, H, W) and, for super-resolution, them shrunk and enlarged."""
         x_0 = _as_floats(_at(self.device, batch.images))
@@ -129,12 +146,16 @@ class Objective:
         """The network with all but the noisy pictures (B, C, H, W) and their times (B,) given."""
         lowres: tuple[Tensor, ...] = ()
         if lowres_img is not None:
-            # The low-resolution picture is normalised, then noised; so it is in sampling.
-            assert draws.lowres_eps is not None
-            noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
-            lowres = (self._laid_out(noised), draws.lowres_t)
+            noised, lowres_t = self._lowres(draws, lowres_img)
+            lowres = (self._laid_out(noised), lowres_t)
         text = self._text(batch)
         return lambda x_t, t: unet(self._laid_out(x_t), t, *text, draws.keep_mask, *lowres)
+
+    def _lowres(self, draws: Draws, lowres_img: Tensor) -> tuple[Tensor, Tensor]:
+        """The low-resolution picture, normalised and then noised as in sampling; and the time."""
+        assert draws.lowres_eps is not None
+        noised = self.schedule.q_sample(lowres_img, draws.lowres_t, draws.lowres_eps)
+        return noised, draws.lowres_t
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in the layout in which the network computes."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
@@ -18,7 +19,7 @@ from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.measures import ColourTally, drift, lowres_consistency_db, psnr_db
-from imagen_scale.sampling.options import StageSettings, default_spacing
+from imagen_scale.sampling.options import StageSettings, default_spacing, learned_settings
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage, default_device
 from imagen_scale.training.memory_use import release_memory
@@ -74,7 +75,9 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
 
     Returns:
         The PNG file, with the colours' drift from real pictures (levels of 0 to 255) and, of a
-        super-resolution stage, how well samples keep to their input and restore the original, dB.
+        super-resolution stage, how well samples keep to their input and restore the original, dB;
+        of a student, the distance from its teacher's pictures (rms of levels from 0 to 1), which
+        stand above its own.
     """
     file = read_inference(inference_path(run_dir, unet_number))
     config, training = file.config, file.config.training
@@ -90,27 +93,45 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         lowres, cond_scale = resize(real, small_size), 1.0
     store = prepared.embeddings
     text = Text(*pad_embeddings([store[caption] for caption in captions], MAX_TOKENS))
-    images = stage.sample(
-        Inputs(text, [0] * len(captions), lowres),
-        StageSettings(
-            steps=training.sample_steps,
-            cond_scale=cond_scale,
-            spacing=default_spacing(stage.config),
-        ),
-    )
-    rows = [to_uint8(images)]
+    inputs = Inputs(text, [0] * len(captions), lowres)
+    images = stage.sample(inputs, _settings(stage.config, cond_scale))
+    stage.close()
+    rows, measured = [to_uint8(images)], {}
+    if (few := stage.config.few_steps) is not None:  # the teacher's, from the same noise, above
+        learned = _teachers(few, unet_number, inputs)
+        rows.insert(0, to_uint8(learned))
+        rms = (images - learned).div(2).square().mean().sqrt()  # of levels from 0 to 1
+        measured["distance_to_teacher"] = rms.item()
     if lowres is not None:
-        rows = [to_uint8(lowres), to_uint8(images), to_uint8(real)]
+        rows = [to_uint8(lowres), *rows, to_uint8(real)]
     path = grid_path(run_dir, unet_number, step)
     save_grid(path, rows, captions)
     if lowres is None:
-        return Drawn(path, _drift(images, prepared, stage.config.size))
+        return Drawn(path, _drift(images, prepared, stage.config.size) | measured)
     decibels = {
         "lowres_consistency_db": lowres_consistency_db(images, lowres).mean().item(),
         "psnr_db": psnr_db(images, real).mean().item(),
     }
-    measured = {name: value for name, value in decibels.items() if math.isfinite(value)}
+    measured |= {name: value for name, value in decibels.items() if math.isfinite(value)}
     return Drawn(path, _drift(images, prepared, stage.config.size, indices) | measured)
+
+
+def _settings(stage: StageConfig, cond_scale: float) -> StageSettings:
+    """How a stage draws its grids: as `training` says, or as it learned to."""
+    if stage.few_steps is not None:
+        return learned_settings(stage.few_steps)
+    steps = stage.training.sample_steps
+    return StageSettings(steps=steps, cond_scale=cond_scale, spacing=default_spacing(stage))
+
+
+def _teachers(few: FewSteps, unet_number: int, inputs: Inputs) -> Tensor:
+    """What a student's teacher makes of the same."""
+    teacher = Stage(read_inference(inference_path(Path(few.teacher), unet_number)),
+                    default_device())  # fmt: skip
+    try:
+        return teacher.sample(inputs, _settings(teacher.config, few.cond_scale))
+    finally:
+        teacher.close()
 
 
 def _drift(

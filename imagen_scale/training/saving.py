@@ -15,6 +15,7 @@ from imagen_scale.errors import CheckpointError, DiskProblem, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
 from imagen_scale.training.ema import Ema
+from imagen_scale.training.origin import Origin
 from imagen_scale.training.ranks import (
     come_to_exchange,
     from_rank_0,
@@ -42,13 +43,15 @@ class Saver:
         run_dir: The run's folder.
         prepared: What is trained on.
         say: Told of what happens; on rank 0.
+        origin: What training starts from; None for random weights.
     """
 
     def __init__(
         self, config: Config, stage: StageConfig, run_dir: Path, prepared: Prepared,
-        say: Callable[[str], None],
+        say: Callable[[str], None], *, origin: Origin | None = None,
     ) -> None:  # fmt: skip
         self.config, self.stage, self.steps, self.say = config, stage, stage.steps, say
+        self.origin_sha256 = None if origin is None else origin.sha256
         self._good = 0  # step of the newest checkpoint that is whole
         self._unsaved: list[str] = []  # what of the last step could not be
         self.folder = folders.unet_dir(run_dir, stage.number)
@@ -81,6 +84,8 @@ class Saver:
         if folder is None:
             return
         self._check_manifest(folder, manifest)
+        if self.stage.few_steps is None:
+            self.origin_sha256 = manifest.get("origin")  # which need not be there any more
         optimizer = session.setup.optimizer
         together(lambda: load_shards(session.engine, session.averages, optimizer, folder))
         session.engine.publish()
@@ -153,6 +158,11 @@ class Saver:
                 f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
                 f"--fresh."
             )
+        if (few := self.stage.few_steps) and manifest.get("origin") != self.origin_sha256:
+            raise CheckpointError(
+                f"{folder}: {self.stage.name} learned from a teacher in {few.teacher} that changed "
+                f"since. Put its file for sampling back, or start anew with --fresh."
+            )
         if manifest["pictures"] != self.pictures:
             self.say(
                 "the pictures changed since the checkpoint; training goes on with the new ones"
@@ -192,6 +202,7 @@ class Saver:
             "loss_scale": engine.loss_scale_state(),
             "pictures": self.pictures,
             "text_encoder": self.encoder,
+            "origin": self.origin_sha256,
         }
         from_rank_0(lambda: str(checkpoint.commit(staging, step, facts)))
         training = self.config.training
@@ -210,7 +221,7 @@ class Saver:
             try:
                 file = inference.InferenceFile(
                     path, self.config, self.stage.number, self.text_embed_dim,
-                    self.encoder, step, self.steps,
+                    self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
                 )  # fmt: skip
                 inference.stream_inference(file, ema.shapes(), weights)
             except Exception as error:  # the other ranks are still giving their shares

@@ -5,11 +5,15 @@ from types import TracebackType
 
 from imagen_scale.config import StageConfig
 from imagen_scale.planning.setup import Setup
+from imagen_scale.runs.inference import load_weights
 from imagen_scale.training.building import build_unet, make_engine
+from imagen_scale.training.distillation import DistillationObjective
 from imagen_scale.training.ema import Ema, PowerEma
 from imagen_scale.training.memory_use import forget_peaks, host_bytes, release_memory
 from imagen_scale.training.objective import Objective
+from imagen_scale.training.origin import Origin
 from imagen_scale.training.stepping import Stepper
+from imagen_scale.training.teacher import Teacher
 
 
 class Session:
@@ -19,6 +23,8 @@ class Session:
         stage: The U-Net.
         setup: How it is trained this time.
         say: Told when something of DeepSpeed has to be compiled first.
+        origin: What its weights are before the first step, and of a student its teacher; None for
+            random ones.
 
     Attributes:
         step: Optimizer steps done, those of the checkpoint it continues from included.
@@ -31,23 +37,40 @@ class Session:
         EnvironmentProblem: If something of it cannot be compiled.
     """
 
-    def __init__(self, stage: StageConfig, setup: Setup, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        stage: StageConfig,
+        setup: Setup,
+        say: Callable[[str], None],
+        *,
+        origin: Origin | None = None,
+    ) -> None:
         self.stage, self.setup = stage, setup
         self.step = self.saved_step = 0
         release_memory()
         forget_peaks()
         self.baseline = host_bytes()
         unet = build_unet(stage, setup)
+        if origin is not None:
+            unet.load_state_dict(load_weights(origin.file.path))
         self.num_parameters = sum(parameter.numel() for parameter in unet.parameters())
         self.engine = make_engine(unet, stage, setup, say)
         try:
             self.ema = Ema(self.engine, stage.training.ema_decay, offload=setup.ema_offload)
             self.profiles = [PowerEma(self.engine, w) for w in stage.training.ema_widths]
-            self.objective = Objective(stage, self.engine.device)
+            self.objective = self._objective(origin, say)
             self.stepper = Stepper(self.engine, self.objective, setup.accumulation)
         except BaseException:
             self.engine.release()
             raise
+
+    def _objective(self, origin: Origin | None, say: Callable[[str], None]) -> Objective:
+        stage, device = self.stage, self.engine.device
+        if stage.few_steps is None:
+            return Objective(stage, device)
+        assert origin is not None
+        teacher = Teacher(origin.file, stage, self.setup, device, say)
+        return DistillationObjective(stage, device, teacher)
 
     def __enter__(self) -> "Session":
         return self

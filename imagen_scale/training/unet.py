@@ -86,13 +86,15 @@ def _attempt(job: Job, setup: Setup) -> Finished | GoBack | Setup:
 
 def _build(job: Job, setup: Setup) -> Session:
     with job.watchdog.phase("building"):
-        session = Session(job.stage, setup, job.say)
+        session = Session(job.stage, setup, job.say, origin=job.origin)
         crop, size = job.stage.unet.crop, job.stage.size
         pixels = f"{size} px" if crop is None else f"{crop} px crops of {size} px"
         job.say(
             f"{job.stage.name}: {session.num_parameters / 1e6:.1f} M parameters, {pixels}, "
             f"{len(job.samples.train)} pictures; {in_words(setup)}"
         )
+        if job.origin is not None:
+            job.say(job.origin.said_of(job.stage))
     return session
 
 

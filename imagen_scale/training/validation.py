@@ -32,7 +32,7 @@ def validate(session: Session, held_out: CaptionedImages, num_workers: int) -> d
     losses, errors = [], []
     for batch in Feed(_batches(session, held_out, num_workers), engine.device):
         losses.append(objective.loss(engine, batch, PURPOSE))
-        if session.stage.training.val_x0:
+        if session.stage.training.val_x0 and session.stage.few_steps is None:
             errors.append(objective.x_0_errors(engine, batch, PURPOSE).mean())
     engine.train()
     found = {"val_loss": losses, "val_x_0_error": errors}
