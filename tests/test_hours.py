@@ -64,7 +64,7 @@ def test_hours_are_steps_times_seconds_and_shrink_with_the_card():
     left = hours(candidate, stage, endless, SMALL_CARD)
     transfers = (candidate.cost.transfer_micro + candidate.cost.transfer) / 12e9
     assert left == pytest.approx(stage.steps * (0.05 + transfers) / 3600)
-    assert SHARE == pytest.approx(0.52)
+    assert pytest.approx(0.52) == SHARE
 
 
 @pytest.mark.parametrize(
