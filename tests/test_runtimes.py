@@ -79,6 +79,20 @@ def test_half_precision_is_close_and_gives_float32(file, precision, limit):
     assert (found - expected).abs().max() < limit * expected.abs().max()
 
 
+@pytest.mark.parametrize(("precision", "is_rounded"), [("fp32", False), ("bf16", True)])
+def test_float32_is_float32_on_cards_too(file, precision, is_rounded, monkeypatch):
+    """torch's own default rounds the inputs of convolutions there."""
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    runtime = TorchRuntime(file, CPU, RuntimeOptions(precision=precision))
+    runtime.unet.final_conv.register_forward_hook(
+        lambda *ignored: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    predict(runtime, file)
+    assert seen and set(seen) == {is_rounded}
+    assert torch.backends.cudnn.allow_tf32  # as it was
+
+
 def test_compiled_is_eager(run):
     file = read_inference(inference_path(run, 1))
     compiled = open_runtime(file, CPU, RuntimeOptions(runtime="compile"))

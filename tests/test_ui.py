@@ -167,6 +167,22 @@ def test_a_long_step_does_not_hide_that_the_stop_was_heard(run, monkeypatch):
     assert isinstance(told[0], Stopping)
 
 
+def test_all_pictures_are_made_in_one_thread(run, monkeypatch):
+    """What torch.compile records for a card belongs to the thread that recorded it."""
+    threads, make = [], Generator._make
+
+    def spy(self, *inputs):
+        threads.append(threading.get_ident())
+        return make(self, *inputs)
+
+    monkeypatch.setattr(Generator, "_make", spy)
+    generator = Generator(run)
+    for _ in range(2):
+        events = list(generator.generate(request(), threading.Event()))
+        assert isinstance(events[-1], Made)
+    assert threads[0] == threads[1] != threading.get_ident()
+
+
 def test_never_two_at_once_and_a_listener_that_leaves_ends_it(run):
     generator = Generator(run)
     first = generator.generate(request(settings=SLOW), threading.Event())

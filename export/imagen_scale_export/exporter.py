@@ -11,6 +11,7 @@ from imagen_scale.errors import ExportError, MissingExtraError, ParityError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes import built_here
 from imagen_scale.sampling.runtimes.executors import Backend, graph_name
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, export_folder, open_export
@@ -53,6 +54,7 @@ from imagen_scale_export.to_onnx import (
 )
 from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_targets
 from imagen_scale_export.verify import verify, verify_conditioner
+from imagen_scale_export.verify_text import real_text
 
 Tell = Callable[[str], None]
 
@@ -246,12 +248,19 @@ def _verify(
 ) -> Verification:
     backend, note = _backend(folder, options, engine)
     verify_conditioner(unet, folder / CONDITIONER)
+    text, without = real_text(file)
     batches = (1, 2) if profile is None else (profile.batch[0], profile.batch[2])
+    divisor = unet.config.size_divisor
+    half = max(divisor, constants.image_size // 2 // divisor * divisor)
+    stages = SamplingOptions().for_stages(file.config.stages(file.text_embed_dim))
     runtime = ExportedRuntime(file, backend, unet, profile=None, dynamic_size=options.dynamic_size)
     try:
         return verify(
             unet, runtime,
-            precision=options.precision, constants=constants, batches=batches, note=note,
+            precision=options.precision, constants=constants,
+            settings=stages[file.unet_number - 1], batches=batches,
+            other_side=half if options.dynamic_size else None,
+            text=text, note="; ".join(part for part in (note, without) if part),
         )  # fmt: skip
     finally:
         runtime.close()

@@ -1,8 +1,9 @@
 """An exported graph against the torch network it was made from.
 
 Single evaluations at three noise levels and two batch sizes, each image with its own guidance
-scale; then a sampling loop of 20 steps from the same noise. What a graph may differ by depends on
-its precision: float16 keeps 11 bits, bfloat16 eight.
+scale, and with free sides at another one; then a sampling loop of 20 steps from the same noise,
+with the sampler and the times that sampling takes by default, for as many images as the graph
+takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16 eight.
 """
 
 import math
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from imagen_scale.diffusion.guidance import dynamic_threshold, guide
 from imagen_scale.diffusion.sampler import sample
-from imagen_scale.diffusion.spacing import spaced_times
+from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
+from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime
 from imagen_scale.sampling.runtimes.manifest import SamplerConstants, Verification
@@ -50,7 +52,10 @@ def verify(
     *,
     precision: Precision,
     constants: SamplerConstants,
+    settings: StageSettings = StageSettings(),  # noqa: B008  # immutable
     batches: tuple[int, int] = (1, 2),
+    other_side: int | None = None,
+    text: Text | None = None,
     note: str = "",
 ) -> Verification:
     """Compares an export with its network.
@@ -60,14 +65,22 @@ def verify(
         runtime: The export.
         precision: Of the graph: decides the limits.
         constants: Of the sampler.
-        batches: Images at once in the single evaluations.
+        settings: How the loop samples, of its steps `LOOP_STEPS` at most.
+        batches: Images at once in the single evaluations; the larger number in the loop.
+        other_side: A side beside the stage's own, where sides are free.
+        text: Encoded prompts to take in turn; None takes random features.
         note: Kept in the result.
 
     Raises:
         ParityError: Saying which limit was crossed, by how much.
     """
-    error, cosine = _single_steps(unet, runtime, constants, batches)
-    levels, psnr_db = _loop(unet, runtime, constants, batches[0])
+    texts = _Texts(unet, text)
+    size = constants.image_size
+    cases = [(batch, size) for batch in batches]
+    if other_side is not None:
+        cases.append((batches[0], other_side))
+    error, cosine = _single_steps(unet, runtime, constants, cases, texts)
+    levels, psnr_db = _loop(unet, runtime, constants, settings, max(batches), texts)
     limits = LIMITS[precision]
     problems = [
         text
@@ -98,16 +111,20 @@ def verify(
 
 @torch.no_grad()
 def _single_steps(
-    unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batches: tuple[int, int]
+    unet: UNet,
+    runtime: ExportedRuntime,
+    constants: SamplerConstants,
+    cases: list[tuple[int, int]],
+    texts: "_Texts",
 ) -> tuple[float, float]:
-    """Largest relative error and smallest cosine, with guidance and without."""
+    """Largest relative error and smallest cosine over (batch, side), with guidance and without."""
     error, cosine = 0.0, 1.0
     last = constants.timesteps - 1
-    ports = denoiser_inputs(unet.config, constants.image_size, dynamic_size=False)
-    for batch in batches:
+    for batch, side in cases:
+        ports = denoiser_inputs(unet.config, side, dynamic_size=False)
         for time in (last // 10, last // 2, last):
-            inputs = example_inputs(ports, batch=batch, size=constants.image_size, seed=time)
-            text = _text(unet, batch, seed=time)
+            inputs = example_inputs(ports, batch=batch, size=side, seed=time)
+            text = texts(batch, seed=time)
             cond = unet.condition_text(text.embeds, text.mask)
             inputs |= {"text_tokens": cond.tokens, "text_hidden": cond.hidden}
             inputs["t"] = torch.full((batch,), float(time))
@@ -137,9 +154,14 @@ def _both(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> tuple[Tensor
 
 @torch.no_grad()
 def _loop(
-    unet: UNet, runtime: ExportedRuntime, constants: SamplerConstants, batch: int
+    unet: UNet,
+    runtime: ExportedRuntime,
+    constants: SamplerConstants,
+    settings: StageSettings,
+    batch: int,
+    texts: "_Texts",
 ) -> tuple[float, float]:
-    """Largest pixel difference in 1/255 and PSNR in dB after `LOOP_STEPS` steps of DDIM."""
+    """Largest pixel difference in 1/255 and PSNR in dB after `LOOP_STEPS` steps of sampling."""
     schedule = constants.noise_schedule
     size = constants.image_size
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +173,7 @@ def _loop(
         time = schedule.level_to_time(constants.lowres_sample_noise_level)
         lowres_t = torch.full((batch,), time)
         base = lowres_img if constants.lowres_residual else None
-    text = _text(unet, batch, seed=1)
+    text = texts(batch, seed=1)
     cond = Conditioning(text, LOOP_SCALE, lowres_img, lowres_t, base=base)
     text_cond = unet.condition_text(text.embeds, text.mask)
 
@@ -171,8 +193,9 @@ def _loop(
             denoiser,
             start,
             schedule,
-            times=spaced_times(constants.timesteps, LOOP_STEPS),
-            eta=0.0,
+            times=visited_times(schedule, min(LOOP_STEPS, settings.steps), settings.spacing),
+            sampler=settings.sampler,
+            eta=settings.eta,
             threshold=lambda x_0: dynamic_threshold(x_0, constants.dynamic_thresholding_percentile),
             draw_noise=lambda: start,
         )
@@ -182,6 +205,19 @@ def _loop(
     error = difference.square().mean().item()
     psnr_db = 20 * math.log10(255) - 10 * math.log10(error) if error else MAX_PSNR_DB
     return difference.abs().max().item(), min(psnr_db, MAX_PSNR_DB)
+
+
+class _Texts:
+    """Text for any number of images: given prompts in turn, or random features."""
+
+    def __init__(self, unet: UNet, given: Text | None) -> None:
+        self.unet, self.given = unet, given
+
+    def __call__(self, batch: int, seed: int) -> Text:
+        if self.given is None:
+            return _text(self.unet, batch, seed)
+        turns = torch.arange(batch) % len(self.given.embeds)
+        return Text(self.given.embeds[turns], self.given.mask[turns])
 
 
 def _text(unet: UNet, batch: int, seed: int) -> Text:

@@ -1,5 +1,7 @@
 """What the card at hand was made for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,3 +18,20 @@ def has_bf16(device: "torch.device | int | None" = None) -> bool:
     import torch
 
     return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+
+
+@contextmanager
+def float32_whole() -> Iterator[None]:
+    """Computes float32 in float32: torch's convolutions on cards round inputs to 10 bits (TF32).
+
+    A step of a sampler rounds so little that one picture hides it; a loop of steps adds it up.
+    """
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -214,26 +214,30 @@ class Saver:
         self._good = step
 
     def _save_average(self, ema: Ema, path: Path, step: int) -> None:
-        """Writes an inference file: all ranks gather, rank 0 writes."""
-        weights = side_by_side(ema.named_weights())
-        failure: Exception | None = None
-        if rank() == 0:
-            try:
-                file = inference.InferenceFile(
-                    path, self.config, self.stage.number, self.text_embed_dim,
-                    self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
-                )  # fmt: skip
-                inference.stream_inference(file, ema.shapes(), weights)
-            except Exception as error:  # the other ranks are still giving their shares
-                failure = error
-        for _ in weights:
-            pass
+        file = inference.InferenceFile(
+            path, self.config, self.stage.number, self.text_embed_dim,
+            self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
+        )  # fmt: skip
+        write_average(ema, file)
 
-        def fail_together() -> None:
-            if failure is not None:
-                raise failure
 
-        from_rank_0(fail_together)
+def write_average(ema: Ema, file: inference.InferenceFile) -> None:
+    """Writes an inference file: all ranks gather, rank 0 writes."""
+    weights = side_by_side(ema.named_weights())
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            inference.stream_inference(file, ema.shapes(), weights)
+        except Exception as error:  # the other ranks are still giving their shares
+            failure = error
+    for _ in weights:
+        pass
+
+    def fail_together() -> None:
+        if failure is not None:
+            raise failure
+
+    from_rank_0(fail_together)
 
 
 def _facts(setup: Setup) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,37 @@ class _StopError(Exception):
     """Leaves the sampler between two steps."""
 
 
+class _Worker:
+    """One thread for as long as the page is there.
+
+    What torch.compile records for a card belongs to the thread that recorded it: a thread for each
+    picture would record for each.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = (
+            queue.SimpleQueue()
+        )
+        self._thread: threading.Thread | None = None
+
+    def start(self, job: Callable[[], None]) -> threading.Event:
+        """Does a job that raises nothing; what it gives is set when that is done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        done = threading.Event()
+        self._jobs.put((job, done))
+        return done
+
+    def _work(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                job()
+            finally:
+                done.set()
+
+
 class Generator:
     """Makes the pictures of one run, never two at once.
 
@@ -83,7 +114,7 @@ class Generator:
         self, run: Path, *, unet_limit: int | None = None, allow_unfinished: bool = False
     ) -> None:
         self.run, self.unet_limit, self.allow_unfinished = run, unet_limit, allow_unfinished
-        self._is_free = threading.Lock()
+        self._is_free, self._worker = threading.Lock(), _Worker()
 
     @property
     def is_busy(self) -> bool:
@@ -105,13 +136,12 @@ class Generator:
             yield Failed("another picture is being made; wait for it, or stop it.")
             return
         told: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=self._work, args=(request, stop, told), daemon=True)
-        thread.start()
+        done = self._worker.start(lambda: self._work(request, stop, told))
         try:
             yield from _newest(told, stop)
         finally:  # also when the page is closed in the middle of it
             stop.set()
-            thread.join()
+            done.wait()
             self._is_free.release()
 
     def _work(

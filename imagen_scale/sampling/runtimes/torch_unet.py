@@ -1,10 +1,12 @@
 """A U-Net in torch."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.guidance import branches, guide
-from imagen_scale.models.card import has_bf16
+from imagen_scale.models.card import float32_whole, has_bf16
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
@@ -37,6 +39,7 @@ class TorchRuntime:
     ) -> None:
         self.stage = stage = file.stage
         precision = options.precision or _default_precision(stage.training.precision, device)
+        self.precision = precision
         self.device, self.sequential, self.say = device, options.sequential, say
         self.compiled = options.runtime == "compile"
         kind = "torch.compile" if self.compiled else "torch"
@@ -106,7 +109,9 @@ class UNetDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
         pred_type = self.runtime.unet.config.pred_type
-        x_0 = self.runtime.schedule.predicted_x_0(pred_type, x_t, t, self._predict(x_t, t))
+        with float32_whole() if self.runtime.precision == "fp32" else nullcontext():
+            prediction = self._predict(x_t, t)
+        x_0 = self.runtime.schedule.predicted_x_0(pred_type, x_t, t, prediction)
         return self.cond.completed(x_0)
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
