@@ -11,16 +11,17 @@ from support.tiny_models import write_clip, write_vit
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config
-from imagen_scale.data.prepared import prepare
+from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import DataError, MissingExtraError, ShapeError
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, open_extractor
-from imagen_scale.evaluation.measurement import evaluate
+from imagen_scale.evaluation.measurement import Known, evaluate
 from imagen_scale.sampling.measures import (
     ColourTally,
     drift,
     lowres_consistency_db,
+    nearest_distance,
     psnr_db,
     retrieval_accuracy,
     ssim,
@@ -256,14 +257,30 @@ def cli(*arguments):
 def test_groups_and_stages_add_up_to_the_same_measures(run, monkeypatch):
     cascade = TrainedStages.load(run)
     prepared = prepare(cascade.files[0].config)
-    whole = evaluate(cascade, prepared, range(5), options=SamplingOptions(steps=2))
+    train = split_indices(prepared.source.keys, 0.5)[0]
+    whole = evaluate(cascade, prepared, range(5), train, options=SamplingOptions(steps=2))
     monkeypatch.setattr("imagen_scale.evaluation.measurement.GROUP", 2)
-    parts = evaluate(cascade, prepared, range(5), options=SamplingOptions(steps=2))
+    parts = evaluate(cascade, prepared, range(5), train, options=SamplingOptions(steps=2))
     for one, other in zip(whole.stages, parts.stages, strict=True):
         assert one.retrieval_accuracy == other.retrieval_accuracy
         assert one.generated_colour.mean == pytest.approx(other.generated_colour.mean, abs=1e-5)
     assert whole.stages[1].restoration == pytest.approx(parts.stages[1].restoration, abs=1e-3)
     assert whole.stages[0].restoration is None and whole.stages[0].fid is None
+
+
+def test_pictures_drawn_again_are_found(run):
+    prepared = prepare(TrainedStages.load(run).files[0].config)
+    train, held_out = split_indices(prepared.source.keys, 0.5)
+    known = Known(prepared, train, held_out, 16)
+    again, new = (real_pictures(prepared, some, 32) for some in (train[:3], held_out))
+    small = real_pictures(prepared, train[:3], 16)
+    assert known.are_others and known.nearest(small).max() < 1e-6
+    assert known.nearest(again).max() < 0.03 < known.nearest(new).min()  # at any size
+    assert not Known(prepared, train, train[:1], 16).are_others
+    # By hand: all values off by 0.3, which is 0.15 of the levels; and the nearer of two.
+    one, other = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    distances = nearest_distance(torch.cat((one + 0.3, other - 0.1)), torch.cat((one, other)))
+    assert distances.tolist() == pytest.approx([0.15, 0.05])
 
 
 def test_command_writes_and_prints_every_measure(run, models):
@@ -277,7 +294,15 @@ def test_command_writes_and_prints_every_measure(run, models):
     assert report["split"] == "held-out" and report["captions"] == len(held_out) >= 2
     assert report["seed"] == 3 and [one["steps"] for one in report["settings"]] == [2, 2]
     for stage in report["stages"]:
-        for name in ("retrieval_accuracy", "fid", "kid", "clip_score", "real_clip_score"):
+        for name in (
+            "retrieval_accuracy",
+            "nearest_train",
+            "real_nearest_train",
+            "fid",
+            "kid",
+            "clip_score",
+            "real_clip_score",
+        ):
             assert isinstance(stage[name], float), name
     base, large = report["stages"]
     assert base["restoration"] is None and base["lowres_consistency_db"] is None
@@ -292,6 +317,7 @@ def test_command_prints_json_and_leaves_out_what_was_not_asked_for(run):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["split"] == "train" and report["captions"] == 1
+    assert report["stages"][0]["real_nearest_train"] is None
     assert report["stages"][0]["fid"] is None and report["stages"][1]["clip_score"] is None
 
 

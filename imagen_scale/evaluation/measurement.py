@@ -1,5 +1,6 @@
 """Measuring a cascade: pictures made from captions, beside the real ones of these captions."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from imagen_scale.sampling.measures import (
     ColourTally,
     drift,
     lowres_consistency_db,
+    nearest_distance,
     psnr_db,
     retrieval_accuracy,
     ssim,
@@ -26,6 +28,8 @@ from imagen_scale.sampling.stage import Inputs, Listener
 from imagen_scale.sampling.stages import GROUP, TrainedStages
 
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
+# Side of the copies in which training pictures are looked for, and the most of them: 25 MB.
+KNOWN_SIDE, MOST_KNOWN = 16, 8192
 MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
 
 
@@ -49,6 +53,8 @@ class StageMeasures(NamedTuple):
     colour_mean_drift: float  # of the colour that is furthest off, generated - real, levels 0 to 1
     colour_std_drift: float
     x_0_error: float  # of the clean picture that is predicted, mean over noise levels
+    nearest_train: float | None = None  # distance to the nearest training picture, levels 0 to 1
+    real_nearest_train: float | None = None  # the same of real pictures that were held out
     lowres_consistency_db: float | None = None  # super-resolution only
     restoration: Restoration | None = None  # super-resolution only
     fid: float | None = None  # with an extractor only
@@ -66,11 +72,40 @@ class Evaluation(NamedTuple):
     cut_captions: int = 0  # that are longer than a U-Net's `max_text_len`
 
 
+class Known:
+    """Small copies of the pictures that were trained on, to find those that are drawn again.
+
+    Args:
+        prepared: The pictures.
+        train: Which were trained on; of very many, `MOST_KNOWN` evenly chosen.
+        measured: Which are measured.
+        size: Of the base stage, which is where small copies are taken from.
+    """
+
+    def __init__(
+        self, prepared: Prepared, train: Sequence[int], measured: Sequence[int], size: int
+    ) -> None:
+        some = train[:: math.ceil(len(train) / MOST_KNOWN)]
+        self.side = min(size, KNOWN_SIDE)
+        self.are_others = not set(train) & set(measured)
+        parts = [some[start : start + GROUP] for start in range(0, len(some), GROUP)]
+        self._small = torch.cat(
+            [resize(real_pictures(prepared, part, size), self.side) for part in parts]
+        )
+
+    def nearest(self, images: Tensor) -> Tensor:
+        """Distance from each picture to the nearest of them, (N,); see `nearest_distance`."""
+        return nearest_distance(resize(images, self.side), self._small)
+
+
 class _StageTally:
     """What is kept of a stage's pictures until all are made: numbers and thumbnails."""
 
-    def __init__(self, thumbnail: int, extractor: Extractor | None, clip: Clip | None) -> None:
+    def __init__(
+        self, thumbnail: int, extractor: Extractor | None, clip: Clip | None, known: Known
+    ) -> None:
         self.thumbnail, self.extractor, self.clip = thumbnail, extractor, clip
+        self.known = known
         self.colours = ColourTally(), ColourTally()  # of generated and of real pictures
         # The same pairs; restored ones are of super-resolution.
         self.kept: dict[str, list[Tensor]] = {}
@@ -84,6 +119,8 @@ class _StageTally:
         ):
             colour.add(images)
             self.keep(f"{what} thumbnails", resize(images, self.thumbnail))
+            if what == "generated" or self.known.are_others:
+                self.keep(f"{what} nearest", self.known.nearest(images))
             if self.extractor is not None:
                 self.keep(f"{what} features", self.extractor(images))
             if self.clip is not None:
@@ -113,6 +150,8 @@ class _StageTally:
             drift(generated.mean, real.mean),
             drift(generated.std, real.std),
             kept["x_0 errors"].mean().item(),
+            kept["generated nearest"].mean().item(),
+            kept["real nearest"].mean().item() if "real nearest" in kept else None,
         )
         if "consistency" in kept:
             result = result._replace(
@@ -136,6 +175,7 @@ def evaluate(
     cascade: TrainedStages,
     prepared: Prepared,
     indices: Sequence[int],
+    train: Sequence[int],
     *,
     options: SamplingOptions = SamplingOptions(),  # noqa: B008  # immutable
     extractor: Extractor | None = None,
@@ -156,13 +196,15 @@ def evaluate(
         cascade: The trained stages.
         prepared: Pictures and captions.
         indices: Which of them to use, two at least where an extractor is given.
+        train: Which were trained on.
         options: How they are sampled; the i-th picture uses seed + i.
         extractor: For FID and KID; None leaves them out.
         clip: For the CLIP score; None leaves it out.
         listener: Told of each step.
     """
     settings, configs = cascade.settings(options), cascade.configs
-    tallies = [_StageTally(configs[0].size, extractor, clip) for _ in configs]
+    known = Known(prepared, train, indices, configs[0].size)
+    tallies = [_StageTally(configs[0].size, extractor, clip, known) for _ in configs]
     cut = 0
     together = max(1, min(GROUP, PIXELS_HELD // configs[-1].size ** 2))
     for start in range(0, len(indices), together):

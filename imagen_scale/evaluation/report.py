@@ -57,6 +57,16 @@ def _rows(result: Evaluation) -> list[tuple[str, str, list[str]]]:
             lambda stage: f"{255 * stage.colour_std_drift:+.1f}",
         ),
         row("error of the predicted picture", "lower", lambda stage: f"{stage.x_0_error:.4f}"),
+        row(
+            "distance to the nearest training picture, of 255",
+            "",
+            lambda stage: _number(_times_255(stage.nearest_train), ".1f"),
+        ),
+        row(
+            "  of the real pictures",
+            "",
+            lambda stage: _number(_times_255(stage.real_nearest_train), ".1f"),
+        ),
         row("keeps to its low-resolution input, dB", "higher", _consistency),
         row("restores real pictures, PSNR in dB", "higher", lambda stage: _restored(stage, 0)),
         row("  bicubic", "", lambda stage: _restored(stage, 1)),
@@ -80,6 +90,10 @@ def _restored(stage: StageMeasures, field: int) -> str:
 
 def _thousandfold(value: float | None) -> float | None:
     return None if value is None else 1000 * value
+
+
+def _times_255(value: float | None) -> float | None:
+    return None if value is None else 255 * value
 
 
 def _number(value: float | None, form: str) -> str:

@@ -77,13 +77,13 @@ def evaluate_run(
     settings = cascade.settings(options)
     config = cascade.files[0].config
     prepared = prepare(config, progress=progress)
-    chosen, indices = _choose(config, prepared, split, say)
+    chosen, indices, train = _choose(config, prepared, split, say)
     if features is not None and min(num, len(indices)) < 2:
         raise UsageError(
             f"{option('features')}: {min(num, len(indices))} picture has no FID; take 2 or more."
         )
     result = evaluate(
-        cascade, prepared, indices[:num], options=options, extractor=extractor,
+        cascade, prepared, indices[:num], train, options=options, extractor=extractor,
         clip=known_captions,
         listener=Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total)),
     )  # fmt: skip
@@ -104,8 +104,8 @@ def evaluate_run(
 
 def _choose(
     config: Config, prepared: Prepared, split: Split | None, say: Say
-) -> tuple[Split, list[int]]:
-    """The split in force and its pictures."""
+) -> tuple[Split, list[int], list[int]]:
+    """The split in force, its pictures, and those that were trained on."""
     train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
     if split is None:
         split = "held-out" if held_out else "train"
@@ -120,4 +120,4 @@ def _choose(
             f"{option('split')} {split}: no picture is in it (data.val_fraction "
             f"{config.data.val_fraction:g}); take the other."
         )
-    return split, indices
+    return split, indices, train

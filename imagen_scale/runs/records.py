@@ -78,6 +78,8 @@ class MeasuresRecord(Record):
     colour_mean_drift: float | None = None
     colour_std_drift: float | None = None
     x_0_error: float | None = None
+    nearest_train: float | None = None
+    real_nearest_train: float | None = None
     lowres_consistency_db: float | None = None
     restoration: RestorationRecord | None = None
     fid: float | None = None

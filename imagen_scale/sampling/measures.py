@@ -1,5 +1,6 @@
 """Measures of pictures that need no trained network."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,17 @@ def _ssim_of_one(image: Tensor, real: Tensor) -> Tensor:
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     return (luminance * structure).flatten(1).mean(1).float()
+
+
+def nearest_distance(images: Tensor, among: Tensor) -> Tensor:
+    """Root mean square distance from each picture to the nearest of others, (N,), levels 0 to 1.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+        among: (M, 3, H, W) in [-1, 1].
+    """
+    flat, others = images.flatten(1), among.flatten(1)
+    return torch.cdist(flat, others).min(1).values / (2 * math.sqrt(flat.shape[1]))
 
 
 def lowres_consistency_db(images: Tensor, lowres: Tensor) -> Tensor:
