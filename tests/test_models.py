@@ -79,6 +79,8 @@ def test_runs_in_pure_bf16_like_in_fp32():
     [
         # MinImagen's own counts for the seed's base and for its Base and Super.
         ("pokemon_64", 0, 44.533635),
+        ("pokemon_64_256", 0, 44.533635),
+        ("pokemon_64_256", 1, None),
         ("imagen_64_256_1024", 0, None),
         ("imagen_64_256_1024", 1, None),
         ("imagen_64_256_1024", 2, None),
