@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ("emoji_demo", "pokemon_64", "cascade_64_256", "imagen_64_256_1024")
+CONFIGS = ("emoji_demo", "pokemon_64", "pokemon_64_256", "cascade_64_256", "imagen_64_256_1024")
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def test_every_help_has_an_example(path, command):
 def test_the_list_of_commands_fits_and_stands_in_the_order_of_use():
     text = cli("--help").output
     names = re.findall(r"^  ([\w-]+)  +\S", text.partition("Commands:")[2], re.M)
-    assert names[:2] == ["doctor", "config"]
+    assert names[:3] == ["doctor", "init", "config"]
     assert names.index("train") < names.index("sample") < names.index("export")
     assert "..." not in text.partition("Commands:")[2]
 

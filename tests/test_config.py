@@ -47,9 +47,23 @@ def test_shipped_configurations_are_valid_and_survive_a_dump(path):
     assert parse_config(dump_config(config)) == config
 
 
-def test_all_four_are_shipped():
+def test_all_five_are_shipped():
     names = {path.stem for path in CONFIGS}
-    assert names == {"cascade_64_256", "pokemon_64", "imagen_64_256_1024", "emoji_demo"}
+    assert names == {
+        "cascade_64_256", "pokemon_64", "pokemon_64_256", "imagen_64_256_1024", "emoji_demo",
+    }  # fmt: skip
+
+
+def test_the_seeds_block_has_the_stage_above_it_that_was_dropped():
+    shipped = json.loads((ROOT / "configs" / "pokemon_64_256.json").read_text())
+    base, super_resolution = shipped["unets"]
+    assert base == SEED_UNET
+    assert shipped["imagen"]["image_sizes"] == [64, 256]
+    assert {key: SEED_IMAGEN[key] for key in shipped["imagen"] if key != "image_sizes"} == {
+        key: value for key, value in shipped["imagen"].items() if key != "image_sizes"
+    }
+    assert load_config(ROOT / "configs" / "pokemon_64_256.json").unets[1].pred_type != "eps"
+    assert super_resolution["memory_efficient"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from click.testing import CliRunner
 from support.planned import GB, SMALL_CARD, plan, tiny
 
 from imagen_scale.commands.main import main
+from imagen_scale.config import load_config
 from imagen_scale.planning.hours import CARDS, SHARE, cards_for, disk_left, hours
 from imagen_scale.planning.machine import Machine
+from imagen_scale.planning.planner import Planner
 
 UNNAMED = Machine("cpu", 12 * GB, 30 * GB, 1)
 
@@ -83,6 +85,16 @@ def test_disk_is_checkpoints_that_are_kept_and_the_file_for_sampling(changes, ke
     one = candidate.cost.disk - 4 * parameters
     found = disk_left(candidate.cost, parameters, config.stage(1, 384))
     assert found == kept * one + 4 * parameters
+
+
+def test_both_stages_of_the_pokemon_cascade_train_within_two_days_on_12_gb():
+    config = load_config("configs/pokemon_64_256.json")
+    taken = []
+    for stage in config.stages():
+        found = Planner(stage, UNNAMED).plan()
+        assert found.fault is None
+        taken.append(hours(found.choice, stage, CARDS[0], UNNAMED))
+    assert sum(taken) < 48
 
 
 def test_plan_prints_hours_and_disk_and_calls_them_predicted(tmp_path):

@@ -9,6 +9,7 @@ from imagen_scale.commands.evaluate import evaluate
 from imagen_scale.commands.export import export
 from imagen_scale.commands.group import CommandGroup
 from imagen_scale.commands.importing import import_config, import_run
+from imagen_scale.commands.init import init
 from imagen_scale.commands.plan import plan
 from imagen_scale.commands.prepare import prepare
 from imagen_scale.commands.report import report
@@ -23,8 +24,8 @@ from imagen_scale.files.caches import settle_caches
 from imagen_scale.version import __version__
 
 COMMANDS = (
-    config, doctor, ema, evaluate, export, import_config, import_run, plan, prepare, report, runs,
-    sample, train, ui, upscale,
+    config, doctor, ema, evaluate, export, import_config, import_run, init, plan, prepare, report,
+    runs, sample, train, ui, upscale,
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def plan(
     from imagen_scale.config import load_config
 
     checked = load_config(config_path, overrides)
-    card_bytes, ram_bytes = _size("--memory", memory), _size("--ram", ram)
+    card_bytes, ram_bytes = size_of("--memory", memory), size_of("--ram", ram)
     numbers = list(range(1, len(checked.unets) + 1))
     if unet is not None:
         numbers = [checked.check_number(unet, "unet")]
@@ -91,7 +91,12 @@ def plan(
         sys.exit(1)
 
 
-def _size(option: str, text: str | None) -> int | None:
+def size_of(option: str, text: str | None) -> int | None:
+    """Bytes that an option names, as "12GB".
+
+    Raises:
+        UsageError: Naming the option.
+    """
     from imagen_scale.config import parse_bytes
 
     try:

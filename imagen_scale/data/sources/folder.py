@@ -44,7 +44,9 @@ class FolderSource(FileSource):
         folder = Path(config.path or "").expanduser()
         if not config.path or not folder.is_dir():
             raise DataError(
-                f"data.path: {config.path!r} is not a folder; give the folder of pictures."
+                f"data.path: {config.path!r} is not a folder; give the folder of pictures. "
+                f"`imagen-scale init FOLDER` writes a configuration for yours; without any, "
+                f"`imagen-scale init` takes the embedded emoji."
             )
         # Links on the way to the folder are the user's own; those below it are the data's.
         self._folder = folder.resolve()
