@@ -48,7 +48,8 @@ class StageMeasures(NamedTuple):
     real_colour: Colour
     colour_mean_drift: float  # of the colour that is furthest off, generated - real, levels 0 to 1
     colour_std_drift: float
-    x_0_error: float  # of the clean picture that is predicted, mean over noise levels
+    # Of the clean picture that is predicted, mean over noise levels; few steps know none between.
+    x_0_error: float | None
     lowres_consistency_db: float | None = None  # super-resolution only
     restoration: Restoration | None = None  # super-resolution only
     fid: float | None = None  # with an extractor only
@@ -112,7 +113,7 @@ class _StageTally:
             real,
             drift(generated.mean, real.mean),
             drift(generated.std, real.std),
-            kept["x_0 errors"].mean().item(),
+            kept["x_0 errors"].mean().item() if "x_0 errors" in kept else None,
         )
         if "consistency" in kept:
             result = result._replace(
@@ -181,7 +182,8 @@ def evaluate(
                 tally.add(generated, real, captions)
                 if lowres is not None:
                     inputs = inputs._replace(lowres=resize(real, lowres.shape[-1]))
-                tally.keep("x_0 errors", x_0_errors(stage, real, inputs).mean(1))
+                if config.few_steps is None:
+                    tally.keep("x_0 errors", x_0_errors(stage, real, inputs).mean(1))
                 if lowres is not None:
                     restored = stage.sample(inputs, of_stage, listener=listener)
                     bicubic = shrink_and_enlarge(real, lowres.shape[-1])

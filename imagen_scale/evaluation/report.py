@@ -56,7 +56,9 @@ def _rows(result: Evaluation) -> list[tuple[str, str, list[str]]]:
             "0",
             lambda stage: f"{255 * stage.colour_std_drift:+.1f}",
         ),
-        row("error of the predicted picture", "lower", lambda stage: f"{stage.x_0_error:.4f}"),
+        row(
+            "error of the predicted picture", "lower", lambda stage: _number(stage.x_0_error, ".4f")
+        ),
         row("keeps to its low-resolution input, dB", "higher", _consistency),
         row("restores real pictures, PSNR in dB", "higher", lambda stage: _restored(stage, 0)),
         row("  bicubic", "", lambda stage: _restored(stage, 1)),
