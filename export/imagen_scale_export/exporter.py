@@ -122,6 +122,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         export_denoisers(
             unet, folder, image_size=constants.image_size,
             precision=options.precision, dynamic_size=options.dynamic_size,
+            graphs=constants.graphs,
         )  # fmt: skip
         export_conditioner(unet, folder / CONDITIONER)
         engine = profile = None
@@ -146,7 +147,9 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
             precision=options.precision,
             opset=OPSETS[options.precision],
             denoiser=Graph(
-                inputs=record(denoiser_inputs(*sizes, dynamic_size=free)),
+                inputs=record(
+                    denoiser_inputs(*sizes, dynamic_size=free, guided=constants.graphs[0])
+                ),
                 outputs=record([denoiser_output(*sizes, dynamic_size=free)]),
             ),
             conditioner=Graph(
@@ -219,8 +222,8 @@ def _build(
         targets=targets,
         onnx_sha256=onnx_sha256(folder),
     )
-    for guided, engine in ((True, ENGINE), (False, UNGUIDED_ENGINE)):
-        graph = folder / graph_name(guided)
+    for guided in constants.graphs:
+        graph, engine = folder / graph_name(guided), ENGINE if guided else UNGUIDED_ENGINE
         network = TensorRTNetwork(library, graph)
         # Importers have got grouped normalisation wrong before (NVIDIA/TensorRT issue 4336).
         groups, meant = network.norm_groups(), op_census(graph)["GroupNormalization"]

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from imagen_scale.errors import ExportError, MissingExtraError
 from imagen_scale.models.unet import UNet
+from imagen_scale.sampling.runtimes.executors import graph_name
 from imagen_scale.sampling.runtimes.ports import (
     BATCH,
-    DENOISER,
     HEIGHT,
     OPSETS,
-    UNGUIDED,
     WIDTH,
     Port,
     Precision,
@@ -51,16 +50,18 @@ def require_exporter() -> None:
 
 
 def export_denoisers(
-    unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool
-) -> None:
+    unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool,
+    graphs: Sequence[bool] = (True, False),
+) -> None:  # fmt: skip
     """Writes the guided denoiser and, over the same weights, the one for a guidance scale of 1.
 
     Args:
         unet: float32, in evaluation mode; not changed.
-        folder: Where `DENOISER`, its data file and `UNGUIDED` are written.
+        folder: Where they and their data file are written.
         image_size: Side of the stage's pictures in pixels.
         precision: What the graph computes in; inputs and output stay float32.
         dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
+        graphs: Which of them: guided or not.
 
     Raises:
         ExportError: If a dimension meant to be free came out fixed.
@@ -71,16 +72,17 @@ def export_denoisers(
         unet.apply(_without_resize)
     config = unet.config
     output = denoiser_output(config, image_size, dynamic_size=dynamic_size)
-    for guided, module, name in (
-        (True, GuidedDenoiser(unet), DENOISER),
-        (False, PlainDenoiser(unet), UNGUIDED),
-    ):
+    saved = None  # the first one's weights are the second one's
+    for guided in graphs:
+        module = GuidedDenoiser(unet) if guided else PlainDenoiser(unet)
+        path = folder / graph_name(guided)
         inputs = denoiser_inputs(config, image_size, dynamic_size=dynamic_size, guided=guided)
         _export(
-            module, folder / name, inputs, [output],
+            module, path, inputs, [output],
             opset=OPSETS[precision], size=image_size, divisor=config.size_divisor,
-            weights_of=None if guided else folder / DENOISER,
+            weights_of=saved,
         )  # fmt: skip
+        saved = path
 
 
 class Twice(nn.Module):

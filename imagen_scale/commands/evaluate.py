@@ -1,6 +1,7 @@
 """`imagen-scale evaluate`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
+from imagen_scale.errors import UsageError
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
@@ -33,6 +35,14 @@ from imagen_scale.sampling.runtimes.options import RuntimeOptions
 )
 @click.option("--features", help="Network for FID and KID: see above.")
 @click.option("--clip", help="CLIP model for the CLIP score: a folder, or a name on the hub.")
+@click.option(
+    "--steps-table",
+    is_flag=False,
+    flag_value="25,8,4,2,1",
+    metavar="[N,...]",
+    help="Instead, tell what fewer steps cost: each stage by itself in so many, a student below "
+    "its teacher. Default 25,8,4,2,1.",
+)
 @unet_limit_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @unfinished_option
@@ -44,6 +54,7 @@ def evaluate(
     split: Any,
     features: str | None,
     clip: str | None,
+    steps_table: str | None,
     unet_limit: int | None,
     as_json: bool,
     allow_unfinished: bool,
@@ -60,11 +71,18 @@ def evaluate(
 
     \b
         imagen-scale evaluate --num 64
+        imagen-scale evaluate --steps-table --cond-scale 2
         imagen-scale evaluate --num 1000 --features models/dinov2-base --clip models/clip
     """
     from imagen_scale.runs.folders import find_run
 
     run_dir = find_run(run)
+    if steps_table is not None:
+        _tabulate(
+            run_dir, steps_table, as_json=as_json, num=num, split=split, unet_limit=unet_limit,
+            allow_unfinished=allow_unfinished, runtime=runtime, options=options,
+        )  # fmt: skip
+        return
     from imagen_scale.evaluation.report import print_table
     from imagen_scale.evaluation.run import evaluate_run
 
@@ -80,3 +98,19 @@ def evaluate(
     click.echo(f"{report.facts['captions']} captions, {report.facts['split']} pictures")
     print_table(report.result, open_console())
     click.echo(f"written to {report.file}")
+
+
+def _tabulate(run_dir: Path, steps: str, *, as_json: bool, **how: Any) -> None:
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in steps.split(",")]
+    if min(counts) < 1:
+        raise UsageError(f"--steps-table {steps}: give whole numbers from 1 on, e.g. 25,8,4,2,1.")
+    if "steps" in how["options"].model_fields_set:
+        raise UsageError("--steps-table says in how many steps; leave --steps out.")
+    from imagen_scale.evaluation.steps_table import as_dicts, print_rows, tabulate
+
+    with Progress() as progress:
+        rows = tabulate(run_dir, counts, progress=progress, say=say, **how)
+    if as_json:
+        click.echo(json.dumps(as_dicts(rows), indent=1))
+    else:
+        print_rows(rows, open_console())

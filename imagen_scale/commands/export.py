@@ -170,7 +170,8 @@ def _print_export(folder: Path, manifest: "Manifest") -> None:
 def _print_verification(result: "Verification") -> None:
     click.echo(
         f"  {result.runtime} against torch: one evaluation within {result.max_relative_error:.1e} "
-        f"of its largest value, cosine {result.min_cosine:.6f}; 20 steps within "
+        f"of its largest value, cosine {result.min_cosine:.6f}; {result.loop_steps} "
+        f"{'step' if result.loop_steps == 1 else 'steps'} within "
         f"{result.loop_max_levels:.3f}/255, {result.loop_psnr_db:.1f} dB"
         f"{f' ({result.note})' if result.note else ''}"
     )

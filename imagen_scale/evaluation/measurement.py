@@ -52,7 +52,8 @@ class StageMeasures(NamedTuple):
     real_colour: Colour
     colour_mean_drift: float  # of the colour that is furthest off, generated - real, levels 0 to 1
     colour_std_drift: float
-    x_0_error: float  # of the clean picture that is predicted, mean over noise levels
+    # Of the clean picture that is predicted, mean over noise levels; few steps know none between.
+    x_0_error: float | None
     nearest_train: float | None = None  # distance to the nearest training picture, levels 0 to 1
     real_nearest_train: float | None = None  # the same of real pictures that were held out
     lowres_consistency_db: float | None = None  # super-resolution only
@@ -149,7 +150,7 @@ class _StageTally:
             real,
             drift(generated.mean, real.mean),
             drift(generated.std, real.std),
-            kept["x_0 errors"].mean().item(),
+            kept["x_0 errors"].mean().item() if "x_0 errors" in kept else None,
             kept["generated nearest"].mean().item(),
             kept["real nearest"].mean().item() if "real nearest" in kept else None,
         )
@@ -223,7 +224,8 @@ def evaluate(
                 tally.add(generated, real, captions)
                 if lowres is not None:
                     inputs = inputs._replace(lowres=resize(real, lowres.shape[-1]))
-                tally.keep("x_0 errors", x_0_errors(stage, real, inputs).mean(1))
+                if config.few_steps is None:
+                    tally.keep("x_0 errors", x_0_errors(stage, real, inputs).mean(1))
                 if lowres is not None:
                     restored = stage.sample(inputs, of_stage, listener=listener)
                     bicubic = shrink_and_enlarge(real, lowres.shape[-1])

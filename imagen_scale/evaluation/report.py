@@ -56,7 +56,9 @@ def _rows(result: Evaluation) -> list[tuple[str, str, list[str]]]:
             "0",
             lambda stage: f"{255 * stage.colour_std_drift:+.1f}",
         ),
-        row("error of the predicted picture", "lower", lambda stage: f"{stage.x_0_error:.4f}"),
+        row(
+            "error of the predicted picture", "lower", lambda stage: _number(stage.x_0_error, ".4f")
+        ),
         row(
             "distance to the nearest training picture, of 255",
             "",

@@ -77,7 +77,7 @@ def evaluate_run(
     settings = cascade.settings(options)
     config = cascade.files[0].config
     prepared = prepare(config, progress=progress)
-    chosen, indices, train = _choose(config, prepared, split, say)
+    chosen, indices, train = choose_pictures(config, prepared, split, say)
     if features is not None and min(num, len(indices)) < 2:
         raise UsageError(
             f"{option('features')}: {min(num, len(indices))} picture has no FID; take 2 or more."
@@ -102,7 +102,7 @@ def evaluate_run(
     return Report(result, facts, file)
 
 
-def _choose(
+def choose_pictures(
     config: Config, prepared: Prepared, split: Split | None, say: Say
 ) -> tuple[Split, list[int], list[int]]:
     """The split in force, its pictures, and those that were trained on."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagen_scale.config import Config, parse_config
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.errors import CheckpointError, ConfigError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.report.embedding import EmbeddedSample, Grid, read_grids, read_samples
@@ -52,6 +53,7 @@ class Weights(NamedTuple):
     step: int
     steps: int
     bytes: int
+    learned: FewSteps | None = None  # of a stage that takes few steps
 
 
 class StageFacts(NamedTuple):
@@ -194,7 +196,7 @@ def _read_weights(run: Path, number: int, problems: list[str]) -> Weights | None
         return None
     try:
         file = read_inference(path)
-        return Weights(file.step, file.steps, path.stat().st_size)
+        return Weights(file.step, file.steps, path.stat().st_size, file.stage.few_steps)
     except (CheckpointError, ConfigError) as error:
         problems.append(str(error))
     except (OSError, ValueError, KeyError) as error:

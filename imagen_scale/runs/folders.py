@@ -1,7 +1,7 @@
 """Where things lie in a run's folder: every name is here and nowhere else.
 
 ```
-RUN/config.json  data_report.json  evaluation.json
+RUN/config.json  data_report.json  evaluation.json  steps_table.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
     unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
@@ -29,6 +29,11 @@ def data_report_path(run: Path) -> Path:
 def evaluation_path(run: Path) -> Path:
     """What `evaluate` measured."""
     return run / "evaluation.json"
+
+
+def steps_table_path(run: Path) -> Path:
+    """What `evaluate --steps-table` measured."""
+    return run / "steps_table.json"
 
 
 def unet_dir(run: Path, unet_number: int) -> Path:

@@ -1,6 +1,7 @@
 """Inference files: a stage's averaged weights with all that sampling needs to know."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.config import Config, StageConfig, dump_config, parse_config
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.errors import CheckpointError, option
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.tensors import write_tensors
@@ -108,6 +110,16 @@ def is_finished(path: Path, steps: int) -> bool:
         return read_inference(path).step >= steps
     except CheckpointError:
         return False
+
+
+def learned_stages(run: Path, unets: int) -> dict[int, FewSteps]:
+    """Of a run's first U-Nets those that take few steps, by their number."""
+    found = {}
+    for number in range(1, unets + 1):
+        with suppress(CheckpointError):  # not trained yet
+            if few := read_inference(inference_path(run, number)).stage.few_steps:
+                found[number] = few
+    return found
 
 
 def load_weights(path: Path) -> dict[str, "Tensor"]:

@@ -83,7 +83,8 @@ class Saver:
         folder, manifest = from_rank_0(lambda: checkpoint.newest_good(self.folder, self.say))
         if folder is None:
             return
-        self._check_manifest(folder, manifest)
+        _refuse_another_run(folder, manifest, self)
+        self._tell_of_pictures(manifest)
         if self.stage.few_steps is None:
             self.origin_sha256 = manifest.get("origin")  # which need not be there any more
         optimizer = session.setup.optimizer
@@ -146,23 +147,7 @@ class Saver:
             )
         raise EnvironmentProblem("\n".join([*self._unsaved, remedy]))
 
-    def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{folder}: format {manifest.get('format')!r}, but this version reads {FORMAT!r}. "
-                f"Continue it with the version that wrote it, or start anew with --fresh."
-            )
-        if manifest["text_encoder"] != self.encoder:
-            raise CheckpointError(
-                f"{folder}: trained with another version of the text encoder "
-                f"{self.config.text_encoder!r}. Put the original files back, or start anew with "
-                f"--fresh."
-            )
-        if (few := self.stage.few_steps) and manifest.get("origin") != self.origin_sha256:
-            raise CheckpointError(
-                f"{folder}: {self.stage.name} learned from a teacher in {few.teacher} that changed "
-                f"since. Put its file for sampling back, or start anew with --fresh."
-            )
+    def _tell_of_pictures(self, manifest: dict[str, Any]) -> None:
         if manifest["pictures"] != self.pictures:
             self.say(
                 "the pictures changed since the checkpoint; training goes on with the new ones"
@@ -238,6 +223,30 @@ def write_average(ema: Ema, file: inference.InferenceFile) -> None:
             raise failure
 
     from_rank_0(fail_together)
+
+
+def _refuse_another_run(folder: Path, manifest: dict[str, Any], saver: Saver) -> None:
+    """Refuses a checkpoint that another run left, or one with another encoder or teacher.
+
+    Raises:
+        CheckpointError: Saying which.
+    """
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: format {manifest.get('format')!r}, but this version reads {FORMAT!r}. "
+            f"Continue it with the version that wrote it, or start anew with --fresh."
+        )
+    if manifest["text_encoder"] != saver.encoder:
+        raise CheckpointError(
+            f"{folder}: trained with another version of the text encoder "
+            f"{saver.config.text_encoder!r}. Put the original files back, or start anew with "
+            f"--fresh."
+        )
+    if (few := saver.stage.few_steps) and manifest.get("origin") != saver.origin_sha256:
+        raise CheckpointError(
+            f"{folder}: {saver.stage.name} learned from a teacher in {few.teacher} that changed "
+            f"since. Put its file for sampling back, or start anew with --fresh."
+        )
 
 
 def _facts(setup: Setup) -> dict[str, Any]:

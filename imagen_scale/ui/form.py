@@ -1,12 +1,13 @@
 """The fields of the page: laid out, read, and filled from a picture that was made before."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.sampling.option_facts import OptionFacts, facts_of
-from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.options import SamplingOptions, learned_settings
 from imagen_scale.sampling.runtimes.options import RuntimeName, RuntimeOptions
 from imagen_scale.ui.generation import Request
 from imagen_scale.ui.history import Facts
@@ -23,9 +24,13 @@ class Form:
     Args:
         sizes: Side of each stage's pictures in pixels.
         runtime: Chosen at first.
+        few: Of stages that take few steps, by their number, how they learned it.
     """
 
-    def __init__(self, sizes: Sequence[int], runtime: RuntimeName) -> None:
+    def __init__(
+        self, sizes: Sequence[int], runtime: RuntimeName, few: Mapping[int, FewSteps] | None = None
+    ) -> None:
+        self.few = few or {}
         self.prompt = gr.Textbox(
             label="Prompt", placeholder="red heart", max_lines=4, autofocus=True, elem_id="prompt"
         )
@@ -43,7 +48,9 @@ class Form:
         for unet, size in enumerate(sizes, start=1):
             with gr.Row(equal_height=True, elem_classes="is-pair"):
                 for name in FIRST:
-                    self.options[name].append(_number(OPTIONS[name], unet, size))
+                    self.options[name].append(
+                        _number(OPTIONS[name], unet, size, self.few.get(unet))
+                    )
         names = next(facts for facts in facts_of(RuntimeOptions) if facts.name == "runtime")
         with gr.Row(equal_height=True, elem_classes="is-pair"):
             self.options["seed"] = [
@@ -83,8 +90,10 @@ class Form:
         options: dict[str, Any] = {}
         for name, fields in self.options.items():
             own, rest = rest[: len(fields)], rest[len(fields) :]
-            options[name] = own if name in FIRST else own[0]
-        options["negative_prompt"] = (options["negative_prompt"] or "").strip()
+            # A field that is left as it is asks for nothing: few steps are taken in one way only.
+            if name in (*FIRST, "seed") or own[0] != OPTIONS[name].default:
+                options[name] = own if name in FIRST else own[0]
+        options["negative_prompt"] = (options.get("negative_prompt") or "").strip()
         return Request((prompt or "").strip(), options, runtime)
 
     def fill(self, facts: Facts) -> dict[Any, Any]:
@@ -97,16 +106,21 @@ class Form:
         for name, fields in self.options.items():
             if not OPTIONS[name].per_stage:
                 continue
-            for field, stage in zip(fields, facts.stages, strict=False):
+            stages = facts.stages
+            if name not in FIRST:  # one field for all stages that leave a choice
+                stages = [one for unet, one in enumerate(stages, 1) if unet not in self.few]
+            for field, stage in zip(fields, stages, strict=False):
                 value, choices = getattr(stage, name), OPTIONS[name].choices
                 if not choices or value in choices:
                     values[field] = value
         return values
 
 
-def _number(facts: OptionFacts, unet: int, size: int) -> Any:
-    """A field of one stage; guidance is the base stage's alone."""
+def _number(facts: OptionFacts, unet: int, size: int, few: FewSteps | None) -> Any:
+    """A field of one stage; guidance is the base stage's alone, and of few steps built in."""
     value = 1.0 if facts.name == "cond_scale" and unet > 1 else facts.default
+    if few is not None:
+        value = getattr(learned_settings(few), facts.name)
     return gr.Number(
         value,
         label=f"{facts.label}, {size} px",
@@ -114,6 +128,8 @@ def _number(facts: OptionFacts, unet: int, size: int) -> Any:
         step=1 if facts.kind is int else 0.5,
         min_width=110,
         elem_id=f"{facts.name}{unet}",
+        interactive=few is None,
+        info=None if few is None else f"learned; guidance {few.cond_scale:g} is built in",
     )
 
 

@@ -11,6 +11,7 @@ import gradio as gr
 
 from imagen_scale.config import load_config
 from imagen_scale.runs.folders import config_path, samples_dir
+from imagen_scale.runs.inference import learned_stages
 from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.form import Form
@@ -41,6 +42,7 @@ class Page:
         self.num_unets = len(config.unets)
         self.threshold = config.imagen.dynamic_thresholding_percentile
         self.sizes = [stage.size for stage in config.stages()][: run.unet_limit]
+        self.few = learned_stages(run.folder, len(self.sizes))
         self.samples = samples_dir(run.folder)
         self.generator = Generator(
             run.folder, unet_limit=run.unet_limit, allow_unfinished=run.allow_unfinished
@@ -56,7 +58,7 @@ class Page:
             gr.HTML(views.header(name, self.sizes))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    self.form = Form(self.sizes, self.run.runtime)
+                    self.form = Form(self.sizes, self.run.runtime, self.few)
                     with gr.Row(elem_classes="is-buttons"):
                         self.start = gr.Button(
                             "Make picture", variant="primary", scale=2, min_width=120,

@@ -41,6 +41,7 @@ class Conditioning(NamedTuple):
 
         Raises:
             ShapeError: Saying which.
+            UsageError: If a stage of few steps is to be guided.
         """
         has_lowres = self.lowres_img is not None and self.lowres_t is not None
         if stage.is_super_resolution != has_lowres:
@@ -49,6 +50,11 @@ class Conditioning(NamedTuple):
             )
         if stage.unet.lowres_residual != (self.base is not None):
             raise ShapeError("base goes with U-Nets of lowres_residual, and with no other.")
+        if (few := stage.few_steps) and (self.cond_scale not in (0, 1) or self.negative):
+            raise UsageError(
+                f"{option('cond_scale')} {self.cond_scale:g}: {stage.name} learned to take few "
+                f"steps with guidance {few.cond_scale:g} built in; leave it out."
+            )
 
     def completed(self, x_0: Tensor) -> Tensor:
         """The clean picture from what the network says of it."""

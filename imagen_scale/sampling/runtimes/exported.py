@@ -26,7 +26,6 @@ from imagen_scale.sampling.runtimes.manifest import (
     Profile,
     check_files,
     check_origin,
-    check_version,
     read_manifest,
 )
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
@@ -267,6 +266,22 @@ def open_export(folder: Path, file: InferenceFile) -> Manifest:
     check_files(folder, manifest)
     check_origin(folder, manifest, file)
     return manifest
+
+
+def check_version(folder: Path, manifest: Manifest, package: str, version: str) -> None:
+    """Checks that an installed package is one that the export was made for.
+
+    Raises:
+        ExportError: Naming both versions.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    needed = manifest.needs.get(package, "")
+    if not SpecifierSet(needed).contains(version, prereleases=True):
+        raise ExportError(
+            f"{folder}: needs {package} {needed} and {version} is installed. Install one that "
+            f"fits, or export again with --force."
+        )
 
 
 def load_conditioner(file: InferenceFile) -> UNet:

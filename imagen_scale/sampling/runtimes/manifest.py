@@ -80,6 +80,12 @@ class SamplerConstants(Section):
     # Exports made before there were these have neither.
     schedule: ScheduleConfig | None = None
     lowres_residual: bool = False
+    steps: int | None = None  # of a stage that takes few of them, without guidance
+
+    @property
+    def graphs(self) -> tuple[bool, ...]:
+        """Which denoisers there are: guided or not."""
+        return (True, False) if self.steps is None else (False,)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -115,6 +121,7 @@ class Verification(Section):
     loop_max_levels: float
     loop_psnr_db: float
     note: str
+    loop_steps: int = 20
 
 
 class Manifest(Section):
@@ -161,7 +168,8 @@ def record(ports: list[Port]) -> tuple[PortRecord, ...]:
 
 def onnx_sha256(folder: Path) -> str:
     """One hash for the denoisers' graphs and weights together."""
-    parts = [DENOISER, UNGUIDED, *sorted(data_files(folder / DENOISER))]
+    graphs = [name for name in (DENOISER, UNGUIDED) if (folder / name).is_file()]
+    parts = [*graphs, *sorted(data_files(folder / graphs[0]))]
     return hashlib.sha256("".join(sha256(folder / name) for name in parts).encode()).hexdigest()
 
 
@@ -179,6 +187,7 @@ def sampler_constants(file: InferenceFile) -> SamplerConstants:
         lowres_sample_noise_level=imagen.lowres_sample_noise_level,
         schedule=stage.unet.schedule,
         lowres_residual=stage.unet.lowres_residual,
+        steps=None if stage.few_steps is None else stage.few_steps.steps,
     )
 
 
@@ -286,9 +295,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         ExportError: Naming the file that is missing, changed, no file, or outside the folder.
     """
-    needed = {DENOISER, UNGUIDED, CONDITIONER}
+    names = {True: (DENOISER, ENGINE), False: (UNGUIDED, UNGUIDED_ENGINE)}
+    pairs = [names[guided] for guided in manifest.sampler.graphs]
+    needed = {CONDITIONER, *(graph for graph, _ in pairs)}
     if manifest.format == "tensorrt":
-        needed |= {ENGINE, UNGUIDED_ENGINE}
+        needed |= {engine for _, engine in pairs}
     if missing := sorted(needed - set(manifest.files)):
         raise _damaged(folder / MANIFEST, f"it does not list {missing[0]}")
     for name, expected in manifest.files.items():
@@ -309,7 +320,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 f"{path}: its content changed since it was exported. Export again with --force."
             )
     check_graphs(folder, manifest)
-    for graph in (DENOISER, UNGUIDED, CONDITIONER):
+    for graph in (*(graph for graph, _ in pairs), CONDITIONER):
         if foreign := sorted(data_files(folder / graph) - set(manifest.files)):
             raise _damaged(
                 folder / graph, f"it takes weights from {foreign[0]!r}, which is not of this export"
@@ -327,6 +338,8 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         (UNGUIDED, manifest.denoiser, "cond_scale"),
         (CONDITIONER, manifest.conditioner, ""),
     ):
+        if name == DENOISER and True not in manifest.sampler.graphs:
+            continue
         found = describe(folder / name)
         for what, ours, theirs in (
             ("inputs", found.inputs, meant.inputs),
@@ -342,22 +355,6 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             raise _damaged(
                 folder / MANIFEST, f"it says {precision} of {name}, which is {found.precision}"
             )
-
-
-def check_version(folder: Path, manifest: Manifest, package: str, version: str) -> None:
-    """Checks that an installed package is one that the export was made for.
-
-    Raises:
-        ExportError: Naming both versions.
-    """
-    from packaging.specifiers import SpecifierSet
-
-    needed = manifest.needs.get(package, "")
-    if not SpecifierSet(needed).contains(version, prereleases=True):
-        raise ExportError(
-            f"{folder}: needs {package} {needed} and {version} is installed. Install one that "
-            f"fits, or export again with --force."
-        )
 
 
 def check_origin(folder: Path, manifest: Manifest, file: InferenceFile) -> None:
