@@ -15,6 +15,7 @@ from imagen_scale.commands.prepare import prepare
 from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.sample import sample
+from imagen_scale.commands.sheet import sheet
 from imagen_scale.commands.terminal import settle_output
 from imagen_scale.commands.train import train
 from imagen_scale.commands.ui import ui
@@ -25,7 +26,7 @@ from imagen_scale.version import __version__
 
 COMMANDS = (
     config, doctor, ema, evaluate, export, import_config, import_run, init, plan, prepare, report,
-    runs, sample, train, ui, upscale,
+    runs, sample, sheet, train, ui, upscale,
 )  # fmt: skip
 
 

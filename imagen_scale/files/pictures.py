@@ -103,7 +103,9 @@ def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
 
 def next_number(folder: Path) -> int:
     """One above the highest picture number in a folder, so that nothing is overwritten."""
-    found = (re.match(r"(?:grid_)?(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir())
+    found = (
+        re.match(r"(?:grid_|sheet_)?(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir()
+    )
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 
