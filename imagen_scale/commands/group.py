@@ -7,8 +7,8 @@ import click
 
 # As one meets them, from the first minute on.
 ORDER = (
-    "doctor", "init", "config", "import-config", "prepare", "plan", "train", "runs", "report",
-    "sample", "sheet", "ui", "upscale", "evaluate", "export", "import",
+    "doctor", "init", "config", "import-config", "prepare", "plan", "train", "distill", "ema",
+    "runs", "report", "sample", "sheet", "ui", "upscale", "evaluate", "export", "import",
 )  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

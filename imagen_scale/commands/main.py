@@ -3,6 +3,7 @@
 import click
 
 from imagen_scale.commands.config import config
+from imagen_scale.commands.distill import distill
 from imagen_scale.commands.doctor.command import doctor
 from imagen_scale.commands.ema import ema
 from imagen_scale.commands.evaluate import evaluate
@@ -25,8 +26,8 @@ from imagen_scale.files.caches import settle_caches
 from imagen_scale.version import __version__
 
 COMMANDS = (
-    config, doctor, ema, evaluate, export, import_config, import_run, init, plan, prepare, report,
-    runs, sample, sheet, train, ui, upscale,
+    config, distill, doctor, ema, evaluate, export, import_config, import_run, init, plan,
+    prepare, report, runs, sample, sheet, train, ui, upscale,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -67,16 +67,8 @@ def train(
     config = load_config(path, overrides)
     if unet is not None:
         config.check_number(unet, "unet")
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MissingExtraError(
-            "training needs DeepSpeed, which is not installed: "
-            "pip install -c constraints.txt '.[train]'."
-        )
-    from imagen_scale.commands.hosts import carried_variables
-    from imagen_scale.commands.launcher import run
-
     folder = run_folder(config, path, run_dir)
-    arguments: list[Any] = ["--config", path, "--run", folder]
+    arguments: list[Any] = training_words(path, folder)
     arguments += [part for override in overrides for part in ("--set", override)]
     arguments += ["--unet", unet] if unet else []
     arguments += ["--resume"] if resume else []
@@ -84,14 +76,46 @@ def train(
     arguments += ["--plan-check", plan_check] if plan_check else []
     words = [str(argument) for argument in arguments]
     if hostfile is None:
-        command = _command_here(words, gpus, None if fresh else folder)
+        command = command_here(words, gpus, None if fresh else folder)
     else:
         command = _command_for_hosts(words, gpus, hostfile, reach=not dry_run)
     if dry_run:
         click.echo(shlex.join(command))
         return
+    start(command, folder, elsewhere=hostfile is not None)
+
+
+def training_words(path: str | Path, folder: Path) -> list[str]:
+    """What every training process is told.
+
+    Args:
+        path: JSON file of the run.
+        folder: Its folder.
+
+    Raises:
+        MissingExtraError: If DeepSpeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError(
+            "training needs DeepSpeed, which is not installed: "
+            "pip install -c constraints.txt '.[train]'."
+        )
+    return ["--config", str(path), "--run", str(folder)]
+
+
+def start(command: list[str], folder: Path, *, elsewhere: bool = False) -> NoReturn:
+    """Trains, and ends this program with the launcher's exit code.
+
+    Args:
+        command: The launcher's command line.
+        folder: Of the run.
+        elsewhere: Whether on other machines, too.
+    """
+    from imagen_scale.commands.hosts import carried_variables
+    from imagen_scale.commands.launcher import run
+
     try:
-        with nullcontext(os.environ) if hostfile is None else carried_variables() as environment:
+        with carried_variables() if elsewhere else nullcontext(os.environ) as environment:
             code = run(command, environment)
     except KeyboardInterrupt:
         click.echo(
@@ -103,7 +127,7 @@ def train(
     sys.exit(code)
 
 
-def _command_here(words: list[str], gpus: int | None, folder: Path | None) -> list[str]:
+def command_here(words: list[str], gpus: int | None, folder: Path | None) -> list[str]:
     """The launcher's command line for this machine; with as many processes as wrote `folder`.
 
     Raises:

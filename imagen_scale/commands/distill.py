@@ -1,0 +1,212 @@
+"""`imagen-scale distill`: from a trained run to one that takes few steps."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.options import PerStage
+from imagen_scale.commands.train import command_here, start, training_words
+from imagen_scale.config.distillation import MAX_STEPS
+from imagen_scale.errors import UsageError, option
+
+if TYPE_CHECKING:
+    from imagen_scale.config import Config
+    from imagen_scale.runs.inference import InferenceFile
+
+SHARE = 0.1  # of the teacher's training, unless it is said
+RATE = 0.25  # of the teacher's peak
+SHORT = 5000  # steps of a training, up to which the average is short as well
+KEEP = "keep"
+
+
+class Steps(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """Steps of a stage, or that it is taken over as it is."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """A number, or None to keep the stage."""
+        if value == KEEP:
+            return KEEP
+        if str(value).isdecimal() and 1 <= int(value) <= MAX_STEPS:
+            return int(value)
+        self.fail(f"{value!r}: give 1 to {MAX_STEPS}, or {KEEP}.", param, ctx)
+
+
+@click.command(short_help="Teach a run's stages to take few steps.")
+@click.argument("run")
+@click.option(
+    "--steps", type=PerStage(Steps()), required=True,
+    help=f"Steps that each stage is to take, or {KEEP} to take it over as it is.",
+)  # fmt: skip
+@click.option(
+    "--cond-scale", type=PerStage(click.FLOAT),
+    help="Guidance that becomes part of a stage; 1 is none. A single value is the base stage's, "
+    "and the others take 1. A run of few steps has it built in already.",
+)  # fmt: skip
+@click.option("--to", help="Name of the new run, beside RUN; default RUN_steps and the steps.")
+@click.option(
+    "--train-steps", type=click.IntRange(min=1),
+    help="Optimizer steps of each stage; default a tenth of its teacher's.",
+)  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key.")
+@click.option("--gpus", type=click.IntRange(min=1), help="As for `train`.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the configuration and the launcher's command line."
+)
+@user_errors
+def distill(
+    run: str,
+    steps: Any,
+    cond_scale: Any,
+    to: str | None,
+    train_steps: int | None,
+    overrides: tuple[str, ...],
+    gpus: int | None,
+    dry_run: bool,
+) -> None:
+    """Teach the stages of RUN to take few steps, without guidance: a new run, beside it.
+
+    The stages of RUN are the teachers, and what the new ones start from. Its configuration is
+    written beside the new run, which is trained like any other; the same command continues it. A
+    run of few steps may teach fewer.
+
+    \b
+        imagen-scale distill runs/emoji_demo --steps 4,keep --cond-scale 2
+        imagen-scale distill emoji_demo_steps4-keep --steps 2,keep
+    """
+    from imagen_scale.runs.folders import find_run
+
+    teacher = find_run(run)
+    from imagen_scale.config import dump_config, parse_config
+    from imagen_scale.runs.inference import read_stage
+
+    first = read_stage(teacher, 1, allow_unfinished=False)
+    numbers = range(2, len(first.config.unets) + 1)
+    files = [first, *(read_stage(teacher, n, allow_unfinished=False) for n in numbers)]
+    wanted = _one_for_each("steps", steps, len(files))
+    folder = teacher.parent / (to or _name(teacher, wanted))
+    data = _configuration(teacher, files, wanted, cond_scale, train_steps)
+    config = parse_config(json.dumps(data), source=f"distill {teacher}", overrides=overrides)
+    _check_teachers(config, folder)
+    path = folder.with_name(f"{folder.name}.json")
+    command = command_here(training_words(path, folder), gpus, folder)
+    if dry_run:
+        click.echo(dump_config(config), nl=False)
+        click.echo(shlex.join(command))
+        return
+    path.write_text(dump_config(config), encoding="utf-8")
+    click.echo(f"written: {path}", err=True)
+    start(command, folder)
+
+
+def _name(teacher: Path, wanted: list[Any]) -> str:
+    """A name that says what the steps are, and not those of the teacher."""
+    return re.sub(r"_steps[\w-]+$", "", teacher.name) + "_steps" + "-".join(map(str, wanted))
+
+
+def _one_for_each(name: str, value: Any, count: int) -> list[Any]:
+    """A value for each stage, where one counts for all.
+
+    Raises:
+        UsageError: If there are more or fewer.
+    """
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise UsageError(
+            f"{option(name)}: {len(values)} values for {count} stages. Give one per stage, or a "
+            f"single one."
+        )
+    return values
+
+
+def _guidance(files: "list[InferenceFile]", wanted: list[Any], given: Any) -> list[float]:
+    """What is built into each stage.
+
+    Raises:
+        UsageError: If it is not said for the base, where it matters most.
+    """
+    own = [file.stage.few_steps for file in files]
+    if given is None:
+        if wanted[0] != KEEP and own[0] is None:
+            raise UsageError(
+                f"{option('cond_scale')}: say the guidance that becomes part of U-Net 1, e.g. 3; 1 "
+                f"is none. It cannot be chosen any more when pictures are made."
+            )
+        given = 1.0
+    values = given if isinstance(given, list) else [given, *[1.0] * (len(files) - 1)]
+    values = _one_for_each("cond_scale", values, len(files))
+    return [few.cond_scale if few else value for few, value in zip(own, values, strict=True)]
+
+
+def _configuration(
+    teacher: Path,
+    files: "list[InferenceFile]",
+    wanted: list[Any],
+    cond_scale: Any,
+    train_steps: int | None,
+) -> dict[str, Any]:
+    """The teacher's configuration with what makes it a student's."""
+    from imagen_scale.config import load_config
+    from imagen_scale.runs.folders import config_path
+
+    for file, steps in zip(files, wanted, strict=True):
+        if steps != KEEP and file.stage.unet.pred_type == "eps":
+            raise UsageError(_of_noise(teacher, file))
+    config = load_config(config_path(teacher))
+    data: dict[str, Any] = config.model_dump(mode="json")
+    count = [
+        # What is taken over is trained as it was.
+        file.steps if steps == KEEP else train_steps or max(1, round(SHARE * file.steps))
+        for file, steps in zip(files, wanted, strict=True)
+    ]
+    learned = [n for n, steps in zip(count, wanted, strict=True) if steps != KEEP]
+    longest = max(learned, default=1)
+    is_student = any(file.stage.few_steps for file in files)
+    data["distill"] = {
+        "teacher": str(teacher),
+        "steps": [None if steps == KEEP else steps for steps in wanted],
+        "cond_scale": _guidance(files, wanted, cond_scale),
+    }
+    data["training"] |= {
+        "recipe": None,
+        "loss_weight": None,
+        "start_from": None,
+        "steps": count,
+        # A student's teacher was trained at a small rate already.
+        "lr": [stage.lr * (1 if is_student else RATE) for stage in config.stages()],
+        "weight_decay": 0.0,
+        "warmup_steps": None,
+        "lr_schedule": "cosine",
+        "ema_decay": 0.99 if longest <= SHORT else 0.999,
+        "ema_widths": [],
+    }
+    often = max(1, longest // 20)
+    data["logging"] |= {"run_dir": None, "log_every": min(config.logging.log_every, often)}
+    data["imagen"]["only_train_unet_number"] = None
+    return data
+
+
+def _of_noise(teacher: Path, file: "InferenceFile") -> str:
+    """Why a stage that predicts the noise cannot teach, and what to do first."""
+    number, run = file.unet_number, f"{teacher}_v"
+    return (
+        f"U-Net {number} of {teacher} predicts the noise, which says nothing of the picture where "
+        f"a student's first step is taken. Train it on as v first, in a ninth of its steps: "
+        f"imagen-scale train {teacher}/config.json --run {run} --set training.start_from={teacher} "
+        f"--set unets.{number - 1}.pred_type=v --set training.steps={-(-file.steps // 9)}; then "
+        f"distil {run}."
+    )
+
+
+def _check_teachers(config: "Config", folder: Path) -> None:
+    """Refuses here, in one sentence, what every process of the training would refuse."""
+    from imagen_scale.training.teacher import find_teacher
+
+    for number in range(1, len(config.unets) + 1):
+        find_teacher(config, number, folder)

@@ -1,0 +1,131 @@
+"""`imagen-scale distill`: an ordinary run beside its teacher; refusals in one sentence."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from support.environment import without_launcher
+from support.tiny import write_run, write_stage
+
+from imagen_scale.commands.main import main
+from imagen_scale.config import load_config
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
+
+V = ("unets.0.pred_type=v",)
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    """A trained run, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return write(tmp_path / "runs" / "first")
+
+
+def write(run, *changes):
+    for number in (1, 2):
+        write_stage(run, number, overrides=(*V, *changes))
+    return run
+
+
+def distill(*words):
+    return CliRunner().invoke(main, ["distill", *words])
+
+
+def planned(*words):
+    """The configuration and the launcher's words of a dry run."""
+    done = distill(*words, "--dry-run")
+    assert done.exit_code == 0, done.output
+    text, _, line = done.stdout.rstrip().rpartition("\n")
+    return json.loads(text), shlex.split(line)
+
+
+def test_the_new_run_is_the_teachers_with_a_tenth_of_its_training(teacher):
+    data, line = planned("first", "--steps", "4,2", "--cond-scale", "2")
+    assert data["distill"] == {
+        "teacher": "runs/first", "steps": [4, 2], "cond_scale": [2.0, 1.0], "teacher_steps": None
+    }  # fmt: skip
+    own = json.loads((teacher / "config.json").read_text())
+    assert {key for key in own if data[key] != own[key]} <= {"distill", "training", "logging"}
+    training = data["training"]
+    assert (training["steps"], training["lr"]) == ([1, 1], [2.5e-4, 2.5e-4])
+    assert (training["weight_decay"], training["loss_weight"]) == (0, None)
+    assert line[line.index("--config") + 1 :][:3] == [
+        "runs/first_steps4-2.json", "--run", "runs/first_steps4-2"
+    ]  # fmt: skip
+    assert not list(teacher.parent.glob("first_steps*"))  # nothing is written
+
+
+def test_a_stage_may_be_kept_and_everything_said_otherwise(teacher):
+    data, line = planned(
+        "runs/first", "--steps", "4,keep", "--cond-scale", "3", "--to", "quick",
+        "--train-steps", "5", "--set", "training.lr=1e-5", "--set", "distill.teacher_steps=8",
+    )  # fmt: skip
+    assert data["distill"]["steps"] == [4, None] and data["distill"]["teacher_steps"] == 8
+    assert data["training"]["steps"] == [5, 6] and data["training"]["lr"] == 1e-5
+    assert "runs/quick" in line
+
+
+def test_fewer_steps_are_learned_by_the_same_command(teacher):
+    section = {"teacher": str(teacher), "steps": [4, None], "cond_scale": [2, 1]}
+    write(teacher.with_name("first_steps4-keep"), f"distill={json.dumps(section)}")
+    data, line = planned("first_steps4-keep", "--steps", "2,keep")
+    assert data["distill"] == {
+        "teacher": "runs/first_steps4-keep", "steps": [2, None], "cond_scale": [2.0, 1.0],
+        "teacher_steps": None,
+    }  # fmt: skip
+    assert data["training"]["lr"] == [1e-3, 1e-3]
+    assert "runs/first_steps2-keep" in line
+    done = distill("first_steps4-keep", "--steps", "4,keep", "--to", "x", "--dry-run")
+    assert done.exit_code == 2
+    assert (
+        "distill.steps: 4 for U-Net 1, but its teacher runs/first_steps4-keep takes 4 itself"
+        in (done.output)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("first", "--steps", "4"), "--cond-scale: say the guidance that becomes part of U-Net 1"),
+        (("first", "--steps", "4,4,4", "--cond-scale", "2"), "--steps: 3 values for 2 stages"),
+        (("first", "--steps", "4", "--cond-scale", "2,1,1"), "--cond-scale: 3 values for 2 stages"),
+        (("first", "--steps", "17", "--cond-scale", "2"), "'17': give 1 to 16, or keep"),
+        (("first", "--steps", "keep"), "distill.steps: null for every U-Net"),
+        (("fisrt", "--steps", "4"), "Did you mean runs/first?"),
+    ],
+)
+def test_wrong_use_is_one_sentence(words, said, teacher):
+    done = distill(*words)
+    assert done.exit_code == 2 and said in done.output, done.output
+    assert not list(teacher.parent.glob("*.json"))
+
+
+def test_teachers_that_cannot_teach_say_what_to_do(teacher):
+    write_run(teacher.with_name("noise"))
+    done = distill("noise", "--steps", "4", "--cond-scale", "2")
+    assert done.exit_code == 2
+    assert "imagen-scale train runs/noise/config.json --run runs/noise_v" in done.output
+    assert "training.start_from=runs/noise --set unets.0.pred_type=v" in done.output
+    write_stage(teacher, 2, step=3, overrides=V)
+    done = distill("first", "--steps", "4", "--cond-scale", "2")
+    assert done.exit_code == 1 and "U-Net 2 is half-trained (3 of 6 steps)" in done.output
+
+
+@pytest.mark.distributed
+def test_it_trains_under_the_real_launcher(teacher, private_folders):
+    words = ["distill", "first", "--steps", "2,keep", "--cond-scale", "2", "--train-steps", "2",
+             "--set", "distill.teacher_steps=4", "--set", "training.sample_every=null"]  # fmt: skip
+    code = "from imagen_scale.commands.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], env=without_launcher(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = teacher.with_name("first_steps2-keep")
+    assert "written: runs/first_steps2-keep.json" in done.stderr
+    assert load_config(run / "config.json") == load_config(f"{run}.json")
+    file = read_inference(inference_path(run, 1))
+    assert (file.step, file.stage.few_steps.steps, file.stage.few_steps.cond_scale) == (2, 2, 2.0)
+    assert inference_path(run, 2).read_bytes() == inference_path(teacher, 2).read_bytes()
