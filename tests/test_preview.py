@@ -1,12 +1,18 @@
 """What is measured on the pictures drawn while training."""
 
+import json
 import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from support.tiny import TINY, write_stage
 
+from imagen_scale.config import parse_config
+from imagen_scale.data.prepared import prepare
+from imagen_scale.files.pictures import LABEL_HEIGHT, MARGIN
 from imagen_scale.training import preview
 from imagen_scale.training.preview import _drift, show_grid
 
@@ -62,3 +68,16 @@ def test_whatever_a_preview_dies_of_is_said_and_its_memory_given_back(error, mon
     show_grid(tmp_path, stage, 7, None, None, said.append)
     assert said == [f"U-Net 1: no pictures at step 7: {type(error).__name__}: {error}"]
     assert alive[0]() is None
+
+
+def test_an_empty_prompt_draws_the_branch_without_text(tmp_path):
+    """Guidance, which acts between the two branches, does not act on it."""
+    drawn = []
+    for scale in (4, 1):
+        run = tmp_path / str(scale)
+        overrides = ['training.sample_prompts=[""]', f"training.sample_cond_scale={scale}"]
+        write_stage(run, 1, overrides=overrides)
+        config = parse_config(json.dumps(TINY), overrides=overrides)
+        with Image.open(preview.draw_grid(run, 1, 6, prepare(config)).path) as grid:
+            drawn.append(np.asarray(grid)[LABEL_HEIGHT + MARGIN :].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1

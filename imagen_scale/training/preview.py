@@ -14,6 +14,7 @@ from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
@@ -92,7 +93,9 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
         real = real_pictures(prepared, indices, stage.config.size)
         lowres, cond_scale = resize(real, small_size), 1.0
     store = prepared.embeddings
-    text = Text(*pad_embeddings([store[caption] for caption in captions], MAX_TOKENS))
+    # An empty prompt is no text at all, as in sampling.
+    embeds = [store[caption][: 0 if is_blank(caption) else None] for caption in captions]
+    text = Text(*pad_embeddings(embeds, MAX_TOKENS))
     inputs = Inputs(text, [0] * len(captions), lowres)
     images = stage.sample(inputs, _settings(stage.config, cond_scale))
     stage.close()
