@@ -56,7 +56,7 @@ def measure(
     dtype = torch.float32 if is_fp32 else torch.bfloat16
     parked = _Parked()
     with nullcontext() if real else FakeTensorMode():
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             unet = UNet(stage.network)
         hold = parked.hold if offload_activations else nullcontext
         apply_checkpointing(unet, checkpointing, hold=hold).train()
@@ -149,7 +149,8 @@ class _Parked:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, new tensors of floating point numbers are of this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.files.atomic import temporary_path
 from imagen_scale.files.caches import cache_root
 from imagen_scale.planning.activations import Activations, measure, step_flops
+from imagen_scale.planning.teacher import forward_bytes
 
 # Raise it when the U-Net or the way of counting changes.
 FORMAT = 1
@@ -35,6 +37,16 @@ def cached_measure(stage: StageConfig, *, precision: str, **options: Any) -> Act
     width = "fp32" if precision == "fp32" else "bf16"
     found = _cached(stage, options, width, lambda: list(measure(stage, precision=width, **options)))
     return Activations(*found)
+
+
+def cached_teacher(stage: StageConfig, few: FewSteps, *, micro_batch: int, precision: str) -> int:
+    """`teacher.forward_bytes`, looked up."""
+    width = "fp32" if precision == "fp32" else "bf16"
+    options = {"teacher_guided": few.cond_scale != 1, "micro_batch": micro_batch}
+    return _cached(
+        stage, options, width,
+        lambda: forward_bytes(stage, few, micro_batch=micro_batch, precision=width),
+    )  # fmt: skip
 
 
 def cached_flops(stage: StageConfig, **options: Any) -> int:

@@ -44,19 +44,21 @@ class Cost(NamedTuple):
     transfer_micro: int  # and per micro-batch
     exchange: int  # sent to the other ranks per optimizer step and rank
     exchange_micro: int  # and per micro-batch
+    teacher: int = 0  # weights of the stage that few steps are learned from
 
     @property
     def card(self) -> int:
         """Peak on each card."""
         return (
             self.weights + self.gradients + self.optimizer + self.ema + self.activations
-            + self.buckets + self.workspace
+            + self.buckets + self.workspace + self.teacher
         )  # fmt: skip
 
 
 def step_cost(
-    setup: Setup, activations: Activations, *, on_card: bool = True, profiles: int = 0
-) -> Cost:
+    setup: Setup, activations: Activations, *, on_card: bool = True, profiles: int = 0,
+    teacher_forward: int | None = None,
+) -> Cost:  # fmt: skip
     """Bytes of one training step.
 
     Args:
@@ -65,6 +67,8 @@ def step_cost(
         on_card: Whether there is a card; else `card` and `host` are the same memory and no
             context is counted.
         profiles: Averages in host memory beside the EMA: `training.ema_widths`.
+        teacher_forward: Of a student, its teacher's forward pass (`teacher.forward_bytes`); it
+            ends before the student's begins.
     """
     P, W = activations.num_parameters, setup.ranks
     width = 4 if setup.precision == "fp32" else 2
@@ -134,22 +138,24 @@ def step_cost(
     pinned = host - 4 * P * on_host if has_host_masters else 0
     host += setup.ranks * (activations.on_host + process_bytes(on_card=on_card))
     # The update happens when the activations are gone.
-    busy = max(activations.peak + buckets, update)
+    busy = max(activations.peak + buckets, update, teacher_forward or 0)
+    teacher = 0 if teacher_forward is None else width * P  # whole on each rank
     workspace = 0
     if on_card:
-        live_bytes = weights + gradients + optimizer + ema + busy
+        live_bytes = weights + gradients + optimizer + ema + busy + teacher
         workspace = CARD_PROCESS + int(ALLOCATOR_SLACK * live_bytes)
     return Cost(
         weights=weights,
         gradients=gradients,
         optimizer=int(optimizer),
         ema=ema,
-        activations=max(activations.peak, update - buckets),
+        activations=max(activations.peak, update - buckets, (teacher_forward or 0) - buckets),
         buckets=buckets,
         workspace=workspace,
         host=int(host),
         pinned=int(pinned),
         disk=int((master + 4 + 4 + 4 * profiles) * P + moments),  # EMA twice
+        teacher=teacher,
         transfer=transfer,
         transfer_micro=transfer_micro + 2 * activations.on_host,
         **_exchange(setup, width * P * (W - 1) // W),

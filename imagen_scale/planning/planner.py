@@ -3,14 +3,16 @@
 from typing import NamedTuple
 
 from imagen_scale.config import StageConfig
+from imagen_scale.config.distillation import FewSteps
 from imagen_scale.config.section import CheckpointingLevel, OptimizerName
 from imagen_scale.planning.activations import Activations
-from imagen_scale.planning.cache import cached_flops, cached_measure
+from imagen_scale.planning.cache import cached_flops, cached_measure, cached_teacher
 from imagen_scale.planning.choices import Choices, Mode, mode_of
 from imagen_scale.planning.cost import Cost, step_cost
 from imagen_scale.planning.machine import Machine
 from imagen_scale.planning.setup import Setup
 from imagen_scale.planning.speed import step_seconds
+from imagen_scale.planning.teacher import evaluations
 from imagen_scale.planning.traps import traps
 from imagen_scale.planning.words import gb
 
@@ -25,6 +27,10 @@ TIERS: dict[OptimizerName, int] = {
     "adamw_8bit": 1,
     "adamw_bf16": 2,
 }
+
+
+# What of a card's memory a plan can do something about.
+MOVABLE = ("weights", "gradients", "optimizer", "ema", "activations", "buckets")
 
 
 class Candidate(NamedTuple):
@@ -167,8 +173,13 @@ class Planner:
         cost = step_cost(
             setup, activations, on_card=self.machine.card is not None,
             profiles=len(self.stage.training.ema_widths),
+            teacher_forward=teacher_forward(self.stage, setup),
         )  # fmt: skip
         flops = cached_flops(self.stage, checkpointing=checkpointing)
+        if (few := self.stage.few_steps) is not None:
+            # Of a training pass without recomputation the forward one is a third.
+            plain = cached_flops(self.stage, checkpointing=("none",) * self.choices.levels)
+            flops += evaluations(few) * plain // 3
         seconds = step_seconds(setup, cost, activations, flops, link=self.machine.link)
         return Candidate(setup, cost, activations, seconds, flops)
 
@@ -205,10 +216,7 @@ class Planner:
         is_card = self.machine.card is not None and self.card_bytes(cost) > self.machine.card
         if is_card:
             assert self.machine.card is not None
-            terms = {
-                name: getattr(cost, name)
-                for name in ("weights", "gradients", "optimizer", "ema", "activations", "buckets")
-            }
+            terms = {name: getattr(cost, name) for name in (*MOVABLE, "teacher")}
             worst = max(terms, key=lambda name: terms[name])
             return (
                 f"the card: {gb(self.card_bytes(cost))} needed, {gb(self.machine.card)} there; "
@@ -216,3 +224,19 @@ class Planner:
             )
         needed = self.host_bytes(cost)
         return f"host memory: {gb(needed)} needed, {gb(self.machine.ram)} there"
+
+
+def teacher_forward(stage: StageConfig, setup: Setup) -> int | None:
+    """Bytes of the teacher's forward pass; None for a stage that has none."""
+    few = stage.few_steps
+    if few is None:
+        return None
+    if setup.micro_batch in MEASURED_BATCHES:
+        return _teacher_at(stage, few, setup, setup.micro_batch)
+    small, large = MEASURED_BATCHES
+    low, high = (_teacher_at(stage, few, setup, batch) for batch in MEASURED_BATCHES)
+    return int(low + (high - low) * (setup.micro_batch - small) / (large - small))
+
+
+def _teacher_at(stage: StageConfig, few: FewSteps, setup: Setup, batch: int) -> int:
+    return cached_teacher(stage, few, micro_batch=batch, precision=setup.precision)

@@ -104,7 +104,8 @@ def print_plan(
         [f"{c.setup.micro_batch} x {c.setup.accumulation}" for c in choices],
         end_section=True,
     )
-    for term in TERMS:
+    has_teacher = any(c.cost.teacher for c in choices)
+    for term in (*TERMS[:-1], "teacher", TERMS[-1]) if has_teacher else TERMS:
         row(term, [_number(getattr(c.cost, term)) for c in choices])
     cards = [int(c.cost.card * ratio) for c in choices]
     hosts = [

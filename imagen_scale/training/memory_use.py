@@ -12,6 +12,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.planning.cache import cached_measure
 from imagen_scale.planning.cost import process_bytes, step_cost
 from imagen_scale.planning.machine import keep_calibration, this_machine
+from imagen_scale.planning.planner import teacher_forward
 from imagen_scale.planning.setup import Setup
 from imagen_scale.planning.words import gb
 
@@ -100,7 +101,10 @@ def check_plan(stage: StageConfig, setup: Setup, baseline: int, say: Callable[[s
         offload_activations=setup.offload_activations,
     )
     on_card = torch.cuda.is_available()
-    cost = step_cost(setup, activations, on_card=on_card, profiles=len(stage.training.ema_widths))
+    cost = step_cost(
+        setup, activations, on_card=on_card, profiles=len(stage.training.ema_widths),
+        teacher_forward=teacher_forward(stage, setup),
+    )  # fmt: skip
     host = cost.host / setup.ranks - process_bytes(on_card=on_card)
     measured_host = peak_host_bytes() - baseline
     where = f"plan check, {stage.name}"

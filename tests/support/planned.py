@@ -36,7 +36,7 @@ def tiny(*overrides):
     return parse_config(json.dumps(TINY), overrides=("imagen.image_sizes=[16,32]", *overrides))
 
 
-def cost_of(**changes):
+def cost_of(teacher_forward=None, **changes):
     activations = Activations(1000, 10, 300, 500, 900, 0)
     base = {
         "ranks": 1, "micro_batch": 2, "accumulation": 1, "precision": "bf16",
@@ -44,7 +44,8 @@ def cost_of(**changes):
         "in_backward": False, "ema_offload": False,
         "zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 100},
     }  # fmt: skip
-    return step_cost(Setup(**base | changes), activations, on_card=False)
+    setup = Setup(**base | changes)
+    return step_cost(setup, activations, on_card=False, teacher_forward=teacher_forward)
 
 
 def recorded() -> dict[str, object]:
