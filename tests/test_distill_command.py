@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from support import ROOT
 from support.environment import without_launcher
 from support.tiny import write_run, write_stage
 
@@ -113,6 +114,19 @@ def test_teachers_that_cannot_teach_say_what_to_do(teacher):
     write_stage(teacher, 2, step=3, overrides=V)
     done = distill("first", "--steps", "4", "--cond-scale", "2")
     assert done.exit_code == 1 and "U-Net 2 is half-trained (3 of 6 steps)" in done.output
+
+
+def test_make_demo_fast_gives_commands_that_can_be_called():
+    done = subprocess.run(["make", "--dry-run", "demo-fast", "VENV=venv", "PYTHON=python3"],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    lines = [shlex.split(line)[1:] for line in done.stdout.splitlines()
+             if line.startswith("venv/bin/imagen-scale")]  # fmt: skip
+    fast = [
+        words for words in lines if "demo_steps4-keep" in " ".join(words) or words[0] == "distill"
+    ]
+    assert [words[0] for words in fast] == ["distill", "sample", "evaluate"]
+    for name, *words in fast:
+        main.commands[name].make_context(name, words)
 
 
 @pytest.mark.distributed
