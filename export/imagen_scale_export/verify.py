@@ -2,8 +2,9 @@
 
 Single evaluations at three noise levels and two batch sizes, each image with its own guidance
 scale, and with free sides at another one; then a sampling loop of 20 steps from the same noise,
-with the sampler and the times that sampling takes by default, for as many images as the graph
-takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16 eight.
+in fp32 with the sampler and the times that sampling takes by default, for as many images as the
+graph takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16
+eight.
 """
 
 import math

@@ -78,7 +78,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)
+        if error.errno is not None:  # else it names itself, and a name would hide that
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
