@@ -160,11 +160,11 @@ def test_average_steps_and_shards_need_no_deepspeed(tmp_path):
 
     engine, ema, stepper = build()
     train(engine, ema, stepper, (1, 2))
-    save_shard(engine, ema, "adamw", tmp_path / "rank_0000.safetensors")
+    save_shard(engine, [ema], "adamw", tmp_path / "rank_0000.safetensors")
     expected = train(engine, ema, stepper, (3,))
     buffers = {name: value.clone() for name, value in engine.module.named_buffers()}
     again, average, stepper = build()
-    load_shards(again, average, "adamw", tmp_path)
+    load_shards(again, [average], "adamw", tmp_path)
     again.publish()
     found = train(again, average, stepper, (3,))
     trained = [name for name in expected if name not in buffers]  # U-Nets have no buffers

@@ -102,8 +102,8 @@ import resource, runpy, sys
 import torch, deepspeed  # their libraries take address space of their own
 from imagen_scale.training.session import Session
 build = Session.__init__
-def limited(self, *arguments):
-    build(self, *arguments)
+def limited(self, *arguments, **named):
+    build(self, *arguments, **named)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
 Session.__init__ = limited

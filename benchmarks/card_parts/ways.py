@@ -21,7 +21,7 @@ from card_parts.timing import without_tf32
 from imagen_scale.config import StageConfig
 from imagen_scale.config.section import OptimizerName, TrainingPrecision
 from imagen_scale.errors import ConfigError
-from imagen_scale.planning.setup import Setup, written_setup
+from imagen_scale.planning.setup import WHOLE_MATRICES, Setup, written_setup
 from imagen_scale.training.building import build_unet
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.optimizers import make_optimizer
@@ -141,7 +141,7 @@ def measure(way: list[str], *, rehearse: bool) -> dict[str, Any]:
     chosen = Way(*way)
     _check_card(chosen)
     stage = chosen.stage(rehearse=rehearse)
-    optimizer = chosen.optimizer if chosen.optimizer == "adafactor" else "adamw"
+    optimizer = chosen.optimizer if chosen.optimizer in WHOLE_MATRICES else "adamw"
     reference = reference_of(optimizer, chosen.where == IN_BACKWARD, rehearse)
     with session_of(stage, setup_of(stage)) as session:
         take_noise_from_cpu(session.objective)
