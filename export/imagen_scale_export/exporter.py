@@ -11,7 +11,7 @@ from imagen_scale.errors import ExportError, MissingExtraError, ParityError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.options import SamplingOptions, StageSettings
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes import built_here
 from imagen_scale.sampling.runtimes.executors import Backend, graph_name
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, export_folder, open_export
@@ -255,7 +255,8 @@ def _verify(
     batches = (1, 2) if profile is None else (profile.batch[0], profile.batch[2])
     divisor = unet.config.size_divisor
     half = max(divisor, constants.image_size // 2 // divisor * divisor)
-    settings = _loop_settings(file, options)
+    stages = file.config.stages(file.text_embed_dim)
+    settings = SamplingOptions().for_stages(stages)[file.unet_number - 1]
     runtime = ExportedRuntime(file, backend, unet, profile=None, dynamic_size=options.dynamic_size)
     try:
         return verify(
@@ -267,18 +268,6 @@ def _verify(
         )  # fmt: skip
     finally:
         runtime.close()
-
-
-def _loop_settings(file: InferenceFile, options: ExportOptions) -> StageSettings:
-    """How the loop of the check samples: in fp32 as sampling does by default.
-
-    In half precision the second order's extrapolation and its large first steps multiply what is
-    rounded at high noise by more than a limit could tell from a fault: there DDIM compares.
-    """
-    stages = file.config.stages(file.text_embed_dim)
-    if options.precision == "fp32" or file.stage.few_steps is not None:
-        return SamplingOptions().for_stages(stages)[file.unet_number - 1]
-    return StageSettings(sampler="ddim", spacing="linear")
 
 
 def _backend(

@@ -2,9 +2,8 @@
 
 Single evaluations at three noise levels and two batch sizes, each image with its own guidance
 scale, and with free sides at another one; then a sampling loop of 20 steps from the same noise,
-in fp32 with the sampler and the times that sampling takes by default, for as many images as the
-graph takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16
-eight.
+with the sampler and the times that sampling takes by default, for as many images as the graph
+takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16 eight.
 """
 
 import math
@@ -127,7 +126,7 @@ def _single_steps(
         for time in (last // 10, last // 2, last):
             inputs = example_inputs(ports, batch=batch, size=side, seed=time)
             text = texts(batch, seed=time)
-            cond = unet.condition_text(text.embeds, text.mask)
+            cond = unet.condition_text(*text, text.is_kept)
             inputs |= {"text_tokens": cond.tokens, "text_hidden": cond.hidden}
             inputs["t"] = torch.full((batch,), float(time))
             inputs["cond_scale"] = torch.linspace(5, 0, batch)
@@ -182,7 +181,7 @@ def _loop(
         base = lowres_img if constants.lowres_residual else None
     text = texts(batch, seed=1)
     cond = Conditioning(text, scale, lowres_img, lowres_t, base=base)
-    text_cond = unet.condition_text(text.embeds, text.mask)
+    text_cond = unet.condition_text(*text, text.is_kept)
 
     def reference(x_t: Tensor, t: Tensor) -> Tensor:
         with_text = unet.denoise(x_t, t, text_cond, lowres_img, lowres_t)
