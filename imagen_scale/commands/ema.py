@@ -66,7 +66,7 @@ def ema(
 
         with Progress() as progress:
             found = measure_averages(
-                run_dir, unet, None, num=num, features=features,
+                run_dir, unet, num=num, features=features,
                 options=SamplingOptions.make(steps=steps, cond_scale=cond_scale),
                 progress=progress, say=say,
             )  # fmt: skip

@@ -73,6 +73,11 @@ class Evaluation(NamedTuple):
     cut_captions: int = 0  # that are longer than a U-Net's `max_text_len`
 
 
+def pictures_together(size: int) -> int:
+    """Pictures of a side in pixels that are made and held at a time."""
+    return max(1, min(GROUP, PIXELS_HELD // size**2))
+
+
 class Known:
     """Small copies of the pictures that were trained on, to find those that are drawn again.
 
@@ -207,7 +212,7 @@ def evaluate(
     known = Known(prepared, train, indices, configs[0].size)
     tallies = [_StageTally(configs[0].size, extractor, clip, known) for _ in configs]
     cut = 0
-    together = max(1, min(GROUP, PIXELS_HELD // configs[-1].size ** 2))
+    together = pictures_together(configs[-1].size)
     for start in range(0, len(indices), together):
         group = indices[start : start + together]
         captions = [prepared.source.captions[i] for i in group]

@@ -62,12 +62,12 @@ def _rows(result: Evaluation) -> list[tuple[str, str, list[str]]]:
         row(
             "distance to the nearest training picture, of 255",
             "",
-            lambda stage: _number(_times_255(stage.nearest_train), ".1f"),
+            lambda stage: _number(_times(stage.nearest_train, 255), ".1f"),
         ),
         row(
             "  of the real pictures",
             "",
-            lambda stage: _number(_times_255(stage.real_nearest_train), ".1f"),
+            lambda stage: _number(_times(stage.real_nearest_train, 255), ".1f"),
         ),
         row("keeps to its low-resolution input, dB", "higher", _consistency),
         row("restores real pictures, PSNR in dB", "higher", lambda stage: _restored(stage, 0)),
@@ -75,7 +75,7 @@ def _rows(result: Evaluation) -> list[tuple[str, str, list[str]]]:
         row("restores real pictures, SSIM", "higher", lambda stage: _restored(stage, 2)),
         row("  bicubic", "", lambda stage: _restored(stage, 3)),
         row("FID", "lower", lambda stage: _number(stage.fid, ".2f")),
-        row("KID x 1000", "lower", lambda stage: _number(_thousandfold(stage.kid), ".2f")),
+        row("KID x 1000", "lower", lambda stage: _number(_times(stage.kid, 1000), ".2f")),
         row("CLIP score", "higher", lambda stage: _number(stage.clip_score, ".2f")),
         row("  of the real pictures", "", lambda stage: _number(stage.real_clip_score, ".2f")),
     ]
@@ -90,12 +90,8 @@ def _restored(stage: StageMeasures, field: int) -> str:
     return _number(value, ".2f" if field < 2 else ".4f")
 
 
-def _thousandfold(value: float | None) -> float | None:
-    return None if value is None else 1000 * value
-
-
-def _times_255(value: float | None) -> float | None:
-    return None if value is None else 255 * value
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
 
 
 def _number(value: float | None, form: str) -> str:

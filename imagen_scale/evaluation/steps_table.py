@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from imagen_scale.data.prepared import Prepared, prepare, real_pictures
+from imagen_scale.data.prepared import prepare
 from imagen_scale.data.storage import Progress
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.diffusion.sampler import num_evaluations
-from imagen_scale.evaluation.measurement import PIXELS_HELD
+from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
+from imagen_scale.evaluation.real_inputs import real_inputs
 from imagen_scale.evaluation.run import Split, choose_pictures
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.runs.folders import steps_table_path
@@ -26,10 +29,9 @@ from imagen_scale.sampling.prompts import encode
 from imagen_scale.sampling.runtimes.contract import Say, Text
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Stage
-from imagen_scale.sampling.stages import GROUP, TrainedStages
+from imagen_scale.sampling.stages import TrainedStages
 
 STEPS = (25, 8, 4, 2, 1)
-MAX_DB = 100.0  # counted for pictures that are equal
 
 
 class Row(NamedTuple):
@@ -141,11 +143,13 @@ def tabulate(
     for entry, file in enumerate(cascade.files):
         ways = list(_ways(file, entry, len(cascade.files), steps, options))
         tallies = [_Tally() for _ in ways]
-        at_once = max(1, min(GROUP, PIXELS_HELD // file.stage.size**2))
+        at_once = pictures_together(file.stage.size)
         for start in range(0, len(indices), at_once):
             progress(f"U-Net {file.unet_number}", start, len(indices))
             group = indices[start : start + at_once]
-            inputs, real = _inputs(file, prepared, group, text, start, options.seed)
+            part = slice(start, start + len(group))
+            of_group = Text(text.embeds[part], text.mask[part])
+            inputs, real = real_inputs(prepared, group, file.stage, of_group, options.seed + start)
             first = None
             for way, images in _made(ways, inputs, cascade):
                 first = images if first is None else first
@@ -196,31 +200,16 @@ def _ways(
     yield _Way("student", file, SamplingOptions().for_stages([file.stage])[0])
 
 
-def _inputs(
-    file: InferenceFile, prepared: Prepared, group: list[int], text: Text, start: int, seed: int
-) -> tuple[Inputs, Tensor]:
-    """What a stage makes pictures from, and the real ones."""
-    part = slice(start, start + len(group))
-    real = real_pictures(prepared, group, file.stage.size)
-    small = file.stage.small_size
-    seeds = [seed + start + i for i in range(len(group))]
-    lowres = None if small is None else resize(real, small)
-    return Inputs(Text(text.embeds[part], text.mask[part]), seeds, lowres), real
-
-
 def _made(
     ways: Sequence[_Way], inputs: Inputs, cascade: TrainedStages
 ) -> Iterator[tuple[int, Tensor]]:
     """Number and pictures of each way, one network in memory at a time."""
-    stage: Stage | None = None
-    for i, way in enumerate(ways):
-        if stage is None or stage.file.path != way.file.path:
-            if stage is not None:
-                stage.close()
-            stage = Stage(way.file, cascade.device, cascade.runtime, say=cascade.say)
-        yield i, stage.sample(inputs, way.settings)
-    if stage is not None:
-        stage.close()
+    for _, of_file in groupby(enumerate(ways), lambda numbered: numbered[1].file.path):
+        numbered = list(of_file)
+        file = numbered[0][1].file
+        with closing(Stage(file, cascade.device, cascade.runtime, say=cascade.say)) as stage:
+            for i, way in numbered:
+                yield i, stage.sample(inputs, way.settings)
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:

@@ -21,16 +21,16 @@ def has_bf16(device: "torch.device | int | None" = None) -> bool:
 
 
 @contextmanager
-def float32_whole() -> Iterator[None]:
-    """Computes float32 in float32: torch's convolutions on cards round inputs to 10 bits (TF32).
+def tf32(is_allowed: bool) -> Iterator[None]:
+    """Whether cards round the inputs of float32 products and convolutions to 10 bits (TF32).
 
-    A step of a sampler rounds so little that one picture hides it; a loop of steps adds it up.
+    By itself torch does so in convolutions. One step of a sampler hides it; a loop adds it up.
     """
     import torch
 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_tf32 = cudnn.allow_tf32 = is_allowed
     try:
         yield
     finally:

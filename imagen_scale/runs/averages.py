@@ -1,7 +1,7 @@
 """Averages of the weights that are made, after training, of those it saved."""
 
-import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imagen_scale.diffusion.ema_profiles import Mixture, Profile, mixture
 from imagen_scale.errors import UsageError, option
+from imagen_scale.files.atomic import write_atomically
 from imagen_scale.runs.folders import inference_path, snapshot_paths, trained_path
 from imagen_scale.runs.inference import InferenceFile, read_inference, stream_inference
 
@@ -87,8 +88,7 @@ def install(run: Path, unet_number: int, width: float) -> None:
     made = kept.with_name("made.safetensors")
     write_average(snapshots, width, made)
     if snapshots.trained.path == used:
-        os.link(used, made.with_name("trained.link"))
-        made.with_name("trained.link").replace(kept)
+        write_atomically(kept, lambda temporary: shutil.copyfile(used, temporary))
     made.replace(used)
 
 

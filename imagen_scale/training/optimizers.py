@@ -39,9 +39,6 @@ def make_optimizer(
         MissingExtraError: If bitsandbytes is needed and not installed.
     """
     named, options = list(named), adamw_options(stage)
-    groups = parameter_groups(named, stage)
-    if setup.optimizer == "adafactor":
-        return MatrixAdafactor(groups, lr=stage.lr, weight_decay=stage.training.weight_decay)
     if setup.optimizer == "muon":
         hidden: list[Parameter] = []
         others: list[tuple[str, Parameter]] = []
@@ -51,6 +48,9 @@ def make_optimizer(
             else:
                 others.append((name, parameter))
         return Muon(hidden, parameter_groups(others, stage), options)
+    groups = parameter_groups(named, stage)
+    if setup.optimizer == "adafactor":
+        return MatrixAdafactor(groups, lr=stage.lr, weight_decay=stage.training.weight_decay)
     if setup.optimizer == "adamw_8bit":
         return _adamw_8bit(groups, options)
     return torch.optim.AdamW(groups, fused=True, **options)

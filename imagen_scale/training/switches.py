@@ -9,6 +9,7 @@ import torch
 import torch.utils.deterministic
 
 from imagen_scale.config.sections import TrainingConfig
+from imagen_scale.models.card import tf32
 
 
 def prepare_determinism(training: TrainingConfig) -> None:
@@ -25,23 +26,23 @@ def switched(training: TrainingConfig) -> Iterator[None]:
         training: `tf32`, `cudnn_benchmark` and `deterministic`; what acts on the network itself,
             `compile` and `channels_last`, is done where it is built.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    before = cudnn.benchmark, cudnn.deterministic
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = memory.fill_uninitialized_memory
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = training.tf32
         cudnn.benchmark = training.cudnn_benchmark
         if training.deterministic:
             cudnn.deterministic = True
             torch.use_deterministic_algorithms(True, warn_only=False)
             # Nothing here reads what it has not written, so NaN need not be written there first.
             memory.fill_uninitialized_memory = False
-        yield
+        with tf32(training.tf32):
+            yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+        cudnn.benchmark, cudnn.deterministic = before
         if training.deterministic:
             torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
             memory.fill_uninitialized_memory = fills

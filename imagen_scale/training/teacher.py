@@ -1,5 +1,6 @@
 """The teacher of a stage that learns to take few steps: found, checked, and beside the student."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,8 +99,7 @@ def take_over(origin: Origin, run_dir: Path, say: Say) -> None:
     """Copies the file of a stage that is not distilled into the run, unless it is there."""
     file = origin.file
     path = inference_path(run_dir, file.unet_number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_bytes(file.path.read_bytes()))
+    write_atomically(path, lambda temporary: shutil.copyfile(file.path, temporary))
     say(f"{file.stage.name}: taken over from {file.path.parents[1]} as it is (step {file.step})")
 
 

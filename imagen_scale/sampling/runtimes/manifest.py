@@ -320,15 +320,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 f"{path}: its content changed since it was exported. Export again with --force."
             )
     check_graphs(folder, manifest)
-    for graph in (*(graph for graph, _ in pairs), CONDITIONER):
-        if foreign := sorted(data_files(folder / graph) - set(manifest.files)):
-            raise _damaged(
-                folder / graph, f"it takes weights from {foreign[0]!r}, which is not of this export"
-            )
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Checks that the manifest says of the graphs what they are.
+    """Checks that the manifest says of the graphs what they are, and that it lists their weights.
 
     Raises:
         ExportError: Naming what differs.
@@ -341,6 +336,10 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         if name == DENOISER and True not in manifest.sampler.graphs:
             continue
         found = describe(folder / name)
+        if foreign := sorted(found.data_files - set(manifest.files)):
+            raise _damaged(
+                folder / name, f"it takes weights from {foreign[0]!r}, which is not of this export"
+            )
         for what, ours, theirs in (
             ("inputs", found.inputs, meant.inputs),
             ("outputs", found.outputs, meant.outputs),

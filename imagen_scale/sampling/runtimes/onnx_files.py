@@ -1,5 +1,6 @@
 """What an ONNX file says of itself, read without its weights."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,15 @@ class Description(NamedTuple):
     inputs: list[PortOfFile]
     outputs: list[PortOfFile]
     precision: str | None  # of most of its weights: "fp32", "fp16" or "bf16"
+    data_files: set[str]  # that it takes weights from, as it writes their names
 
 
 def describe(path: Path) -> Description:
     """Reads an ONNX file."""
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
 
     def ports(values: Any) -> list[PortOfFile]:
         found = []
@@ -41,23 +44,23 @@ def describe(path: Path) -> Description:
 
     kinds: Counter[str] = Counter()
     for tensor in graph.initializer:
-        size = 1
-        for side in tensor.dims:
-            size *= side
-        kinds[onnx.TensorProto.DataType.Name(tensor.data_type)] += size
+        kinds[onnx.TensorProto.DataType.Name(tensor.data_type)] += math.prod(tensor.dims)
     floats = [kind for kind, _ in kinds.most_common() if kind in _FLOATS]
     precision = _FLOATS[floats[0]] if floats else None
-    return Description(ports(graph.input), ports(graph.output), precision)
+    return Description(ports(graph.input), ports(graph.output), precision, _data_files(model))
 
 
 def data_files(path: Path) -> set[str]:
     """Names of the files that an ONNX file takes its weights from, as it writes them."""
-    import onnx
+    return describe(path).data_files
+
+
+def _data_files(model: Any) -> set[str]:
     from onnx.external_data_helper import (
         ExternalDataInfo,
         _get_all_tensors,  # those inside nodes and subgraphs as well
         uses_external_data,
     )
 
-    tensors = _get_all_tensors(onnx.load(path, load_external_data=False))
+    tensors = _get_all_tensors(model)
     return {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.guidance import branches, guide
-from imagen_scale.models.card import float32_whole, has_bf16
+from imagen_scale.models.card import has_bf16, tf32
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
@@ -109,7 +109,7 @@ class UNetDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
         pred_type = self.runtime.unet.config.pred_type
-        with float32_whole() if self.runtime.precision == "fp32" else nullcontext():
+        with tf32(False) if self.runtime.precision == "fp32" else nullcontext():
             prediction = self._predict(x_t, t)
         x_0 = self.runtime.schedule.predicted_x_0(pred_type, x_t, t, prediction)
         return self.cond.completed(x_0)
