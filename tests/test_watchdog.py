@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from support import watched
 from support.environment import rank_variables, reserved_port
 from support.forker import fork
 from support.tiny import TINY
+from torch.distributed import HashStore
 
-from imagen_scale.training import beats
+from imagen_scale.training import beats, circle
 from imagen_scale.training.beats import Beat, Seen, faults
+from imagen_scale.training.circle import this_process
 from imagen_scale.training.watchdog import Watchdog
 
 LIMIT = 120.0
@@ -185,6 +188,30 @@ def test_phases_nest_and_an_exception_leaves_the_phase_it_came_from():
     assert (watchdog._phase, watchdog._is_leaving) == ("saving", True)
     with watchdog.phase("building"):
         assert not watchdog._is_leaving
+
+
+class SlowStore:
+    """Takes a while for every word."""
+
+    def __init__(self, delay):
+        self.delay, self.store = delay, HashStore()
+
+    def __getattr__(self, name):
+        time.sleep(self.delay)
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize(("delay", "is_given_up"), [(0.2, False), (3.0, True)])
+def test_a_store_is_given_up_when_it_is_silent_not_when_it_is_slow(delay, is_given_up, monkeypatch):
+    """Else a rank on a busy machine says itself what another one is about to say."""
+    monkeypatch.setattr(circle, "BEAT_S", 0.05)
+    left = this_process()._replace(state="failed")
+    may_speak = time.monotonic() + 1.5
+    slow = circle.Circle(HashStore(), lambda: left, lambda: time.monotonic() > may_speak)
+    slow._store = SlowStore(delay)
+    slow.start()
+    slow.leave(patience=0.8, limit=10.0)
+    assert slow._thread.is_alive() == is_given_up
 
 
 # The real thing.

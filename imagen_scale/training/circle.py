@@ -49,14 +49,20 @@ class Circle:
         self._machine = pid_namespace()
         self._thread.start()
 
-    def leave(self, patience: float) -> None:
+    def leave(self, patience: float, limit: float) -> None:
         """Tells the others at once how this rank leaves, as its beat now says.
 
         Args:
-            patience: Seconds that it may take. Rank 0 keeps the store until the others have left.
+            patience: Seconds in which the store may be silent: on a busy machine all takes longer,
+                and a rank that gave up on one that answers would say what another one says too.
+            limit: Seconds in all. Rank 0 keeps the store until the others have left.
         """
         self._wake.set()
-        self._thread.join(patience)
+        left = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() < left + limit:
+            self._thread.join(BEAT_S / 10)
+            if time.monotonic() > max(left, self.answered) + patience:
+                return
 
     def is_gone(self, beat: Beat) -> bool:
         """Whether its process is one of this machine's and has ended."""

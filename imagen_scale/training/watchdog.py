@@ -236,7 +236,7 @@ class Watchdog:
         self._is_over.set()
         self._ended_at, self._reason = time.monotonic(), reason
         self._state = state
-        self._circle.leave(LINGER_S if rank() == 0 else GRACE_S)
+        self._circle.leave(LINGER_S if rank() == 0 else GRACE_S, LINGER_S)
 
 
 def _reason(error: BaseException) -> str:
