@@ -66,11 +66,14 @@ def _known(unet_class: Any, stage: StageConfig) -> dict[str, Any]:
 
 
 def train(imagen: Any, config: Config, stage: StageConfig, prepared: Prepared) -> float:
-    """Trains one U-Net on the pictures that our trainer would see; seconds of it."""
+    """Trains one U-Net on the pictures that our trainer would see.
+
+    Returns:
+        Processor seconds of this process until now.
+    """
     imagen._get_unet(stage.number)
     unet = imagen.unets[stage.number - 1].train()
     optimizer = torch.optim.Adam(unet.parameters(), lr=LR)
-    start = time.monotonic()
     for batch in batches(
         split_samples(config, stage, prepared).train, start_step=0, steps=stage.steps,
         global_batch=stage.global_batch, micro_batch=stage.global_batch, rank=0, world_size=1,
@@ -86,7 +89,7 @@ def train(imagen: Any, config: Config, stage: StageConfig, prepared: Prepared) -
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP)
         optimizer.step()
-    return time.monotonic() - start
+    return time.process_time()
 
 
 if __name__ == "__main__":

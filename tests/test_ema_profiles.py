@@ -15,8 +15,15 @@ from imagen_scale.diffusion import ema_profiles
 from imagen_scale.diffusion.ema_profiles import Profile, gamma_of, mixture, weights_of_steps
 from imagen_scale.errors import UsageError
 from imagen_scale.runs import averages
-from imagen_scale.runs.folders import inference_path, snapshot_path, trained_path
+from imagen_scale.runs.folders import (
+    best_path,
+    best_record_path,
+    inference_path,
+    snapshot_path,
+    trained_path,
+)
 from imagen_scale.runs.inference import read_inference, save_inference
+from imagen_scale.training.best import keep_if_best
 from imagen_scale.training.ema import PowerEma
 
 STEPS = 64
@@ -148,3 +155,49 @@ def test_the_command_measures_and_picks(run):
     assert "samples from training's own average" in told("--restore")
     done = CliRunner().invoke(main, ["ema", str(run), "--pick", "--restore"])
     assert done.exit_code == 2 and "give one of them" in done.output
+
+
+def test_the_best_validation_is_sampled_from_and_the_trained_one_again(run):
+    def told(*words, code=0):
+        done = CliRunner().invoke(main, ["ema", str(run), *words])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    assert "of U-Net 1 no best validation was kept. Train with" in told("--best", code=2)
+    file = read_inference(inference_path(run, 1))
+    before = load_file(file.path)
+    best = {name: value + 1 for name, value in before.items()}
+    save_inference(file._replace(path=best_path(run, 1), step=8), best)
+    record = {"measure": "val_loss", "value": 0.25, "step": 8}
+    best_record_path(run, 1).write_text(json.dumps(record))
+    assert "of step 8, where val_loss was least (0.25); --restore undoes it" in told("--best")
+    file = read_inference(inference_path(run, 1))
+    assert file.is_finished and file.average == "step 8, where val_loss was least"
+    assert all(torch.equal(value, best[name]) for name, value in load_file(file.path).items())
+    told("--restore")
+    after = load_file(inference_path(run, 1))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_is_best_is_kept_across_validations_and_training_again(tmp_path, process_group):
+    """Also where it goes on from before: what was measured then comes again."""
+    saved = []
+
+    def save_average(ema, path, step, what):
+        saved.append(step)
+        return step != 5  # the disk is full at step 5
+
+    saver = SimpleNamespace(run_dir=tmp_path, save_average=save_average)
+    training = SimpleNamespace(keep_best="val_loss")
+    stage = SimpleNamespace(number=1, training=training)
+    best_record_path(tmp_path, 1).parent.mkdir(parents=True)
+    losses = [(1, 0.5), (2, 0.7), (3, math.nan), (4, 0.4), (3, 0.6), (4, 0.4), (5, 0.3), (6, 0.35)]
+    for step, loss in losses:
+        session = SimpleNamespace(stage=stage, step=step, ema=None)
+        keep_if_best(session, saver, {"val_loss": loss})
+    assert saved == [1, 4, 5, 6]
+    kept = json.loads(best_record_path(tmp_path, 1).read_text())
+    assert kept == {"measure": "val_loss", "value": 0.35, "step": 6}
+    training.keep_best = "val_x_0_error"  # another measure begins anew
+    keep_if_best(SimpleNamespace(stage=stage, step=7, ema=None), saver, {"val_x_0_error": 9.0})
+    assert saved[-1] == 7

@@ -286,7 +286,7 @@ def test_pictures_drawn_again_are_found(run):
 def test_command_writes_and_prints_every_measure(run, models):
     clip, vit = models
     done = cli("evaluate", "--run", run, "--steps", 2, "--features", vit, "--clip", clip,
-               "--seed", 3, "--allow-unfinished")  # fmt: skip
+               "--seed", 3, "--seeds", 2, "--allow-unfinished")  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads((run / "evaluation.json").read_text())
     config = parse_config((run / "config.json").read_text())
@@ -306,9 +306,11 @@ def test_command_writes_and_prints_every_measure(run, models):
             assert isinstance(stage[name], float), name
     base, large = report["stages"]
     assert base["restoration"] is None and base["lowres_consistency_db"] is None
+    assert base["diversity"]["seeds"] == 2 and base["diversity"]["same_caption"] > 0
+    assert large["diversity"] is None
     assert set(large["restoration"]) == {"psnr_db", "bicubic_psnr_db", "ssim", "bicubic_ssim"}
     for row in ("retrieval (chance", "colour drift", "low-resolution input", "SSIM", "FID", "KID",
-                "CLIP score", "held-out pictures"):  # fmt: skip
+                "CLIP score", "held-out pictures", "difference between seeds"):  # fmt: skip
         assert row in done.output, row
 
 

@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 from support.runs import losses
 
 from imagen_scale.runs.checkpoint import list_checkpoints
-from imagen_scale.runs.folders import snapshot_path, snapshot_paths
+from imagen_scale.runs.folders import (
+    best_path,
+    best_record_path,
+    snapshot_path,
+    snapshot_paths,
+)
 from imagen_scale.runs.inference import read_inference
 
 pytestmark = pytest.mark.distributed
@@ -33,6 +38,7 @@ def config(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("config") / "tiny.json"
     data, training = TINY["data"] | {"val_fraction": 0.2}, TINY["training"] | {"val_x0": True}
+    training["keep_best"] = "val_loss"
     path.write_text(json.dumps(TINY | {"data": data, "training": training}))
     return path
 
@@ -73,6 +79,10 @@ def test_a_run_leaves_everything(reference):
     validations = [row for row in map(json.loads, lines) if "val_loss" in row]
     assert [row["step"] for row in validations] == [3, 6]
     assert all(row["val_x_0_error"] > 0 for row in validations)
+    best = min(validations, key=lambda row: row["val_loss"])
+    kept = json.loads(best_record_path(run, 1).read_text())
+    assert kept == {"measure": "val_loss", "value": best["val_loss"], "step": best["step"]}
+    assert read_inference(best_path(run, 1)).step == best["step"]
     for row in map(json.loads, lines):
         if "loss" in row:
             quarters = [value for name, value in row.items() if name.startswith("loss_quarter_")]

@@ -18,6 +18,8 @@ from imagen_scale.errors import UsageError
 @click.option("--width", type=click.FloatRange(min=0, min_open=True, max=0.25),
               help="Sample from the average of this share of the training.")  # fmt: skip
 @click.option("--pick", is_flag=True, help="Measure several widths and sample from the best.")
+@click.option("--best", "take_best", is_flag=True,
+              help="Sample from the best validation, which training.keep_best kept.")  # fmt: skip
 @click.option("--restore", is_flag=True, help="Sample from training's own average again.")
 @click.option("--num", type=click.IntRange(min=2), default=256, show_default=True,
               help="Pictures measured on.")  # fmt: skip
@@ -32,6 +34,7 @@ def ema(
     unet: int,
     width: float | None,
     pick: bool,
+    take_best: bool,
     restore: bool,
     num: int,
     features: str | None,
@@ -42,15 +45,17 @@ def ema(
     """Choose the average of the weights of a U-Net of RUN (default the newest under runs/).
 
     Needs a training with training.ema_widths, whose snapshots make the average over any share of
-    the training. Alone it measures several; nothing is changed.
+    the training; --best needs one with training.keep_best. Alone it measures several widths;
+    nothing is changed.
 
     \b
         imagen-scale ema runs/birds --unet 1            # a table of widths
         imagen-scale ema runs/birds --unet 1 --pick     # and sample from the best
         imagen-scale ema runs/birds --unet 1 --width 0.08
+        imagen-scale ema runs/birds --unet 1 --best     # of the validations
     """
-    if sum((width is not None, pick, restore)) > 1:
-        raise UsageError("--width, --pick and --restore: give one of them.")
+    if sum((width is not None, pick, take_best, restore)) > 1:
+        raise UsageError("--width, --pick, --best and --restore: give one of them.")
     from imagen_scale.runs import averages
     from imagen_scale.runs.folders import find_run
 
@@ -60,20 +65,27 @@ def ema(
         what = "samples from" if done else "already sampled from"
         click.echo(f"U-Net {unet} {what} training's own average")
         return
+    if take_best:
+        found = averages.install_best(run_dir, unet)
+        click.echo(
+            f"U-Net {unet} samples from the average of step {found['step']}, where "
+            f"{found['measure']} was least ({found['value']:.5g}); --restore undoes it"
+        )
+        return
     if width is None:
         from imagen_scale.evaluation.averages import best, measure_averages
         from imagen_scale.sampling.options import SamplingOptions
 
         with Progress() as progress:
-            found = measure_averages(
+            measured = measure_averages(
                 run_dir, unet, num=num, features=features,
                 options=SamplingOptions.make(steps=steps, cond_scale=cond_scale),
                 progress=progress, say=say,
             )  # fmt: skip
-        _show(found, as_json)
+        _show(measured, as_json)
         if not pick:
             return
-        width = best(found).width
+        width = best(measured).width
         if width is None:
             averages.restore(run_dir, unet)
             click.echo(f"U-Net {unet}: training's own average is the best; it is sampled from")

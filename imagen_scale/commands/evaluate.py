@@ -35,6 +35,8 @@ from imagen_scale.sampling.runtimes.options import RuntimeOptions
 )
 @click.option("--features", help="Network for FID and KID: see above.")
 @click.option("--clip", help="CLIP model for the CLIP score: a folder, or a name on the hub.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Draw some captions from so many seeds each, to see them vary.")  # fmt: skip
 @click.option(
     "--steps-table",
     is_flag=False,
@@ -54,6 +56,7 @@ def evaluate(
     split: Any,
     features: str | None,
     clip: str | None,
+    seeds: int,
     steps_table: str | None,
     unet_limit: int | None,
     as_json: bool,
@@ -63,11 +66,11 @@ def evaluate(
 ) -> None:
     """Measure a trained run on captions of its data; writes evaluation.json into the run.
 
-    Retrieval, colours, faithfulness to the low-resolution picture, and PSNR and SSIM against
-    bicubic need nothing else. --features adds FID and KID: a vision model of transformers (folder
-    or name, e.g. facebook/dinov2-base), `efficientnet-lite0`, which needs no download, `inception`,
-    or the path of Inception's weights. --clip
-    adds the CLIP score.
+    Retrieval, colours (those that captions name, too), faithfulness to the low-resolution
+    picture, and PSNR and SSIM against bicubic need nothing else. --seeds tells how much pictures of
+    one caption vary. --features adds FID and KID: a vision model of transformers (folder or name,
+    e.g. facebook/dinov2-base), `efficientnet-lite0`, which needs no download, `inception`, or the
+    path of Inception's weights. --clip adds the CLIP score.
 
     \b
         imagen-scale evaluate --num 64
@@ -78,6 +81,12 @@ def evaluate(
 
     run_dir = find_run(run)
     if steps_table is not None:
+        asked = {"features": features, "clip": clip, "seeds": seeds > 1}
+        if extra := [f"--{name}" for name, value in asked.items() if value]:
+            raise UsageError(
+                f"--steps-table measures distances to real pictures only; leave "
+                f"{' and '.join(extra)} out."
+            )
         _tabulate(
             run_dir, steps_table, as_json=as_json, num=num, split=split, unet_limit=unet_limit,
             allow_unfinished=allow_unfinished, runtime=runtime, options=options,
@@ -88,7 +97,7 @@ def evaluate(
 
     with Progress() as progress:
         report = evaluate_run(
-            run_dir, num=num, split=split, features=features, clip=clip,
+            run_dir, num=num, split=split, features=features, clip=clip, num_seeds=seeds,
             unet_limit=unet_limit, allow_unfinished=allow_unfinished,
             runtime=runtime, options=options, progress=progress, say=say,
         )  # fmt: skip
@@ -96,7 +105,7 @@ def evaluate(
         click.echo(json.dumps(report.facts, indent=1))
         return
     click.echo(f"{report.facts['captions']} captions, {report.facts['split']} pictures")
-    print_table(report.result, open_console())
+    print_table(report.facts, open_console())
     click.echo(f"written to {report.file}")
 
 

@@ -97,6 +97,7 @@ def cross_checks(config: Config) -> list[str]:
             f"training.lowres_aug_max {training.lowres_aug_max}, so the network never saw it; "
             f"lower it."
         )
+    problems += _best_checks(config)
     if config.data.source != "emoji" and not config.data.path:
         problems.append(
             f"data.path: required for source {config.data.source!r}; give the folder or the "
@@ -109,6 +110,23 @@ def cross_checks(config: Config) -> list[str]:
         for stage in config.stages():
             problems += _memory_checks(stage)
     return problems
+
+
+def _best_checks(config: "Config") -> list[str]:
+    best = config.training.keep_best
+    if best is not None and config.data.val_fraction == 0:
+        return [
+            f"training.keep_best: {best} is measured on pictures that are held out; set "
+            f"data.val_fraction above 0, e.g. 0.05, or leave it out."
+        ]
+    if best == "val_x_0_error" and not config.training.val_x0:
+        return ["training.keep_best: val_x_0_error needs training.val_x0; set it to true."]
+    if best == "val_x_0_error" and config.distill is not None:
+        return [
+            "training.keep_best: val_x_0_error is that of a stage of many steps, and this one "
+            "learns few; write val_loss."
+        ]
+    return []
 
 
 _PER_UNET_KEYS = {

@@ -209,6 +209,11 @@ class TrainingConfig(Section):
         "noise levels, which compares between objectives as losses do not; they take 13 times as "
         "long.",
     )
+    keep_best: Literal["val_loss", "val_x_0_error"] | None = Field(
+        None,
+        description="Keep the averaged weights of the validation at which this was least; "
+        "`imagen-scale ema --best` samples from them. val_x_0_error needs val_x0.",
+    )
     sample_every: PositiveInt | None = Field(
         5000, description="Steps between grids of pictures; null: none are drawn in training."
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
+from imagen_scale.evaluation.colour_words import ColourWords, agreement, shares
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
+from imagen_scale.evaluation.diversity import Diversity, diversity
 from imagen_scale.evaluation.features import Clip, Extractor
 from imagen_scale.evaluation.prediction import x_0_errors
 from imagen_scale.sampling.measures import (
@@ -30,6 +33,7 @@ from imagen_scale.sampling.stages import GROUP, TrainedStages
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
 # Side of the copies in which training pictures are looked for, and the most of them: 25 MB.
 KNOWN_SIDE, MOST_KNOWN = 16, 8192
+DIVERSE = 16  # captions that are drawn from several seeds
 MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
 
 
@@ -62,6 +66,8 @@ class StageMeasures(NamedTuple):
     kid: float | None = None
     clip_score: float | None = None  # with CLIP only
     real_clip_score: float | None = None  # of the real pictures, for comparison
+    colour_words: ColourWords | None = None  # where captions name colours
+    diversity: Diversity | None = None  # of the first stage, if several seeds were asked for
 
 
 class Evaluation(NamedTuple):
@@ -115,16 +121,19 @@ class _StageTally:
         self.colours = ColourTally(), ColourTally()  # of generated and of real pictures
         # The same pairs; restored ones are of super-resolution.
         self.kept: dict[str, list[Tensor]] = {}
+        self.captions: list[str] = []
 
     def keep(self, name: str, values: Tensor) -> None:
         self.kept.setdefault(name, []).append(values)
 
     def add(self, generated: Tensor, real: Tensor, captions: list[str]) -> None:
+        self.captions += captions
         for what, images, colour in zip(
             ("generated", "real"), (generated, real), self.colours, strict=True
         ):
             colour.add(images)
             self.keep(f"{what} thumbnails", resize(images, self.thumbnail))
+            self.keep(f"{what} colours", shares(images))
             if what == "generated" or self.known.are_others:
                 self.keep(f"{what} nearest", self.known.nearest(images))
             if self.extractor is not None:
@@ -145,6 +154,7 @@ class _StageTally:
     def measures(self, unet: int, size: int) -> StageMeasures:
         kept = {name: torch.cat(values) for name, values in self.kept.items()}
         generated, real = (tally.colour() for tally in self.colours)
+        words = agreement(self.captions, kept["generated colours"], kept["real colours"])
         result = StageMeasures(
             unet,
             size,
@@ -158,6 +168,7 @@ class _StageTally:
             kept["x_0 errors"].mean().item() if "x_0 errors" in kept else None,
             kept["generated nearest"].mean().item(),
             kept["real nearest"].mean().item() if "real nearest" in kept else None,
+            colour_words=words,
         )
         if "consistency" in kept:
             result = result._replace(
@@ -184,6 +195,7 @@ def evaluate(
     train: Sequence[int],
     *,
     options: SamplingOptions = SamplingOptions(),  # noqa: B008  # immutable
+    num_seeds: int = 1,
     extractor: Extractor | None = None,
     clip: Clip | None = None,
     listener: Listener = Listener(),  # noqa: B008  # immutable
@@ -204,6 +216,8 @@ def evaluate(
         indices: Which of them to use, two at least where an extractor is given.
         train: Which were trained on.
         options: How they are sampled; the i-th picture uses seed + i.
+        num_seeds: With two or more, the first `DIVERSE` captions are drawn by the first stage from
+            so many seeds each, to see how much it varies.
         extractor: For FID and KID; None leaves them out.
         clip: For the CLIP score; None leaves it out.
         listener: Told of each step.
@@ -242,4 +256,27 @@ def evaluate(
         tally.measures(config.number, config.size)
         for config, tally in zip(configs, tallies, strict=True)
     ]
+    if num_seeds > 1:
+        found = _diversity(cascade, prepared, indices[:DIVERSE], num_seeds, options, listener)
+        stages[0] = stages[0]._replace(diversity=found)
     return Evaluation(len(indices), 1 / len(indices), stages, cut)
+
+
+def _diversity(
+    cascade: TrainedStages, prepared: Prepared, indices: Sequence[int], num_seeds: int,
+    options: SamplingOptions, listener: Listener,
+) -> Diversity:  # fmt: skip
+    """Of the first stage's pictures of some captions, from seeds that all of them share."""
+    text, _ = encode(
+        cascade.files, [prepared.source.captions[i] for i in indices], device=cascade.device
+    )
+    with closing(cascade.stage(cascade.configs[0].number)) as stage:
+        pictures = [
+            stage.sample(
+                Inputs(text, [options.seed + seed] * len(indices), None),
+                cascade.settings(options)[0],
+                listener=listener,
+            )
+            for seed in range(num_seeds)
+        ]
+    return diversity(pictures)

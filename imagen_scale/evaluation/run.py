@@ -39,6 +39,7 @@ def evaluate_run(
     split: Split | None,
     features: str | None,
     clip: str | None,
+    num_seeds: int,
     unet_limit: int | None,
     allow_unfinished: bool,
     runtime: RuntimeOptions,
@@ -55,6 +56,7 @@ def evaluate_run(
             where there are none.
         features: Network for FID and KID; see `open_extractor`.
         clip: CLIP model for the CLIP score.
+        num_seeds: From which some captions are drawn, to see how much pictures vary.
         unet_limit: Measure only the first so many U-Nets.
         allow_unfinished: Accept stages whose training has not ended.
         runtime: What computes the U-Nets, and how.
@@ -83,8 +85,8 @@ def evaluate_run(
             f"{option('features')}: {min(num, len(indices))} picture has no FID; take 2 or more."
         )
     result = evaluate(
-        cascade, prepared, indices[:num], train, options=options, extractor=extractor,
-        clip=known_captions,
+        cascade, prepared, indices[:num], train, options=options,
+        num_seeds=num_seeds, extractor=extractor, clip=known_captions,
         listener=Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total)),
     )  # fmt: skip
     if result.cut_captions:

@@ -1,11 +1,12 @@
 """Averages of the weights that are made, after training, of those it saved."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -14,8 +15,20 @@ from torch import Tensor
 from imagen_scale.diffusion.ema_profiles import Mixture, Profile, mixture
 from imagen_scale.errors import UsageError, option
 from imagen_scale.files.atomic import write_atomically
-from imagen_scale.runs.folders import inference_path, snapshot_paths, trained_path
-from imagen_scale.runs.inference import InferenceFile, read_inference, stream_inference
+from imagen_scale.runs.folders import (
+    best_path,
+    best_record_path,
+    inference_path,
+    snapshot_paths,
+    trained_path,
+)
+from imagen_scale.runs.inference import (
+    InferenceFile,
+    load_weights,
+    read_inference,
+    save_inference,
+    stream_inference,
+)
 
 WORST = 0.1  # error of a mixture that still is the average it is called
 
@@ -39,9 +52,7 @@ def find_snapshots(run: Path, unet_number: int) -> Snapshots:
         CheckpointError: If the stage is not trained or a file is damaged.
         UsageError: If nothing was saved.
     """
-    trained = read_inference(inference_path(run, unet_number))
-    if trained.average:
-        trained = read_inference(trained_path(run, unet_number))
+    trained = _trained(run, unet_number)
     files, profiles = [], []
     for path in snapshot_paths(run, unet_number):
         found = re.fullmatch(r"step_(\d+)_width_([\d.]+)", path.stem)
@@ -84,10 +95,53 @@ def install(run: Path, unet_number: int, width: float) -> None:
         CheckpointError: As `write_average`, and so is `UsageError`.
     """
     snapshots = find_snapshots(run, unet_number)
-    used, kept = inference_path(run, unet_number), trained_path(run, unet_number)
-    made = kept.with_name("made.safetensors")
+    made = _made_path(run, unet_number)
     write_average(snapshots, width, made)
-    if snapshots.trained.path == used:
+    _put(made, snapshots.trained, run)
+
+
+def install_best(run: Path, unet_number: int) -> dict[str, Any]:
+    """Makes sampling use the average at the best validation; what training left is kept.
+
+    Returns:
+        Which validation that was: "measure", "value" and "step".
+
+    Raises:
+        CheckpointError: If the stage is not trained or a file is damaged.
+        UsageError: If none was kept.
+    """
+    trained = _trained(run, unet_number)
+    path, record = best_path(run, unet_number), best_record_path(run, unet_number)
+    if not (path.is_file() and record.is_file()):
+        raise UsageError(
+            f"{run}: of U-Net {unet_number} no best validation was kept. Train with "
+            f"training.keep_best, e.g. val_loss."
+        )
+    read_inference(path)  # that it is whole
+    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    # It stands for the whole training, of which it is the best.
+    average = f"step {found['step']}, where {found['measure']} was least"
+    made = trained._replace(path=_made_path(run, unet_number), average=average)
+    weights = load_weights(path)
+    save_inference(made, weights)
+    _put(made.path, trained, run)
+    return found
+
+
+def _made_path(run: Path, unet_number: int) -> Path:
+    """Where another average is written before it takes the place of what is sampled from."""
+    return trained_path(run, unet_number).with_name("made.safetensors")
+
+
+def _trained(run: Path, unet_number: int) -> InferenceFile:
+    """What training itself left, in its place or put aside."""
+    trained = read_inference(inference_path(run, unet_number))
+    return read_inference(trained_path(run, unet_number)) if trained.average else trained
+
+
+def _put(made: Path, trained: InferenceFile, run: Path) -> None:
+    used, kept = (of(run, trained.unet_number) for of in (inference_path, trained_path))
+    if trained.path == used:
         write_atomically(kept, lambda temporary: shutil.copyfile(used, temporary))
     made.replace(used)
 

@@ -5,6 +5,7 @@ RUN/config.json  data_report.json  evaluation.json  steps_table.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
     unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
+    unetN/ema/best.safetensors  best.json
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
     export/unetN/onnx-fp32/...
 ```
@@ -60,6 +61,16 @@ def snapshot_paths(run: Path, unet_number: int) -> list[Path]:
 def trained_path(run: Path, unet_number: int) -> Path:
     """The inference file that training wrote, where `ema` put another in its place."""
     return unet_dir(run, unet_number) / "ema" / "trained.safetensors"
+
+
+def best_path(run: Path, unet_number: int) -> Path:
+    """The average of the weights at the best validation; see `training.keep_best`."""
+    return unet_dir(run, unet_number) / "ema" / "best.safetensors"
+
+
+def best_record_path(run: Path, unet_number: int) -> Path:
+    """Which validation that was, and what it measured."""
+    return best_path(run, unet_number).with_suffix(".json")
 
 
 def metrics_path(run: Path, unet_number: int) -> Path:

@@ -69,6 +69,22 @@ class RestorationRecord(Record):
     bicubic_ssim: float
 
 
+class ColourWordsRecord(Record):
+    """Colours that captions name and pictures show."""
+
+    asked: int
+    shown: float
+    real_shown: float
+
+
+class DiversityRecord(Record):
+    """How much pictures of one caption differ, and those of different captions."""
+
+    seeds: int
+    same_caption: float
+    other_captions: float
+
+
 class MeasuresRecord(Record):
     """The measures of one stage; None was not measured."""
 
@@ -85,6 +101,9 @@ class MeasuresRecord(Record):
     fid: float | None = None
     kid: float | None = None
     clip_score: float | None = None
+    real_clip_score: float | None = None
+    colour_words: ColourWordsRecord | None = None
+    diversity: DiversityRecord | None = None
 
 
 class EvaluationRecord(Record):

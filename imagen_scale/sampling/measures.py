@@ -75,6 +75,11 @@ def _ssim_of_one(image: Tensor, real: Tensor) -> Tensor:
     return (luminance * structure).flatten(1).mean(1).float()
 
 
+def root_mean_square(images: Tensor, others: Tensor) -> Tensor:
+    """Of the difference of each pair over its pixels, (N,), levels 0 to 1; both in [-1, 1]."""
+    return ((images - others) / 2).square().flatten(1).mean(1).sqrt()
+
+
 def nearest_distance(images: Tensor, among: Tensor) -> Tensor:
     """Root mean square distance from each picture to the nearest of others, (N,), levels 0 to 1.
 

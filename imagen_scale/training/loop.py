@@ -12,6 +12,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.data.loading import batches
 from imagen_scale.data.sequence import Batch
 from imagen_scale.errors import ImagenScaleError
+from imagen_scale.training.best import keep_if_best
 from imagen_scale.training.feed import Feed
 from imagen_scale.training.job import Job
 from imagen_scale.training.memory_use import check_plan
@@ -79,9 +80,11 @@ class Due:
         checkpoint, pictures = every(training.checkpoint_every), every(training.sample_every)
         inference = checkpoint or pictures
         snapshot = bool(training.ema_widths) and every(stage.ema_snapshot_every)
+        validation = every(training.val_every)
+        saves = inference or snapshot or (validation and training.keep_best is not None)
         return cls(
-            report=every(log_every) or inference or snapshot or is_stopping,
-            validation=every(training.val_every),
+            report=every(log_every) or saves or is_stopping,
+            validation=validation,
             checkpoint=checkpoint or is_stopping,
             snapshot=snapshot,
             inference=inference,
@@ -175,6 +178,8 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
             measures = validate(session, job.samples.held_out, job.num_workers)
             if telemetry is not None:
                 telemetry.write(step, **measures)
+        with phase("saving"):
+            keep_if_best(session, job.saver, measures)
     if due.checkpoint:
         save_checkpoint(session, job)
     if due.snapshot:

@@ -33,7 +33,7 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
                "lowres_sample_noise_level"),
     "training": ("micro_batch", "optimizer", "checkpoint_every", "keep_checkpoints", "keep_every",
                  "max_skipped", "on_spike", "hang_timeout", "val_every", "val_batches", "val_x0",
-                 "ema_snapshot_every",
+                 "keep_best", "ema_snapshot_every",
                  "sample_every", "sample_prompts", "sample_steps", "sample_cond_scale",
                  "tf32", "cudnn_benchmark", "compile", "channels_last", "deterministic",
                  *_TOLD),

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +113,22 @@ class Saver:
 
     def save_inference(self, session: Session) -> None:
         """Writes the EMA weights for sampling, or says why it could not."""
-        step = session.step
-        self._try(
-            step, "file for sampling", lambda: self._save_average(session.ema, self.inference, step)
-        )
+        self.save_average(session.ema, self.inference, session.step, "file for sampling")
 
     def save_snapshots(self, session: Session) -> None:
         """Writes the averages that others are made of, or says why it could not."""
         step = session.step
         for average in session.profiles:
             path = folders.snapshot_path(self.run_dir, self.stage.number, step, average.width)
-            save = partial(self._save_average, average, path, step)
-            self._try(step, f"average of width {average.width:g}", save)
+            self.save_average(average, path, step, f"average of width {average.width:g}")
+
+    def save_average(self, ema: Ema, path: Path, step: int, what: str) -> bool:
+        """Writes an average of the weights, or says why it could not; whether it is there."""
+        file = inference.InferenceFile(
+            path, self.config, self.stage.number, self.text_embed_dim,
+            self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
+        )  # fmt: skip
+        return self._try(step, what, lambda: write_average(ema, file))
 
     def finish(self) -> None:
         """Ends a training all of whose steps are done.
@@ -197,13 +200,6 @@ class Saver:
             )
         )
         self._good = step
-
-    def _save_average(self, ema: Ema, path: Path, step: int) -> None:
-        file = inference.InferenceFile(
-            path, self.config, self.stage.number, self.text_embed_dim,
-            self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
-        )  # fmt: skip
-        write_average(ema, file)
 
 
 def write_average(ema: Ema, file: inference.InferenceFile) -> None:
