@@ -8,6 +8,7 @@ import torch
 from support import ranks
 
 from imagen_scale.errors import CheckpointError, EnvironmentProblem
+from imagen_scale.training.matrix_optimizers import divided
 from imagen_scale.training.saving import check_space
 from imagen_scale.training.telemetry import LineFile
 
@@ -128,3 +129,19 @@ def test_the_state_is_read_without_pickle(process_group, tmp_path, monkeypatch):
     header = (tmp_path / "rank_0000.safetensors").read_bytes()
     json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     small.release()
+
+
+def test_ranks_that_share_the_matrices_step_as_one_does_bit_for_bit(private_folders, tmp_path):
+    same, left_out = ranks.start("muon", tmp_path, 2)
+    assert same == 2  # on both
+    assert left_out == len(ranks.SHAPES)  # and each matrix was one rank's work
+
+
+def test_the_work_on_matrices_is_divided_evenly():
+    shapes = [(64, 64), (64, 64), (8, 8), (32, 64), (64, 32), (8, 8)]
+    shares = divided(shapes, 2)
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    assert [sorted(shapes[i] for i in share) for share in shares] == [
+        sorted([(64, 64), (32, 64), (8, 8)]), sorted([(64, 64), (64, 32), (8, 8)])
+    ]  # fmt: skip
+    assert divided([(8, 8)], 2) == [[0], []]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Collection
@@ -30,6 +31,11 @@ class Operator(NamedTuple):
     def folder(self) -> Path:
         """Where it is compiled."""
         return extensions_dir() / self.name
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch would call is there."""
+    return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
 def operators() -> list[Operator]:

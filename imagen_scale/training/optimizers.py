@@ -1,7 +1,5 @@
 """The optimizer that a stage and a setup ask for."""
 
-import os
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,14 +11,11 @@ from imagen_scale.errors import MissingExtraError
 from imagen_scale.planning.cost import GROUP_ELEMENTS
 from imagen_scale.planning.setup import Setup
 from imagen_scale.training.matrix_optimizers import MatrixAdafactor, Muon
+from imagen_scale.training.operators import has_compiler
+from imagen_scale.training.ranks import world_size
 
 # The layers that touch pixels, whose matrices are not Muon's.
 _OUTER = ("init_conv.", "final_conv.")
-
-
-def has_compiler() -> bool:
-    """Whether the C++ compiler that torch would call is there."""
-    return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
 def make_optimizer(
@@ -47,7 +42,9 @@ def make_optimizer(
                 hidden.append(parameter)
             else:
                 others.append((name, parameter))
-        return Muon(hidden, parameter_groups(others, stage), options)
+        # Inside backward each matrix is stepped by itself, whenever its gradient is there.
+        ranks = 1 if setup.in_backward else world_size()
+        return Muon(hidden, parameter_groups(others, stage), options, ranks)
     groups = parameter_groups(named, stage)
     if setup.optimizer == "adafactor":
         return MatrixAdafactor(groups, lr=stage.lr, weight_decay=stage.training.weight_decay)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DiskProblem, EnvironmentProblem, ImagenScaleError
 from imagen_scale.training.launch_variables import NETWORK_ADVICE, shows_one_card_each
-from imagen_scale.training.optimizers import has_compiler
+from imagen_scale.training.operators import has_compiler
 
 if TYPE_CHECKING:
     from torch import Tensor

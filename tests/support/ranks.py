@@ -21,6 +21,7 @@ from support.environment import rank_variables, reserved_port
 from support.forker import fork
 
 STAGES = (0, 1, 2, 3)
+SHAPES = [(8, 8), (16, 4, 3, 3), (4, 32), (6, 6), (32, 8)]  # of matrices for Muon
 GLOBAL_BATCH = 8
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
@@ -231,6 +232,35 @@ def _spoiled(stage, precision, clip, where, rank):
     return [where, stage, precision, clip, not applied, untouched, bool(goes_on)]
 
 
+def muon(folder):
+    """(whether the ranks together step as one does, on all of them; what each left to others)."""
+    from imagen_scale.training.matrix_optimizers import Muon
+    from imagen_scale.training.ranks import rank, sum_over_ranks, world_size
+
+    def trained(ranks):
+        generator = torch.Generator().manual_seed(0)
+        matrices, others = (
+            [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+            for shapes in (SHAPES, [(5,)])
+        )
+        options = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.1}
+        optimizer = Muon(matrices, [{"params": others}], options, ranks)
+        for step in range(3):
+            for i, parameter in enumerate([*matrices, *others]):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                if (i, step) == (3, 0):
+                    parameter.grad = None  # it comes later
+            optimizer.step()
+        state = [optimizer.state[parameter]["momentum_buffer"] for parameter in matrices]
+        return [*matrices, *others, *state], optimizer._shares[rank()] if ranks > 1 else []
+
+    alone, _ = trained(1)
+    shared, mine = trained(world_size())
+    same = all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    found = torch.tensor([float(same), len(SHAPES) - len(mine)])
+    return sum_over_ranks(found)
+
+
 def main():
     from imagen_scale.training import launch_variables, ranks
 
@@ -238,7 +268,7 @@ def main():
     ranks.check_machine()
     ranks.join()
     mode, folder, *names = sys.argv[1:]
-    result = {"save": save, "load": load, "nan": nan}[mode](Path(folder), *names)
+    result = {"save": save, "load": load, "nan": nan, "muon": muon}[mode](Path(folder), *names)
     if ranks.rank() == 0:
         print(json.dumps(result), flush=True)
     ranks.stop()
