@@ -98,6 +98,7 @@ def cross_checks(config: Config) -> list[str]:
             f"lower it."
         )
     problems += _best_checks(config)
+    problems += _lowres_checks(config)
     if config.data.source != "emoji" and not config.data.path:
         problems.append(
             f"data.path: required for source {config.data.source!r}; give the folder or the "
@@ -110,6 +111,19 @@ def cross_checks(config: Config) -> list[str]:
         for stage in config.stages():
             problems += _memory_checks(stage)
     return problems
+
+
+def _lowres_checks(config: "Config") -> list[str]:
+    degrade, samples = config.training.lowres_degrade, config.training.lowres_samples
+    if (degrade or samples) and len(config.unets) == 1:
+        key = "lowres_degrade" if degrade else "lowres_samples"
+        return [f"training.{key}: is of super-resolution, and there is one U-Net; remove it."]
+    if degrade + samples > 1:
+        return [
+            f"training.lowres_degrade {degrade:g} and training.lowres_samples {samples:g} are "
+            f"shares of the same samples; together they may be 1."
+        ]
+    return []
 
 
 def _best_checks(config: "Config") -> list[str]:

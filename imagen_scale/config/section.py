@@ -10,6 +10,7 @@ PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net
 PerUnet: TypeAlias = T | tuple[T, ...]  # one value, or one per U-Net of the cascade
 

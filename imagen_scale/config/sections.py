@@ -14,6 +14,7 @@ from imagen_scale.config.section import (
     PositiveInt,
     Probability,
     Section,
+    Share,
     TrainingPrecision,
     parse_bytes,
 )
@@ -157,6 +158,18 @@ class TrainingConfig(Section):
         1.0,
         description="Super-resolution: the low-resolution picture is noised to a level drawn "
         "from [0, this), as t / T. 1 is MinImagen's range.",
+    )
+    lowres_degrade: Share = Field(
+        0.0,
+        description="Super-resolution: share of the samples whose low-resolution picture is shrunk "
+        "by another kernel, blurred, packed as JPEG: for those who will upscale pictures from "
+        "elsewhere.",
+    )
+    lowres_samples: Share = Field(
+        0.0,
+        description="Super-resolution: share of the samples whose low-resolution picture is drawn "
+        "by the stage before, from the picture itself under noise: what it gets in a cascade. "
+        "Drawn once, when that stage is trained, of at most 4096 pictures of 64 px.",
     )
     loss_weight: PerUnet[LossWeightName | None] = Field(
         None,

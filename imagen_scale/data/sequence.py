@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from imagen_scale.data.embeddings import EmbeddingStore, StoredEmbedding, pad_embeddings
 from imagen_scale.data.image_store import ImageStore
+from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sources.images import PixelArray
 from imagen_scale.errors import DataError
@@ -22,6 +23,8 @@ class TrainingSample(NamedTuple):
     text_embeds: StoredEmbedding
     position: int
     caption: str
+    # What stands for the picture made small, (3, h, h) uint8; None where nothing does.
+    lowres: PixelArray | None = None
 
 
 class Batch(NamedTuple):
@@ -32,6 +35,9 @@ class Batch(NamedTuple):
     text_mask: Tensor  # (B, L) bool, true on tokens
     positions: Tensor  # (B,) int64, place of each sample in the endless sequence
     captions: list[str]
+    # Where some samples have another low-resolution picture than their own picture made small:
+    lowres: Tensor | None = None  # these, (B, 3, h, h) uint8, anything for the others
+    has_lowres: Tensor | None = None  # which have one, (B,) bool
 
 
 def split_indices(keys: list[str], val_fraction: float) -> tuple[list[int], list[int]]:
@@ -73,6 +79,7 @@ class CaptionedImages(Dataset[TrainingSample]):
         flip: bool,
         max_text_len: int,
         shuffle: bool = True,
+        lowres: LowresInputs | None = None,
     ) -> None:
         """Joins pictures and text.
 
@@ -85,6 +92,7 @@ class CaptionedImages(Dataset[TrainingSample]):
             flip: Whether half of the samples are mirrored left to right.
             max_text_len: Tokens kept at most.
             shuffle: Whether each epoch has an order of its own; else `indices` as given.
+            lowres: Other low-resolution pictures, for super-resolution; None has none.
 
         Raises:
             DataError: If `indices` is empty.
@@ -102,6 +110,7 @@ class CaptionedImages(Dataset[TrainingSample]):
         self._flip = flip
         self._max_text_len = max_text_len
         self._shuffle = shuffle
+        self._lowres = lowres
         self._epoch = -1  # whose order is kept, because positions are asked for mostly in order
         self._order: npt.NDArray[np.int64] = np.arange(0)
 
@@ -113,10 +122,13 @@ class CaptionedImages(Dataset[TrainingSample]):
         """The sample at a position, which may be as large as one likes."""
         i = self.picture(position)
         image = self._images[i]
-        if self._flip and seeded("flip", self._seed, position) % 2:
+        is_mirrored = self._flip and seeded("flip", self._seed, position) % 2 == 1
+        if is_mirrored:
             image = image[:, :, ::-1]
-        caption = self._captions[i]
-        return TrainingSample(image, self._embeddings.stored(caption), position, caption)
+        caption, lowres = self._captions[i], None
+        if self._lowres is not None:
+            lowres = self._lowres.of(i, image, position, is_mirrored=is_mirrored)
+        return TrainingSample(image, self._embeddings.stored(caption), position, caption, lowres)
 
     def picture(self, position: int) -> int:
         """Which picture of the source stands at a position."""
@@ -134,7 +146,18 @@ class CaptionedImages(Dataset[TrainingSample]):
             text_mask,
             torch.tensor([sample.position for sample in samples]),
             [sample.caption for sample in samples],
+            *self._other_lowres(samples),
         )
+
+    def _other_lowres(self, samples: list[TrainingSample]) -> tuple[Tensor, Tensor] | tuple[()]:
+        if self._lowres is None:
+            return ()
+        lowres = np.zeros((len(samples), 3, self._lowres.side, self._lowres.side), np.uint8)
+        has = np.zeros(len(samples), bool)
+        for row, sample in enumerate(samples):
+            if sample.lowres is not None:
+                lowres[row], has[row] = sample.lowres, True
+        return torch.from_numpy(lowres), torch.from_numpy(has)
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != self._epoch:

@@ -12,12 +12,12 @@ from imagen_scale.data.storage import Progress
 from imagen_scale.evaluation.distances import kernel_distance, require_torchmetrics
 from imagen_scale.evaluation.features import open_extractor
 from imagen_scale.evaluation.prediction import x_0_errors
-from imagen_scale.evaluation.real_inputs import real_inputs
 from imagen_scale.evaluation.run import choose_pictures
 from imagen_scale.runs.averages import WORST, find_snapshots, write_average
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.prompts import encode
+from imagen_scale.sampling.real_inputs import real_inputs
 from imagen_scale.sampling.stage import Stage, default_device
 
 WIDTHS = (0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)

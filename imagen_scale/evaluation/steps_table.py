@@ -18,7 +18,6 @@ from imagen_scale.diffusion.guidance import branches
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.diffusion.sampler import num_evaluations
 from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
-from imagen_scale.evaluation.real_inputs import real_inputs
 from imagen_scale.evaluation.run import Split, choose_pictures
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.runs.folders import steps_table_path
@@ -26,6 +25,7 @@ from imagen_scale.runs.inference import InferenceFile, read_stage
 from imagen_scale.sampling.measures import psnr_db, retrieval_accuracy, ssim
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import encode
+from imagen_scale.sampling.real_inputs import real_inputs
 from imagen_scale.sampling.runtimes.contract import Say, Text
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Stage

@@ -5,6 +5,7 @@ RUN/config.json  data_report.json  evaluation.json  steps_table.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
     unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
+    unetN/lowres_samples.safetensors
     unetN/ema/best.safetensors  best.json
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
     export/unetN/onnx-fp32/...
@@ -71,6 +72,11 @@ def best_path(run: Path, unet_number: int) -> Path:
 def best_record_path(run: Path, unet_number: int) -> Path:
     """Which validation that was, and what it measured."""
     return best_path(run, unet_number).with_suffix(".json")
+
+
+def lowres_samples_path(run: Path, unet_number: int) -> Path:
+    """Training pictures as the stage before draws them; see `training.lowres_samples`."""
+    return unet_dir(run, unet_number) / "lowres_samples.safetensors"
 
 
 def metrics_path(run: Path, unet_number: int) -> Path:

@@ -241,7 +241,7 @@ class Stage:
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
         images = sample(
-            _denoiser(self, cond, sides, tile),
+            denoiser_of(self, cond, sides, tile),
             draw_noise(),
             self.schedule,
             times=times,
@@ -280,8 +280,8 @@ def noise_source(
     return draw_noise
 
 
-def _denoiser(
-    stage: Stage, cond: Conditioning, sides: tuple[int, int], tile: int | None
+def denoiser_of(
+    stage: Stage, cond: Conditioning, sides: tuple[int, int], tile: int | None = None
 ) -> Denoiser:
     """The stage's network with its conditioning, in tiles where pictures are larger than one."""
     if tile is None or cond.lowres_img is None or max(sides) <= tile:

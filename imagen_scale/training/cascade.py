@@ -16,6 +16,7 @@ from imagen_scale.training.agreement import agree
 from imagen_scale.training.beats import PREPARING
 from imagen_scale.training.choice import check_precision
 from imagen_scale.training.job import Job
+from imagen_scale.training.lowres_samples import check_stage_before
 from imagen_scale.training.may_continue import (
     check_run,
     check_split,
@@ -74,6 +75,8 @@ def train(
             written_setup(config.stage(number), world_size(), on_card=False)
     check_run(config, run_dir, say, resume=resume, fresh=fresh)
     origins = find_origins(config, numbers, run_dir, fresh=fresh)
+    for number in numbers:
+        check_stage_before(config.stage(number), run_dir, numbers)
     check_owner(run_dir, numbers)
     ranks.check_machine()
     check_precision(config)

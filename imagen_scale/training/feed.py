@@ -33,7 +33,7 @@ class Feed(Iterator[Batch]):
         if self._stream is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_stream(self._stream)
-            for tensor in _moved(batch):
+            for tensor in _moved(batch).values():
                 # Its memory is the other stream's, which must not reuse it before this one is done.
                 tensor.record_stream(stream)
         return batch
@@ -48,11 +48,17 @@ class Feed(Iterator[Batch]):
 
     def _sent(self, batch: Batch, stream: torch.cuda.Stream) -> Batch:
         with torch.cuda.stream(stream):
-            images, embeds, mask = (
-                tensor.to(self._device, non_blocking=True) for tensor in _moved(batch)
-            )
-        return batch._replace(images=images, text_embeds=embeds, text_mask=mask)
+            sent = {
+                name: tensor.to(self._device, non_blocking=True)
+                for name, tensor in _moved(batch).items()
+            }
+        return Batch(**(batch._asdict() | sent))
 
 
-def _moved(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.images, batch.text_embeds, batch.text_mask
+def _moved(batch: Batch) -> dict[str, Tensor]:
+    """What is computed with; the host reads the rest."""
+    return {
+        name: value
+        for name, value in batch._asdict().items()
+        if isinstance(value, Tensor) and name != "positions"
+    }

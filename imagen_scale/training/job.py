@@ -7,11 +7,13 @@ from pathlib import Path
 from imagen_scale.config import Config
 from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
+from imagen_scale.data.sequence import split_indices
 from imagen_scale.planning.machine import joined, this_machine
 from imagen_scale.training.link import link_bytes_per_s
+from imagen_scale.training.lowres_samples import Drawn, draw_samples, read_samples
 from imagen_scale.training.origin import Origin
 from imagen_scale.training.preemption import StopRequest
-from imagen_scale.training.ranks import from_all, world_size
+from imagen_scale.training.ranks import from_all, from_rank_0, world_size
 from imagen_scale.training.samples import split_samples
 from imagen_scale.training.saving import Saver
 from imagen_scale.training.threads import cores_each, ranks_here
@@ -61,10 +63,21 @@ class Job:
         self.machine = joined(from_all((platform.node(), here)))
         # The learned null embedding of every caption is as wide as the encoder's features.
         self.stage = config.stage(unet_number, prepared.embeddings.dim)
-        self.samples = split_samples(config, self.stage, prepared)
+        self.samples = split_samples(config, self.stage, prepared, self._drawn_before())
         self.num_workers = loader_processes(
             config.data.num_workers,
             are_stored=prepared.images[self.stage.size].file is not None,
             cores=cores_each(ranks_here()),
         )
         self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)
+
+    def _drawn_before(self) -> Drawn | None:
+        """Pictures as the stage before draws them, made now if they are needed and not there."""
+        if self.stage.small_size is None or not self.stage.training.lowres_samples:
+            return None
+        with self.watchdog.phase("drawing pictures"):
+            train, _ = split_indices(self.prepared.source.keys, self.config.data.val_fraction)
+            from_rank_0(
+                lambda: draw_samples(self.stage, self.run_dir, self.prepared, train, self.say)
+            )
+        return read_samples(self.stage, self.run_dir)

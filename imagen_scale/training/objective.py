@@ -11,7 +11,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import Batch
 from imagen_scale.diffusion.loss import image_loss, loss_factors
-from imagen_scale.diffusion.lowres import shrink_and_enlarge
+from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.diffusion.prediction_error import x_0_errors
 from imagen_scale.files.pictures import from_uint8
 from imagen_scale.sampling.stage_schedule import stage_schedule
@@ -129,11 +129,18 @@ class Objective:
         return x_0, draws.eps
 
     def _pictures(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """Clean pictures (B, C, H, W) and, for super-resolution, them shrunk and enlarged."""
+        """Clean pictures (B, C, H, W) and, for super-resolution, them shrunk and enlarged.
+
+        Or what stands for them made small, enlarged: `training.lowres_degrade`, `lowres_samples`.
+        """
         x_0 = _as_floats(_at(self.device, batch.images))
         if self.stage.small_size is None:
             return x_0, None
         lowres_img = shrink_and_enlarge(x_0, self.stage.small_size)
+        if batch.lowres is not None and batch.has_lowres is not None:
+            others = resize(_as_floats(_at(self.device, batch.lowres)), self.stage.size)
+            has = _at(self.device, batch.has_lowres)
+            lowres_img = torch.where(has[:, None, None, None], others, lowres_img)
         if self.crop is not None and draws.corners is not None:
             # The same window of both, cut after shrinking: its borders are the whole picture's.
             x_0 = crop_at(x_0, draws.corners, self.crop)

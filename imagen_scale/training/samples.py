@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 from imagen_scale.config import Config, StageConfig
+from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.seeds import seeded
 from imagen_scale.data.sequence import CaptionedImages, split_indices
+from imagen_scale.training.lowres_samples import Drawn
 
 
 class Samples(NamedTuple):
@@ -15,8 +17,16 @@ class Samples(NamedTuple):
     held_out: CaptionedImages | None  # always in the same order; None when nothing is held out
 
 
-def split_samples(config: Config, stage: StageConfig, prepared: Prepared) -> Samples:
+def split_samples(
+    config: Config, stage: StageConfig, prepared: Prepared, drawn: Drawn | None = None
+) -> Samples:
     """Divides the prepared pictures by `data.val_fraction`.
+
+    Args:
+        config: The run.
+        stage: The U-Net.
+        prepared: Its pictures.
+        drawn: Training pictures as the stage before draws them, for `training.lowres_samples`.
 
     Raises:
         DataError: If nothing is left to train on.
@@ -32,6 +42,7 @@ def split_samples(config: Config, stage: StageConfig, prepared: Prepared) -> Sam
             flip=config.data.flip and is_trained_on,
             max_text_len=stage.unet.max_text_len,
             shuffle=is_trained_on,
+            lowres=_lowres_inputs(stage, drawn or {}) if is_trained_on else None,
         )
 
     train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
@@ -39,3 +50,13 @@ def split_samples(config: Config, stage: StageConfig, prepared: Prepared) -> Sam
         sequence(train, is_trained_on=True),
         sequence(held_out, is_trained_on=False) if held_out else None,
     )
+
+
+def _lowres_inputs(stage: StageConfig, drawn: Drawn) -> LowresInputs | None:
+    training = stage.training
+    if stage.small_size is None or not (training.lowres_degrade or training.lowres_samples):
+        return None
+    return LowresInputs(
+        stage.small_size, seeded("lowres", training.seed, stage.seed_index),
+        training.lowres_degrade, training.lowres_samples, drawn,
+    )  # fmt: skip
