@@ -1,11 +1,13 @@
 """Shared fixtures. Helpers are in `support`; nothing is imported from here."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import cpuinfo
 import pytest
 from hypothesis import settings
 from support import ROOT, planned
@@ -22,6 +24,9 @@ if (
     signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 ):  # and what `nohup` starts to a closed terminal
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# DeepSpeed asks for it in every engine, and each answer takes a process and a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 # Timings on a shared machine say nothing.
 settings.register_profile("imagen-scale", deadline=None, max_examples=30)

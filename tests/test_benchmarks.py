@@ -175,6 +175,7 @@ def run_gpu_memory(*options):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_stage_is_planned_and_trained(tiny_config, tmp_path):
     document = tmp_path / "memory.md"
