@@ -57,6 +57,7 @@ def test_the_survey_counts_what_is_there(config, tmp_path):
     keys = [f"{i}.png" for i in range(6)] + ["copy.png"]
     train, held_out = split_indices(keys, 0.5)
     assert found["pictures"] == 7
+    assert found["cut"] == sum(1 - min(size) / max(size) > 0.1 for size in SIZES) == 5
     assert (found["trained_on"], found["held_out"]) == (len(train), len(held_out))
     assert [skip["picture"] for skip in found["skipped"]] == ["broken.png"]
     assert found["distinct_captions"] == 7 and found["cut_captions"] == 1

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from imagen_scale.data.survey import Survey
+from imagen_scale.data.survey import Survey, cut_sentence
 from imagen_scale.data.trial import Estimate, Preparation
 
 LISTED = 5  # bad pictures and duplicates named in the table; the reports have all
@@ -65,6 +65,8 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
         low, middle, high = found.shorter_sides
         yield "shorter side", f"{low:.0f} to {high:.0f} px (median {middle:.0f})"
         yield "shapes", ", ".join(f"{n:,} {name}" for name, n in found.shapes.items() if n)
+    if found.cut:
+        yield "cut", cut_sentence(found.cut, found.pictures)
     for size, count in found.enlarged.items():
         if count:
             yield (

@@ -19,6 +19,8 @@ from imagen_scale.config.section import (
     parse_bytes,
 )
 
+Level = Annotated[int, Field(ge=0, le=255)]
+
 
 class DataConfig(Section):
     """Where pictures and captions come from."""
@@ -53,6 +55,15 @@ class DataConfig(Section):
     )
     follow_symlinks: bool = Field(
         False, description="Take pictures behind symbolic links, wherever these lead."
+    )
+    fit: Literal["crop", "pad", "random_crop"] = Field(
+        "crop",
+        description="What makes a square of a picture. crop: its centre; pad: all of it, with "
+        "pad_colour beside it; random_crop: another part of it each time it is trained on, and the "
+        "centre where it is held out or shown.",
+    )
+    pad_colour: tuple[Level, Level, Level] = Field(
+        (255, 255, 255), description="Of fit pad: red, green and blue, 0 to 255."
     )
     flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
     val_fraction: Probability = Field(

@@ -23,6 +23,7 @@ SHAPES = (
     ("landscape", 2.0),
     ("wider than 2:1", float("inf")),
 )
+MUCH = 0.1  # of a picture's area
 Range = tuple[float, float, float]  # smallest, median, largest
 
 
@@ -40,6 +41,7 @@ class Survey(NamedTuple):
     max_text_len: int
     shorter_sides: Range | None  # pixels; None of drawings
     shapes: dict[str, int] | None  # pictures of each of `SHAPES`
+    cut: int | None  # pictures that lose much to the centre crop; None where nothing is cut
     enlarged: dict[int, int]  # by stage size: pictures whose shorter side is smaller
     duplicates: list[list[str]] | None  # keys of equal pictures; None: not looked for
     split_duplicates: int  # of these groups, those on both sides of the validation split
@@ -81,6 +83,7 @@ def survey(
         max_text_len=limit,
         shorter_sides=None if sides is None else _range(sides),
         shapes=None if sizes is None else _shapes(sizes),
+        cut=None if sizes is None or config.data.fit != "crop" else count_cut(sizes),
         enlarged={
             size: sum(side < size for side in sides or ()) for size in config.imagen.image_sizes
         },
@@ -98,6 +101,19 @@ def survey(
             prepared.embeddings.num_tokens(caption) * prepared.embeddings.dim * width
             for caption in distinct
         ),
+    )
+
+
+def count_cut(sizes: Sequence[tuple[int, int]]) -> int:
+    """Pictures that lose more than `MUCH` of their area to the centre crop."""
+    return sum(1 - min(size) / max(size) > MUCH for size in sizes)
+
+
+def cut_sentence(cut: int, pictures: int) -> str:
+    """What to do where many pictures are cut."""
+    return (
+        f"{cut:,} of {pictures:,} lose more than {MUCH:.0%} of their area to the centre crop; "
+        f"data.fit pad keeps all of each, random_crop shows another part each time"
     )
 
 

@@ -66,7 +66,8 @@ class Job:
         self.samples = split_samples(config, self.stage, prepared, self._drawn_before())
         self.num_workers = loader_processes(
             config.data.num_workers,
-            are_stored=prepared.images[self.stage.size].file is not None,
+            are_stored=prepared.images[self.stage.size].file is not None
+            and config.data.fit != "random_crop",
             cores=cores_each(ranks_here()),
         )
         self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from imagen_scale.config import Config, StageConfig
+from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.seeds import seeded
@@ -33,13 +34,16 @@ def split_samples(
     """
 
     def sequence(indices: list[int], *, is_trained_on: bool) -> CaptionedImages:
+        random_crop = config.data.fit == "random_crop" and is_trained_on
+        images = prepared.images[stage.size]
         return CaptionedImages(
-            prepared.images[stage.size],
+            ImageStore.decoding(prepared.source, stage.size) if random_crop else images,
             prepared.source.captions,
             prepared.embeddings,
             indices,
             seed=seeded("data", stage.training.seed, stage.seed_index),
             flip=config.data.flip and is_trained_on,
+            random_crop=random_crop,
             max_text_len=stage.unet.max_text_len,
             shuffle=is_trained_on,
             lowres=_lowres_inputs(stage, drawn or {}) if is_trained_on else None,
