@@ -67,6 +67,7 @@ def test_the_survey_counts_what_is_there(config, tmp_path):
                                "wider than 2:1": 1}  # fmt: skip
     assert found["enlarged"] == {"16": 0, "32": 1}
     assert found["duplicates"] == [["0.png", "copy.png"]]
+    assert found["groups"] == 7
     is_split = (0 in held_out) != (6 in held_out)
     assert found["split_duplicates"] == is_split
     stored = {file.name.rpartition("_")[2]: file.stat().st_size

@@ -50,7 +50,8 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
     found = done.survey
     yield (
         "pictures",
-        f"{found.pictures:,} usable: {found.trained_on:,} to train on, {found.held_out:,} held out",
+        f"{found.pictures:,} usable: {found.trained_on:,} to train on, {found.held_out:,} held out"
+        + (f", in {found.groups:,} groups" if found.groups != found.pictures else ""),
     )
     low, middle, high = found.caption_tokens
     cut = f"; {found.cut_captions:,} are cut at {found.max_text_len}" if found.cut_captions else ""
@@ -98,7 +99,11 @@ def _duplicate_rows(found: Survey) -> Iterator[tuple[str, str]]:
     extra = sum(len(group) - 1 for group in found.duplicates)
     leak = ""
     if found.split_duplicates:
-        leak = f"; both trained on and held out: {found.split_duplicates:,}"
+        leak = (
+            f"; both trained on and held out: {found.split_duplicates:,}, which makes what is "
+            f"measured on held-out pictures too good: remove the copies (--json has all), or keep "
+            f"them together with data.val_group: caption, folder, or an expression on their names"
+        )
     yield "duplicates", f"{extra:,}{leak}"
     for group in found.duplicates[:LISTED]:
         yield "", " = ".join(group[:LISTED]) + (" = ..." if len(group) > LISTED else "")

@@ -1,5 +1,6 @@
 """The sections of a configuration beside `imagen`, `unets` and `deepspeed`."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -69,6 +70,26 @@ class DataConfig(Section):
     val_fraction: Probability = Field(
         0.0, description="Share of pictures held out for the validation loss, chosen by hash."
     )
+    val_group: str | None = Field(
+        None,
+        description="What is held out together or not at all: the pictures of one caption, of one "
+        "folder (of one tar), or those whose key has the same first group of this regular "
+        "expression, as in ^(.*)_[0-9]+ for views of one thing. null: each picture by itself.",
+    )
+
+    @field_validator("val_group")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"{value!r} is no regular expression ({error}); write caption, folder or one "
+                    f"as in ^(.*)_[0-9]+."
+                ) from None
+        return value
+
     num_workers: NaturalInt | None = Field(
         None,
         description="Loader processes per rank, of training and of validation. null: none where "

@@ -7,7 +7,8 @@ from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.seeds import seeded
-from imagen_scale.data.sequence import CaptionedImages, split_indices
+from imagen_scale.data.sequence import CaptionedImages
+from imagen_scale.data.split import split
 from imagen_scale.training.lowres_samples import Drawn
 
 
@@ -49,7 +50,7 @@ def split_samples(
             lowres=_lowres_inputs(stage, drawn or {}) if is_trained_on else None,
         )
 
-    train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
+    train, held_out = split(config.data, prepared.source)
     return Samples(
         sequence(train, is_trained_on=True),
         sequence(held_out, is_trained_on=False) if held_out else None,
