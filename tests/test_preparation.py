@@ -91,6 +91,18 @@ def test_the_table_names_everything(config, tmp_path):
         assert image.size == (6 + 7 * 134, 3 * 16 + 6 + 134)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 8 pictures", "ignore:data.path. 2 pictures are not used")
+def test_letters_that_the_sheet_cannot_show_are_said(config, tmp_path):
+    found = json.loads(cli("prepare", "--config", config, "--json").stdout)
+    assert found["unwritten"] == []
+    (tmp_path / "pictures" / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{i}.png", "text": "\U0001e800 one"}) + "\n"
+                for i in range(6))  # Mende Kikakui: no font at hand
+    )  # fmt: skip
+    done = cli("prepare", "--config", config, "--set", "data.max_bad_fraction=0.9")
+    assert "no font here has the letters of MENDE" in " ".join(done.output.split()), done.output
+
+
 @pytest.mark.filterwarnings("ignore:1 of 8 pictures")
 def test_the_estimate_prepares_nothing_and_foretells_the_disk(config, tmp_path):
     done = cli("prepare", "--config", config, "--estimate", "--json")

@@ -22,6 +22,7 @@ def as_dict(done: Preparation) -> dict[str, Any]:
         "seconds": round(done.seconds, 1),
         **{name: str(path) for name, path in paths.items()},
         "attribution": done.attribution,
+        "unwritten": done.unwritten,
     }
 
 
@@ -88,6 +89,13 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
     yield "cache", str(done.cache)
     yield "report", str(done.report)
     yield "contact sheet", str(done.sheet)
+    if done.unwritten:
+        yield (
+            "",
+            f"no font here has the letters of {', '.join(done.unwritten)}: the sheet names them in "
+            f"brackets, training reads them all the same; a font for them (Noto has most) in "
+            f"~/.local/share/fonts is found",
+        )
     if done.attribution:
         yield "to be said", done.attribution
 
