@@ -356,3 +356,7 @@ class LoggingConfig(Section):
     )
     log_every: PositiveInt = Field(50, description="Steps between reports.")
     wandb: WandbConfig | None = Field(None, description="Weights & Biases; null: not used.")
+    tensorboard: bool = Field(
+        False,
+        description="Write RUN/unetN/tensorboard, which `tensorboard --logdir runs` shows.",
+    )
