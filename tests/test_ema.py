@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from imagen_scale.runs.shares import Fragment
 from imagen_scale.training import ema as ema_module
 from imagen_scale.training.ema import Ema
-from imagen_scale.training.engine import Fragment
 from imagen_scale.training.ferry import Ferry
 
 

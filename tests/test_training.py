@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from support.runs import losses
 
 from imagen_scale.runs.checkpoint import list_checkpoints
+from imagen_scale.runs.checkpoint_average import averaged_at
 from imagen_scale.runs.folders import (
     best_path,
     best_record_path,
+    inference_path,
     snapshot_path,
     snapshot_paths,
 )
@@ -62,6 +64,14 @@ def assert_same_curve(run, reference, unet, tolerance=2e-6):
         assert loss == pytest.approx(theirs[step], abs=tolerance), f"step {step}"
 
 
+def assert_checkpoint_holds_the_weights(run, unet):
+    """What is sampled from can be had of the last checkpoint, too, whoever saved it."""
+    with averaged_at(run, read_inference(inference_path(run, unet)), 6) as file:
+        ours = load_file(file.path)
+    for name, value in weights(run, unet).items():
+        assert torch.equal(ours[name], value), name
+
+
 def test_a_run_leaves_everything(reference):
     run, output = reference
     assert "OpenMoji" in output
@@ -75,6 +85,7 @@ def test_a_run_leaves_everything(reference):
             "step_00000003",
         ]
         assert losses(run, unet)[6] < losses(run, unet)[1]
+        assert_checkpoint_holds_the_weights(run, unet)
     lines = (run / "unet1" / "metrics.jsonl").read_text().splitlines()
     validations = [row for row in map(json.loads, lines) if "val_loss" in row]
     assert [row["step"] for row in validations] == [3, 6]
@@ -111,6 +122,7 @@ def test_two_processes_give_the_curve_of_one(
     )  # fmt: skip
     for unet in unets:
         assert_same_curve(tmp_path / "run", reference[0], unet)
+        assert_checkpoint_holds_the_weights(tmp_path / "run", unet)
         ours, theirs = weights(tmp_path / "run", unet), weights(reference[0], unet)
         # Adam divides by the gradient's own size, so a weight whose gradient is all rounding
         # moves at random: compare the whole.

@@ -1,8 +1,8 @@
 """`imagen-scale sheet`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -47,66 +47,27 @@ def sheet(
         imagen-scale sheet "red heart" --cond-scale 0.1,3,5 --steps 10,25
         imagen-scale sheet "red heart" "sun" --sampler ddim,dpmpp_2m
         imagen-scale sheet "red heart" --runtime torch,onnx
+        imagen-scale sheet "red heart" --checkpoint 500,1000,last
     """
     if not prompts:
         raise UsageError("no prompt: give one or more in quotes.")
+    if out is not None and (out.suffix.lower() != ".png" or out.exists()):
+        raise UsageError(f"--out {out}: name a PNG file that is not there yet.")
+    from imagen_scale.runs.checkpoint_average import kept_steps
+    from imagen_scale.runs.folders import find_run
+    from imagen_scale.sampling.sheet_drawing import Source, draw, write
+
+    run_dir = find_run(run)
     varied = {
-        facts.name: values_of(facts, text)
+        facts.name: values_of(facts, text, partial(kept_steps, run_dir))
         for facts in VARIED
         if (text := given[facts.name]) is not None
     }
     plan = plan_sheet(prompts, varied)
-    if out is not None and (out.suffix.lower() != ".png" or out.exists()):
-        raise UsageError(f"--out {out}: name a PNG file that is not there yet.")
-    from imagen_scale.files.atomic import sha256
-    from imagen_scale.files.pictures import save_picture, taken_number, to_uint8
-    from imagen_scale.files.sheets import draw_sheet
-    from imagen_scale.runs.folders import find_run, samples_dir
-    from imagen_scale.sampling.stages import TrainedStages
-    from imagen_scale.version import __version__
-
-    run_dir = find_run(run)
-    pictures: list[list[Any]] = [[] for _ in plan.cells]
-    facts: list[list[Any]] = [[] for _ in plan.cells]
-    # Every cell is looked at before the first is drawn.
-    cascades = {
-        cell.runtime: TrainedStages.load(
-            run_dir, runtime=cell.runtime, unet_limit=unet_limit,
-            allow_unfinished=allow_unfinished, say=say,
-        )
-        for line in plan.cells for cell in line
-    }  # fmt: skip
-    for line in plan.cells:
-        for cell in line:
-            cascades[cell.runtime].settings(cell.options)
     with Progress() as progress:
-        for done, (row, column) in enumerate(positions(plan)):
-            progress("pictures", done, len(positions(plan)))
-            cell = plan.cells[row][column]
-            cascade = cascades[cell.runtime]
-            (made,) = cascade.stream([cell.prompt], cell.options)
-            pictures[row].append(to_uint8(made.stages[-1][None])[0])
-            settings = [one.model_dump() for one in cascade.settings(cell.options)]
-            facts[row].append(
-                {"prompt": cell.prompt, "seed": made.seed, "runtimes": made.runtimes,
-                 "negative_prompt": cell.options.negative_prompt, "tile": cell.options.tile,
-                 "not_read": [lost._asdict() for lost in made.not_read], "stages": settings}
-            )  # fmt: skip
-    drawn = draw_sheet(
-        pictures, columns=plan.columns.captions, rows=plan.rows.captions if plan.rows else [""],
-        title=title(plan, varied),
-    )  # fmt: skip
-    told = {
-        "columns": plan.columns._asdict(), "rows": plan.rows and plan.rows._asdict(),
-        "pictures": facts, "version": __version__,
-        "model_sha256": [sha256(file.path) for file in next(iter(cascades.values())).files],
-    }  # fmt: skip
-    if out is None:
-        folder = samples_dir(run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with taken_number(folder) as number:
-            out = folder / f"sheet_{number:05d}.png"
-            save_picture(out, drawn, told)
-    else:
-        save_picture(out, drawn, told)
-    click.echo(f"{len(positions(plan))} pictures in {out}")
+        pictures, facts = draw(
+            plan, Source(run_dir, unet_limit, allow_unfinished), say=say,
+            progress=partial(progress, "pictures"),
+        )  # fmt: skip
+    path = write(plan, pictures, facts, run_dir, title=title(plan, varied), out=out)
+    click.echo(f"{len(positions(plan))} pictures in {path}")

@@ -76,7 +76,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / MANIFEST}: missing or damaged.") from None
-    if step != _step_of(folder) or not expected:
+    if step != step_of(folder) or not expected:
         raise CheckpointError(f"{folder / MANIFEST}: not that of this checkpoint.")
     for name, (size, digest) in expected.items():
         path = folder / name
@@ -147,9 +147,9 @@ def remove_old(
     """
     checkpoints = list_checkpoints(parent)
     since = step if good is None else good
-    passed_over = [f for f in checkpoints if _step_of(f) > since and _step_of(f) != step]
+    passed_over = [f for f in checkpoints if step_of(f) > since and step_of(f) != step]
     whole = [folder for folder in checkpoints if folder not in passed_over]
-    old = [f for f in whole[keep:] if every is None or _step_of(f) % every]
+    old = [f for f in whole[keep:] if every is None or step_of(f) % every]
     for folder in [*passed_over, *old]:
         _discard(folder)
 
@@ -160,5 +160,6 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Optimizer steps done at a checkpoint."""
     return int(folder.name.removeprefix("step_"))

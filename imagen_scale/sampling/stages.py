@@ -32,6 +32,10 @@ class Picture(NamedTuple):
     not_read: list[NotRead]  # of its prompt and of the negative one
 
 
+# Features of prompts, by the prompts of a group and the negative one.
+Remembered = dict[tuple[tuple[str, ...], str | None], Encoded]
+
+
 class TrainedStages:
     """Some stages of a run, in order; all of a cascade up to a U-Net, or one alone.
 
@@ -41,6 +45,8 @@ class TrainedStages:
         runtime: What computes the U-Nets, and how.
         say: Told what "auto" chose and what was changed for want of memory.
         warn: Told what of a prompt is not read; None tells `say`.
+        remembered: Prompts that were encoded already, by all that was encoded together; several
+            may share it, if they are of one run. None encodes each time.
     """
 
     def __init__(
@@ -51,11 +57,13 @@ class TrainedStages:
         *,
         say: Say = lambda sentence: None,
         warn: Say | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self.files = files
         self.device = device or default_device()
-        self.runtime, self.say = runtime, _once(say)
-        self.warn = self.say if warn is None else _once(warn)
+        self.runtime, self.say = runtime, once(say)
+        self.warn = self.say if warn is None else once(warn)
+        self.remembered = remembered
 
     @classmethod
     def load(
@@ -216,7 +224,14 @@ class TrainedStages:
             prompts: B captions; an empty one is no text at all.
             negative_prompt: What guidance leads away from.
         """
-        return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device)
+        if self.remembered is None:
+            return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device)
+        key = (tuple(prompts), negative_prompt)
+        if key not in self.remembered:
+            self.remembered[key] = read_prompts(
+                self.files, prompts, negative_prompt, self.warn, self.device
+            )
+        return self.remembered[key]
 
 
 def _check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:
@@ -238,7 +253,7 @@ def _tile(config: StageConfig, tile: int | None) -> int | None:
     return tile if tile is not None and tile < config.size else None
 
 
-def _once(say: Say) -> Say:
+def once(say: Say) -> Say:
     """Says each sentence once: a stage is opened again for every group of pictures."""
     said: set[str] = set()
 

@@ -5,20 +5,13 @@ An engine holds the network and updates *masters*: tensors of this rank alone, i
 parameter is its own master; ZeRO joins the rank's share of many parameters in few flat ones.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-
-class Fragment(NamedTuple):
-    """A run of a parameter's elements and its place in one of this rank's masters."""
-
-    name: str
-    start: int  # in the flattened parameter
-    numel: int
-    offset: int  # in the flattened master
+from imagen_scale.runs.shares import Fragment
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from imagen_scale.config import StageConfig
 from imagen_scale.planning.setup import Setup
-from imagen_scale.training.engine import Fragment
+from imagen_scale.runs.shares import Fragment
 from imagen_scale.training.optimizers import make_optimizer
 
 

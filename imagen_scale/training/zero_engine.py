@@ -16,8 +16,8 @@ from imagen_scale.config import StageConfig
 from imagen_scale.errors import ConfigError
 from imagen_scale.files.pinning import can_pin
 from imagen_scale.planning.setup import Setup, complete_zero
+from imagen_scale.runs.shares import Fragment
 from imagen_scale.training import operators
-from imagen_scale.training.engine import Fragment
 from imagen_scale.training.optimizers import (
     adamw_options,
     make_optimizer,

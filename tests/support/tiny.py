@@ -78,3 +78,47 @@ def write_run(run: Path) -> Path:
     for number in (1, 2):
         write_stage(run, number)
     return run
+
+
+def write_checkpoint(run: Path, number: int, step: int, *, shares: int = 2) -> dict[str, Any]:
+    """Writes a checkpoint of one stage of TINY: every parameter cut in two, none beside its half.
+
+    Args:
+        run: With the stage's inference file.
+        number: Of the stage, from 1.
+        step: Of the checkpoint; its averages are drawn from it.
+        shares: Files, of so many ranks.
+
+    Returns:
+        The averages that it holds.
+    """
+    import torch
+
+    from imagen_scale.files.tensors import write_tensors
+    from imagen_scale.models.unet import UNet
+    from imagen_scale.runs import checkpoint
+    from imagen_scale.runs.folders import inference_path, unet_dir
+    from imagen_scale.runs.inference import read_inference
+
+    config = read_inference(inference_path(run, number)).config
+    torch.manual_seed(step)
+    unet = UNet(config.stage(number, 384).network)
+    averages = {name: torch.randn(value.shape) / 9 for name, value in unet.named_parameters()}
+    staging = checkpoint.staging_folder(unet_dir(run, number), step)
+    for rank in range(shares):
+        fragments, pieces, offset = [], [], 0
+        for name, value in reversed(averages.items()):
+            start, stop = (value.numel() * one // shares for one in (rank, rank + 1))
+            fragments.append((name, start, stop - start, offset))
+            pieces.append(value.flatten()[start:stop])
+            offset += stop - start
+        whole = torch.cat(pieces)
+        tensors = {"0/master": torch.zeros_like(whole), "0/ema": whole}
+        write_tensors(
+            staging / f"rank_{rank:04d}.safetensors",
+            {name: (value.dtype, value.shape) for name, value in tensors.items()},
+            tensors.items(),
+            {"optimizer": "adamw", "fragments": json.dumps([fragments]), "plain": "[{}]"},
+        )
+    checkpoint.commit(staging, step, {})
+    return averages
