@@ -215,6 +215,47 @@ def test_header_of_a_decompression_bomb_is_enough(tmp_path, side):
             load_picture(tmp_path / "bomb.png", 16)
 
 
+# ---------------------------------------------------------------------------- data.fit
+
+
+def stripes(width, height):
+    """Red left of the middle third, green in it, blue right of it; or from the top on."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    along = np.arange(max(width, height)) * 3 // max(width, height)
+    picture[np.arange(height)[:, None], np.arange(width), along if width > height else
+            along[:, None]] = 255  # fmt: skip
+    return picture
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 100), (100, 300)])
+def test_a_padded_picture_is_whole_and_the_rest_has_the_colour(tmp_path, width, height):
+    file = save(tmp_path / "a.png", stripes(width, height))
+    picture = load_picture(file, 30, pad=(1, 2, 3))
+    if height > width:
+        picture = picture.transpose(0, 2, 1)
+    assert (picture[:, :10] == [[[1]], [[2]], [[3]]]).all()
+    assert (picture[:, 20:] == [[[1]], [[2]], [[3]]]).all()
+    assert picture[:, 15, [2, 14, 27]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+@pytest.mark.parametrize("shape", [(1, 20000), (20000, 1), (5000, 3), (7, 5), (64, 64)])
+def test_any_shape_is_padded_and_a_square_is_as_it_is_cropped(tmp_path, shape):
+    file = save(tmp_path / "a.png", np.full((*shape, 3), 90, np.uint8))
+    picture = load_picture(file, 64, pad=(0, 0, 0))
+    assert picture.shape == (3, 64, 64) and picture.max() == 90
+    if shape[0] == shape[1]:
+        assert (picture == load_picture(file, 64)).all()
+
+
+def test_a_place_lies_between_the_ends_of_the_longer_side(tmp_path):
+    for width, height in ((300, 100), (100, 300)):
+        file = save(tmp_path / f"{width}.png", stripes(width, height))
+        for place, colour in ((0.0, 0), (0.5, 1), (1 - 2**-53, 2)):
+            picture = load_picture(file, 10, place=place)
+            assert (picture.argmax(axis=0) == colour).all() and picture.max() == 255
+        assert (load_picture(file, 10) == load_picture(file, 10, place=0.5)).all()
+
+
 # ---------------------------------------------------------------------------- ImageStore
 
 

@@ -57,6 +57,7 @@ def test_the_survey_counts_what_is_there(config, tmp_path):
     keys = [f"{i}.png" for i in range(6)] + ["copy.png"]
     train, held_out = split_indices(keys, 0.5)
     assert found["pictures"] == 7
+    assert found["cut"] == sum(1 - min(size) / max(size) > 0.1 for size in SIZES) == 5
     assert (found["trained_on"], found["held_out"]) == (len(train), len(held_out))
     assert [skip["picture"] for skip in found["skipped"]] == ["broken.png"]
     assert found["distinct_captions"] == 7 and found["cut_captions"] == 1
@@ -66,6 +67,7 @@ def test_the_survey_counts_what_is_there(config, tmp_path):
                                "wider than 2:1": 1}  # fmt: skip
     assert found["enlarged"] == {"16": 0, "32": 1}
     assert found["duplicates"] == [["0.png", "copy.png"]]
+    assert found["groups"] == 7
     is_split = (0 in held_out) != (6 in held_out)
     assert found["split_duplicates"] == is_split
     stored = {file.name.rpartition("_")[2]: file.stat().st_size
@@ -87,6 +89,18 @@ def test_the_table_names_everything(config, tmp_path):
     with Image.open(sheet) as image:
         # Seven pictures of 128 px with three lines of caption.
         assert image.size == (6 + 7 * 134, 3 * 16 + 6 + 134)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 8 pictures", "ignore:data.path. 2 pictures are not used")
+def test_letters_that_the_sheet_cannot_show_are_said(config, tmp_path):
+    found = json.loads(cli("prepare", "--config", config, "--json").stdout)
+    assert found["unwritten"] == []
+    (tmp_path / "pictures" / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{i}.png", "text": "\U0001e800 one"}) + "\n"
+                for i in range(6))  # Mende Kikakui: no font at hand
+    )  # fmt: skip
+    done = cli("prepare", "--config", config, "--set", "data.max_bad_fraction=0.9")
+    assert "no font here has the letters of MENDE" in " ".join(done.output.split()), done.output
 
 
 @pytest.mark.filterwarnings("ignore:1 of 8 pictures")
@@ -135,7 +149,7 @@ def test_captions_of_any_length_fit_their_column(tmp_path, label):
     for lines in (1, 3):
         save_grid(tmp_path / "grid.png", [[picture, picture]], [label, ""], lines=lines)
         with Image.open(tmp_path / "grid.png") as image:
-            right = np.asarray(image)[: lines * 16, 6 + 134 :]
+            right = np.asarray(image)[1 : lines * 16, 6 + 134 : 6 + 134 + 128]  # in the frame
         assert (right == 255).all()  # nothing reaches into the next column
 
 

@@ -6,6 +6,7 @@ import pytest
 from support.tiny import TINY
 
 from imagen_scale.config import parse_config
+from imagen_scale.data.sources.opening import open_source
 from imagen_scale.errors import ConfigError, DataError, UsageError
 from imagen_scale.training.may_continue import (
     check_run,
@@ -77,11 +78,15 @@ def test_fresh_deletes_the_unets_it_is_asked_for_and_nothing_else(run):
 
 
 def test_a_split_with_an_empty_part_is_refused():
-    check_split(config(), ["a", "b"])
+    def check(*changes):
+        wanted = config('data.names=["sun","key"]', *changes)
+        check_split(wanted, open_source(wanted.data))
+
+    check()
     with pytest.raises(DataError, match=r"0\.01 of 2 pictures leaves none to hold out"):
-        check_split(config("data.val_fraction=0.01"), ["a", "b"])
+        check("data.val_fraction=0.01")
     with pytest.raises(DataError, match="none to train on"):
-        check_split(config("data.val_fraction=0.999"), ["a", "b"])
+        check("data.val_fraction=0.999")
 
 
 def test_unet_numbers():

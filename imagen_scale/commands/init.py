@@ -117,6 +117,7 @@ def _look(data: dict[str, Any], encoder: str) -> tuple["Seen", list[str]]:
     from imagen_scale.config import DataConfig
     from imagen_scale.data.encoder import TextEncoder, encoder_folder
     from imagen_scale.data.sources.opening import open_source
+    from imagen_scale.data.survey import count_cut, cut_sentence
     from imagen_scale.errors import DataError
     from imagen_scale.planning.sizing import Seen
 
@@ -125,11 +126,14 @@ def _look(data: dict[str, Any], encoder: str) -> tuple["Seen", list[str]]:
         first = source.skipped[0]
         raise DataError(f"{data.get('path')}: no picture can be used. {first[0]}: {first[1]}")
     some = range(0, len(source), max(1, len(source) // LOOKED_AT))
-    sides = [min(size) for i in some if (size := source.size(i)) is not None]
+    sizes = [size for i in some if (size := source.size(i)) is not None]
+    sides = [min(size) for size in sizes]
     reader = TextEncoder(encoder_folder(encoder))
     longest = max(len(one) for one in reader.encode([source.captions[i] for i in some]))
     reader.close()
     notes = [*source.notes]
+    if cut := count_cut(sizes):
+        notes.append(cut_sentence(cut, len(sizes)))
     if source.skipped:
         notes.append(f"{len(source.skipped):,} are left out; `imagen-scale prepare` names them")
     return Seen(len(source), sides, longest), notes

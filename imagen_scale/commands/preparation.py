@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from imagen_scale.data.survey import Survey
+from imagen_scale.data.survey import Survey, cut_sentence
 from imagen_scale.data.trial import Estimate, Preparation
 
 LISTED = 5  # bad pictures and duplicates named in the table; the reports have all
@@ -22,6 +22,7 @@ def as_dict(done: Preparation) -> dict[str, Any]:
         "seconds": round(done.seconds, 1),
         **{name: str(path) for name, path in paths.items()},
         "attribution": done.attribution,
+        "unwritten": done.unwritten,
     }
 
 
@@ -50,7 +51,8 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
     found = done.survey
     yield (
         "pictures",
-        f"{found.pictures:,} usable: {found.trained_on:,} to train on, {found.held_out:,} held out",
+        f"{found.pictures:,} usable: {found.trained_on:,} to train on, {found.held_out:,} held out"
+        + (f", in {found.groups:,} groups" if found.groups != found.pictures else ""),
     )
     low, middle, high = found.caption_tokens
     cut = f"; {found.cut_captions:,} are cut at {found.max_text_len}" if found.cut_captions else ""
@@ -65,6 +67,8 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
         low, middle, high = found.shorter_sides
         yield "shorter side", f"{low:.0f} to {high:.0f} px (median {middle:.0f})"
         yield "shapes", ", ".join(f"{n:,} {name}" for name, n in found.shapes.items() if n)
+    if found.cut:
+        yield "cut", cut_sentence(found.cut, found.pictures)
     for size, count in found.enlarged.items():
         if count:
             yield (
@@ -85,6 +89,13 @@ def _rows(done: Preparation) -> Iterator[tuple[str, str]]:
     yield "cache", str(done.cache)
     yield "report", str(done.report)
     yield "contact sheet", str(done.sheet)
+    if done.unwritten:
+        yield (
+            "",
+            f"no font here has the letters of {', '.join(done.unwritten)}: the sheet names them in "
+            f"brackets, training reads them all the same; a font for them (Noto has most) in "
+            f"~/.local/share/fonts is found",
+        )
     if done.attribution:
         yield "to be said", done.attribution
 
@@ -96,7 +107,11 @@ def _duplicate_rows(found: Survey) -> Iterator[tuple[str, str]]:
     extra = sum(len(group) - 1 for group in found.duplicates)
     leak = ""
     if found.split_duplicates:
-        leak = f"; both trained on and held out: {found.split_duplicates:,}"
+        leak = (
+            f"; both trained on and held out: {found.split_duplicates:,}, which makes what is "
+            f"measured on held-out pictures too good: remove the copies (--json has all), or keep "
+            f"them together with data.val_group: caption, folder, or an expression on their names"
+        )
     yield "duplicates", f"{extra:,}{leak}"
     for group in found.duplicates[:LISTED]:
         yield "", " = ".join(group[:LISTED]) + (" = ..." if len(group) > LISTED else "")

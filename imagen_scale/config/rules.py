@@ -118,6 +118,11 @@ def _lowres_checks(config: "Config") -> list[str]:
     if (degrade or samples) and len(config.unets) == 1:
         key = "lowres_degrade" if degrade else "lowres_samples"
         return [f"training.{key}: is of super-resolution, and there is one U-Net; remove it."]
+    if samples and config.data.fit == "random_crop":
+        return [
+            "training.lowres_samples: draws each picture once, and data.fit random_crop shows "
+            "another part of it each time; choose one of them."
+        ]
     if degrade + samples > 1:
         return [
             f"training.lowres_degrade {degrade:g} and training.lowres_samples {samples:g} are "

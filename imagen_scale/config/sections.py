@@ -1,5 +1,6 @@
 """The sections of a configuration beside `imagen`, `unets` and `deepspeed`."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -18,6 +19,8 @@ from imagen_scale.config.section import (
     TrainingPrecision,
     parse_bytes,
 )
+
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class DataConfig(Section):
@@ -54,10 +57,39 @@ class DataConfig(Section):
     follow_symlinks: bool = Field(
         False, description="Take pictures behind symbolic links, wherever these lead."
     )
+    fit: Literal["crop", "pad", "random_crop"] = Field(
+        "crop",
+        description="What makes a square of a picture. crop: its centre; pad: all of it, with "
+        "pad_colour beside it; random_crop: another part of it each time it is trained on, and the "
+        "centre where it is held out or shown.",
+    )
+    pad_colour: tuple[Level, Level, Level] = Field(
+        (255, 255, 255), description="Of fit pad: red, green and blue, 0 to 255."
+    )
     flip: bool = Field(False, description="Mirror each picture with probability 1/2.")
     val_fraction: Probability = Field(
         0.0, description="Share of pictures held out for the validation loss, chosen by hash."
     )
+    val_group: str | None = Field(
+        None,
+        description="What is held out together or not at all: the pictures of one caption, of one "
+        "folder (of one tar), or those whose key has the same first group of this regular "
+        "expression, as in ^(.*)_[0-9]+ for views of one thing. null: each picture by itself.",
+    )
+
+    @field_validator("val_group")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"{value!r} is no regular expression ({error}); write caption, folder or one "
+                    f"as in ^(.*)_[0-9]+."
+                ) from None
+        return value
+
     num_workers: NaturalInt | None = Field(
         None,
         description="Loader processes per rank, of training and of validation. null: none where "
@@ -324,3 +356,7 @@ class LoggingConfig(Section):
     )
     log_every: PositiveInt = Field(50, description="Steps between reports.")
     wandb: WandbConfig | None = Field(None, description="Weights & Biases; null: not used.")
+    tensorboard: bool = Field(
+        False,
+        description="Write RUN/unetN/tensorboard, which `tensorboard --logdir runs` shows.",
+    )

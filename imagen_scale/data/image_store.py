@@ -38,7 +38,7 @@ class ImageStore:
     """The prepared pictures of one source at one size: `store[i]` is (3, size, size) uint8."""
 
     def __init__(self, size: int, length: int, file: Path | None, source: Source | None) -> None:
-        """Use `ImageStore.open`; exactly one of `file` and `source` is given."""
+        """Use `ImageStore.open` or `decoding`; exactly one of `file` and `source` is given."""
         self.size = size
         self._length = length
         self._file = file
@@ -70,7 +70,7 @@ class ImageStore:
         """
         length = len(source)
         if not stored:
-            return cls(size, length, None, source)
+            return cls.decoding(source, size)
         file = cache_dir / "images" / f"{source.fingerprint}_{size}.npy"
         store = cls(size, length, file, None)
         if not store._is_whole():
@@ -78,6 +78,11 @@ class ImageStore:
                 if not store._is_whole():  # another process may have built it meanwhile
                     _build(file, source, size, progress)
         return store
+
+    @classmethod
+    def decoding(cls, source: Source, size: int) -> "ImageStore":
+        """The pictures of `source`, decoded at every read."""
+        return cls(size, len(source), None, source)
 
     @property
     def file(self) -> Path | None:
@@ -94,6 +99,11 @@ class ImageStore:
         if self._pictures is None:
             self._pictures = self._map()
         return np.array(self._pictures[i])
+
+    def cropped(self, i: int, place: float) -> PixelArray:
+        """The square at a place in [0, 1) along the picture's longer side; of `decoding` only."""
+        assert self._source is not None
+        return self._source.image(i, self.size, place)
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a full copy; each process opens its own.

@@ -79,6 +79,7 @@ class CaptionedImages(Dataset[TrainingSample]):
         flip: bool,
         max_text_len: int,
         shuffle: bool = True,
+        random_crop: bool = False,
         lowres: LowresInputs | None = None,
     ) -> None:
         """Joins pictures and text.
@@ -91,6 +92,8 @@ class CaptionedImages(Dataset[TrainingSample]):
             seed: Of the order and of the mirroring.
             flip: Whether half of the samples are mirrored left to right.
             max_text_len: Tokens kept at most.
+            random_crop: Whether each sample is another part of its picture (see `data.fit`);
+                `images` has to be one of `ImageStore.decoding`.
             shuffle: Whether each epoch has an order of its own; else `indices` as given.
             lowres: Other low-resolution pictures, for super-resolution; None has none.
 
@@ -110,6 +113,7 @@ class CaptionedImages(Dataset[TrainingSample]):
         self._flip = flip
         self._max_text_len = max_text_len
         self._shuffle = shuffle
+        self._random_crop = random_crop
         self._lowres = lowres
         self._epoch = -1  # whose order is kept, because positions are asked for mostly in order
         self._order: npt.NDArray[np.int64] = np.arange(0)
@@ -121,7 +125,12 @@ class CaptionedImages(Dataset[TrainingSample]):
     def __getitem__(self, position: int) -> TrainingSample:
         """The sample at a position, which may be as large as one likes."""
         i = self.picture(position)
-        image = self._images[i]
+        if self._random_crop:
+            # Of the highest 53 bits, which a float holds: below 1 whatever is drawn.
+            place = (seeded("crop", self._seed, position) >> 10) / 2**53
+            image = self._images.cropped(i, place)
+        else:
+            image = self._images[i]
         is_mirrored = self._flip and seeded("flip", self._seed, position) % 2 == 1
         if is_mirrored:
             image = image[:, :, ::-1]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from imagen_scale.config import Config
 from imagen_scale.data.prepared import Prepared
-from imagen_scale.data.sequence import split_indices
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.sources.skipped import Skipped, printable
+from imagen_scale.data.split import groups as split_groups
+from imagen_scale.data.split import split
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 
 # Width / height below which a picture belongs to the shape; the last takes the rest.
@@ -23,6 +24,7 @@ SHAPES = (
     ("landscape", 2.0),
     ("wider than 2:1", float("inf")),
 )
+MUCH = 0.1  # of a picture's area
 Range = tuple[float, float, float]  # smallest, median, largest
 
 
@@ -40,7 +42,9 @@ class Survey(NamedTuple):
     max_text_len: int
     shorter_sides: Range | None  # pixels; None of drawings
     shapes: dict[str, int] | None  # pictures of each of `SHAPES`
+    cut: int | None  # pictures that lose much to the centre crop; None where nothing is cut
     enlarged: dict[int, int]  # by stage size: pictures whose shorter side is smaller
+    groups: int  # of pictures that are held out together or not at all; see `data.val_group`
     duplicates: list[list[str]] | None  # keys of equal pictures; None: not looked for
     split_duplicates: int  # of these groups, those on both sides of the validation split
     picture_bytes: dict[int, int | None]  # on disk by stage size; None: decoded at every read
@@ -59,7 +63,7 @@ def survey(
         progress: Called as pictures are looked at.
     """
     source = prepared.source
-    train, held_out = split_indices(source.keys, config.data.val_fraction)
+    train, held_out = split(config.data, source)
     tokens = [prepared.embeddings.num_tokens(caption) for caption in source.captions]
     limit = min(unet.max_text_len for unet in config.unets)
     sizes = _sizes(source, cache_dir / "images" / source.fingerprint / "sizes.json", progress)
@@ -81,9 +85,11 @@ def survey(
         max_text_len=limit,
         shorter_sides=None if sides is None else _range(sides),
         shapes=None if sizes is None else _shapes(sizes),
+        cut=None if sizes is None or config.data.fit != "crop" else count_cut(sizes),
         enlarged={
             size: sum(side < size for side in sides or ()) for size in config.imagen.image_sizes
         },
+        groups=len(set(split_groups(config.data, source))),
         duplicates=None
         if groups is None
         else [[printable(source.keys[i]) for i in group] for group in groups],
@@ -98,6 +104,19 @@ def survey(
             prepared.embeddings.num_tokens(caption) * prepared.embeddings.dim * width
             for caption in distinct
         ),
+    )
+
+
+def count_cut(sizes: Sequence[tuple[int, int]]) -> int:
+    """Pictures that lose more than `MUCH` of their area to the centre crop."""
+    return sum(1 - min(size) / max(size) > MUCH for size in sizes)
+
+
+def cut_sentence(cut: int, pictures: int) -> str:
+    """What to do where many pictures are cut."""
+    return (
+        f"{cut:,} of {pictures:,} lose more than {MUCH:.0%} of their area to the centre crop; "
+        f"data.fit pad keeps all of each, random_crop shows another part each time"
     )
 
 

@@ -11,6 +11,7 @@ from imagen_scale.data.prepared import Prepared, cache_dir, prepare
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
 from imagen_scale.data.survey import Survey, survey
+from imagen_scale.files.lettering import missing
 from imagen_scale.files.pictures import GRID_LIMIT, save_grid
 
 TRIAL = 16  # pictures and captions that an estimate is made from
@@ -37,6 +38,7 @@ class Preparation(NamedTuple):
     report: Path
     sheet: Path
     attribution: str | None
+    unwritten: list[str]  # scripts of the sheet's captions that no font here has
 
 
 def prepare_data(config: Config, sheet: Path | None, progress: Progress) -> Preparation:
@@ -55,26 +57,32 @@ def prepare_data(config: Config, sheet: Path | None, progress: Progress) -> Prep
     found = survey(config, prepared, cache_dir(config), progress)
     sheet = sheet or prepared.report.with_name("contact_sheet.png")
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(prepared, sheet)
+    shown = draw_sheet(prepared, sheet)
     seconds = time.monotonic() - start
     return Preparation(
-        found, seconds, cache_dir(config), prepared.report, sheet, prepared.source.attribution
-    )
+        found, seconds, cache_dir(config), prepared.report, sheet, prepared.source.attribution,
+        missing(shown),
+    )  # fmt: skip
 
 
-def draw_sheet(prepared: Prepared, file: Path) -> None:
+def draw_sheet(prepared: Prepared, file: Path) -> list[str]:
     """Draws pictures from all over the data set with their captions, as training sees them.
 
     Args:
         prepared: The data.
         file: The PNG file; at most `GRID_LIMIT` pictures of at most `SHEET_SIDE` px.
+
+    Returns:
+        The captions.
     """
     sizes = sorted(prepared.images)
     size = max([size for size in sizes if size <= SHEET_SIDE] or sizes[:1])
     count = min(len(prepared.source), GRID_LIMIT)
     shown = [i * len(prepared.source) // count for i in range(count)]
     row = [prepared.images[size][i].transpose(1, 2, 0) for i in shown]
-    save_grid(file, [row], [prepared.source.captions[i] for i in shown], lines=SHEET_LINES)
+    captions = [prepared.source.captions[i] for i in shown]
+    save_grid(file, [row], captions, lines=SHEET_LINES)
+    return captions
 
 
 def estimate(config: Config, progress: Progress) -> Estimate:

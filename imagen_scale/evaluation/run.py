@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from imagen_scale.config import Config
 from imagen_scale.data.prepared import Prepared, prepare
-from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.split import split as split_pictures
 from imagen_scale.data.storage import Progress
 from imagen_scale.errors import UsageError, option
 from imagen_scale.evaluation.distances import require_torchmetrics
@@ -108,7 +108,7 @@ def choose_pictures(
     config: Config, prepared: Prepared, split: Split | None, say: Say
 ) -> tuple[Split, list[int], list[int]]:
     """The split in force, its pictures, and those that were trained on."""
-    train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
+    train, held_out = split_pictures(config.data, prepared.source)
     if split is None:
         split = "held-out" if held_out else "train"
         if not held_out:

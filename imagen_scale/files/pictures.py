@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from imagen_scale.files import lettering
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.labels import fit_labels
 
 
 def from_uint8(pictures: Tensor) -> Tensor:
@@ -28,6 +30,9 @@ def to_uint8(images: Tensor) -> Any:
 
 MARGIN = 6
 LABEL_HEIGHT = 16
+LETTERS = 11  # their size in pixels
+LETTERS_APART = 15  # from line to line
+FRAME = (208, 208, 208)
 MAX_COLUMNS = 8
 GRID_LIMIT = 64  # pictures in the grid of a command; each is also a file of its own
 MAX_CELL = 512  # larger pictures are shrunk here
@@ -128,12 +133,14 @@ def save_grid(
     size = (MARGIN + columns * (cell + MARGIN), -(-len(labels) // columns) * band_height)
     grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(size=11)
-    for i, label in enumerate(labels):
+    for i, label in enumerate(fit_labels(labels, width=cell, size=LETTERS, lines=lines)):
         band, column = divmod(i, columns)
         x, y = MARGIN + column * (cell + MARGIN), band * band_height
-        text = "\n".join(_fit(draw, label, font, cell, lines))
-        draw.text((x, y + 3), text, fill="black", font=font)
+        # A frame: what stands over a picture is not what stands below the one above.
+        left, right = x - MARGIN // 2, x + cell + MARGIN // 2
+        draw.rectangle((left, y, right, y + band_height), outline=FRAME)
+        for number, line in enumerate(label):
+            lettering.write(draw, (x, y + 3 + number * LETTERS_APART), line, LETTERS)
         for r, row in enumerate(rows):
             picture = Image.fromarray(row[i])
             enlarges = picture.width <= cell
@@ -142,28 +149,6 @@ def save_grid(
             )
             grid.paste(picture, (x, y + label_height + MARGIN + r * (cell + MARGIN)))
     _save(path, grid)
-
-
-def _fit(draw: ImageDraw.ImageDraw, label: str, font: Any, width: int, lines: int) -> Sequence[str]:
-    """The label on so many lines, cut to the width of its column."""
-    words, fitted = label.split(), list[str]()
-    while words and len(fitted) < lines - 1:
-        count = 1
-        while (
-            count < len(words) and draw.textlength(" ".join(words[: count + 1]), font=font) <= width
-        ):
-            count += 1
-        fitted.append(_cut(draw, " ".join(words[:count]), font, width))
-        words = words[count:]
-    return [*fitted, _cut(draw, " ".join(words), font, width)]
-
-
-def _cut(draw: ImageDraw.ImageDraw, line: str, font: Any, width: int) -> str:
-    if draw.textlength(line, font=font) <= width:
-        return line
-    while line and draw.textlength(line + "...", font=font) > width:
-        line = line[:-1]
-    return line + "..."
 
 
 def _save(path: Path, image: Image.Image) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from imagen_scale.files import lettering
 from imagen_scale.files.pictures import MARGIN, MAX_CELL, MIN_CELL
 
 LINE = 18  # pixels of a line of text
@@ -26,23 +27,21 @@ def draw_sheet(
     Returns:
         (H, W, 3) uint8.
     """
-    font = ImageFont.load_default(size=SIZE)
     side = min(max(MIN_CELL, cells[0][0].shape[0]), MAX_CELL)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = MARGIN + round(max(measure.textlength(row, font=font) for row in rows))
+    left = MARGIN + round(max(lettering.width(row, SIZE) for row in rows))
     left += MARGIN if left > MARGIN else 0
-    cell = max(side, *(round(measure.textlength(one, font=font)) for one in columns))
+    cell = max(side, *(round(lettering.width(one, SIZE)) for one in columns))
     width = left + len(columns) * (cell + MARGIN)
-    width = max(width, 2 * MARGIN + round(measure.textlength(title, font=font)))
+    width = max(width, 2 * MARGIN + round(lettering.width(title, SIZE)))
     top = 2 * (LINE + MARGIN)
     sheet = Image.new("RGB", (width, top + len(rows) * (side + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    lettering.write(draw, (MARGIN, MARGIN), title, SIZE)
     for c, column in enumerate(columns):
-        draw.text((left + c * (cell + MARGIN), LINE + MARGIN), column, fill="black", font=font)
+        lettering.write(draw, (left + c * (cell + MARGIN), LINE + MARGIN), column, SIZE)
     for r, row in enumerate(rows):
         y = top + r * (side + MARGIN)
-        draw.text((MARGIN, y + (side - SIZE) // 2), row, fill="black", font=font)
+        lettering.write(draw, (MARGIN, y + (side - SIZE) // 2), row, SIZE)
         for c, picture in enumerate(cells[r]):
             way = Image.Resampling.NEAREST if picture.shape[0] <= side else Image.Resampling.LANCZOS
             sheet.paste(

@@ -5,7 +5,7 @@ RUN/config.json  data_report.json  evaluation.json  steps_table.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
     unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
-    unetN/lowres_samples.safetensors
+    unetN/lowres_samples.safetensors  tensorboard/events...
     unetN/ema/best.safetensors  best.json
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
     export/unetN/onnx-fp32/...
@@ -92,6 +92,11 @@ def setup_path(run: Path, unet_number: int) -> Path:
 def owner_path(run: Path, unet_number: int) -> Path:
     """Who trains a U-Net at the moment; beside its folder, which `--fresh` deletes."""
     return run / f".unet{unet_number}.owner"
+
+
+def tensorboard_dir(run: Path, unet_number: int) -> Path:
+    """One U-Net's curves and grids for TensorBoard."""
+    return unet_dir(run, unet_number) / "tensorboard"
 
 
 def samples_dir(run: Path) -> Path:

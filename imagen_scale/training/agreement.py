@@ -21,7 +21,7 @@ import imagen_scale
 from imagen_scale.config import Config
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import Prepared
-from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.split import split
 from imagen_scale.errors import EnvironmentProblem
 from imagen_scale.training.meeting import Meeting
 from imagen_scale.training.ranks import rank, world_size
@@ -63,7 +63,7 @@ def agree(meeting: Meeting, config: Config, call: Facts, prepared: Prepared, run
 def _facts(config: Config, call: Facts, prepared: Prepared) -> Facts:
     """All that has to be the same, in the order in which differences are told."""
     source = prepared.source
-    train, held_out = split_indices(source.keys, config.data.val_fraction)
+    train, held_out = split(config.data, source)
     return {
         "imagen-scale": __version__,
         **{name: _version(name) for name in PACKAGES},

@@ -85,7 +85,7 @@ def train(
         size = config.stage(numbers[0]).size if len(numbers) == 1 else None
         prepared = prepare(config, progress=_progress(say), size=size)
         check_text_width(config, prepared.embeddings.dim)
-        check_split(config, prepared.source.keys)
+        check_split(config, prepared.source)
         fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
         for origin in origins.values():
             check_encoder(origin, fingerprint, config.text_encoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from imagen_scale.config import Config
 from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
-from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.split import split
 from imagen_scale.planning.machine import joined, this_machine
 from imagen_scale.training.link import link_bytes_per_s
 from imagen_scale.training.lowres_samples import Drawn, draw_samples, read_samples
@@ -66,7 +66,8 @@ class Job:
         self.samples = split_samples(config, self.stage, prepared, self._drawn_before())
         self.num_workers = loader_processes(
             config.data.num_workers,
-            are_stored=prepared.images[self.stage.size].file is not None,
+            are_stored=prepared.images[self.stage.size].file is not None
+            and config.data.fit != "random_crop",
             cores=cores_each(ranks_here()),
         )
         self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)
@@ -76,7 +77,7 @@ class Job:
         if self.stage.small_size is None or not self.stage.training.lowres_samples:
             return None
         with self.watchdog.phase("drawing pictures"):
-            train, _ = split_indices(self.prepared.source.keys, self.config.data.val_fraction)
+            train, _ = split(self.config.data, self.prepared.source)
             from_rank_0(
                 lambda: draw_samples(self.stage, self.run_dir, self.prepared, train, self.say)
             )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from imagen_scale.config import Config, dump_config, parse_config
-from imagen_scale.data.sequence import split_indices
+from imagen_scale.data.sources.opening import Source
+from imagen_scale.data.split import split
 from imagen_scale.errors import ConfigError, DataError, UsageError
 from imagen_scale.files.atomic import clear_temporary, write_atomically
 from imagen_scale.runs.folders import (
@@ -74,17 +75,18 @@ def check_text_width(config: Config, dim: int) -> None:
             )
 
 
-def check_split(config: Config, keys: list[str]) -> None:
+def check_split(config: Config, source: Source) -> None:
     """Refuses a split of the pictures with an empty part.
 
     Raises:
         DataError: With the share that did it.
     """
-    train, held_out = split_indices(keys, config.data.val_fraction)
+    train, held_out = split(config.data, source)
     if not train or (config.data.val_fraction > 0 and not held_out):
         raise DataError(
-            f"data.val_fraction: {config.data.val_fraction} of {len(keys)} pictures leaves none "
-            f"to {'hold out' if train else 'train on'}; change it or add pictures."
+            f"data.val_fraction: {config.data.val_fraction} of {len(source)} pictures leaves none "
+            f"to {'hold out' if train else 'train on'}; change it or add pictures"
+            + (", or take smaller groups (data.val_group)." if config.data.val_group else ".")
         )
 
 

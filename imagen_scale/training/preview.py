@@ -13,8 +13,8 @@ from imagen_scale.config.distillation import FewSteps
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
-from imagen_scale.data.sequence import split_indices
 from imagen_scale.data.sources.captions import is_blank
+from imagen_scale.data.split import split
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
@@ -83,7 +83,7 @@ def draw_grid(run_dir: Path, unet_number: int, step: int, prepared: Prepared) ->
     file = read_inference(inference_path(run_dir, unet_number))
     config, training = file.config, file.config.training
     stage = Stage(file, default_device())
-    indices = split_indices(prepared.source.keys, config.data.val_fraction)[0][:GRID_COLUMNS]
+    indices = split(config.data, prepared.source).train[:GRID_COLUMNS]
     captions = [prepared.source.captions[i] for i in indices]
     small_size = stage.config.small_size
     if small_size is None:

@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 from imagen_scale.config import Config, StageConfig
+from imagen_scale.data.image_store import ImageStore
 from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.seeds import seeded
-from imagen_scale.data.sequence import CaptionedImages, split_indices
+from imagen_scale.data.sequence import CaptionedImages
+from imagen_scale.data.split import split
 from imagen_scale.training.lowres_samples import Drawn
 
 
@@ -33,19 +35,22 @@ def split_samples(
     """
 
     def sequence(indices: list[int], *, is_trained_on: bool) -> CaptionedImages:
+        random_crop = config.data.fit == "random_crop" and is_trained_on
+        images = prepared.images[stage.size]
         return CaptionedImages(
-            prepared.images[stage.size],
+            ImageStore.decoding(prepared.source, stage.size) if random_crop else images,
             prepared.source.captions,
             prepared.embeddings,
             indices,
             seed=seeded("data", stage.training.seed, stage.seed_index),
             flip=config.data.flip and is_trained_on,
+            random_crop=random_crop,
             max_text_len=stage.unet.max_text_len,
             shuffle=is_trained_on,
             lowres=_lowres_inputs(stage, drawn or {}) if is_trained_on else None,
         )
 
-    train, held_out = split_indices(prepared.source.keys, config.data.val_fraction)
+    train, held_out = split(config.data, prepared.source)
     return Samples(
         sequence(train, is_trained_on=True),
         sequence(held_out, is_trained_on=False) if held_out else None,

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress line, and Weights & Biases when asked for."""
+"""What a run reports: metrics.jsonl, a progress line, and to those trackers that are asked for."""
 
 import json
 import time
@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from imagen_scale.config import Config
 from imagen_scale.files.atomic import write_atomically
-from imagen_scale.runs.folders import metrics_path
+from imagen_scale.runs.folders import metrics_path, tensorboard_dir
+from imagen_scale.training.tensorboard_sink import TensorBoardSink
 from imagen_scale.training.wandb_sink import WandbSink
 
 console = Console(highlight=False, soft_wrap=True)
@@ -44,6 +45,10 @@ class Telemetry:
         self._wandb = None
         if config.logging.wandb is not None:
             self._wandb = WandbSink(run_dir, config, unet_number, say)
+        self._tensorboard = None
+        if config.logging.tensorboard:
+            folder = tensorboard_dir(run_dir, unet_number)
+            self._tensorboard = TensorBoardSink(folder, start_step, say)
         drop_metrics_after(self.path, start_step)
         self._file = LineFile(self.path)
         self._progress = Progress(
@@ -74,6 +79,8 @@ class Telemetry:
         self._file.close()
         if self._wandb is not None:
             self._wandb.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -122,6 +129,8 @@ class Telemetry:
         if self._wandb is not None:
             prefix = f"unet{self.unet_number}/"
             self._wandb.log({prefix + name: value for name, value in row.items() if name != "unet"})
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, values)
 
     def picture(self, step: int, path: Path) -> None:
         """Reports a sample grid."""
@@ -130,6 +139,8 @@ class Telemetry:
         if self._wandb is not None:
             name = f"unet{self.unet_number}/"
             self._wandb.picture({name + "step": step}, name + "samples", path)
+        if self._tensorboard is not None:
+            self._tensorboard.picture(step, "samples", path)
 
 
 class LineFile:

@@ -58,8 +58,11 @@ class EmojiSource:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def image(self, i: int, size: int) -> PixelArray:
-        """The drawing at `i` on white, rendered at `size`, (3, size, size) uint8 RGB."""
+    def image(self, i: int, size: int, place: float | None = None) -> PixelArray:
+        """The drawing at `i` on white, rendered at `size`, (3, size, size) uint8 RGB.
+
+        It is square: there is no other `place`.
+        """
         import resvg_py
 
         # A small size is reduced from a large one, so that it is the picture that shrinking a

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from imagen_scale.data.sources.images import (
     CHECK_SIZE,
+    Colour,
     PixelArray,
     load_picture,
     picture_size,
     profile_use,
 )
 from imagen_scale.data.sources.skipped import named
+from imagen_scale.data.storage import fingerprint
 from imagen_scale.errors import DataError
 
 PIXELS = 2  # part of fingerprints; to be raised when the same file gives other pixels
@@ -25,6 +27,12 @@ class FileSource(ABC):
     """
 
     keys: list[str]
+    fingerprint: str
+    pad: Colour | None = None  # see `load_picture`
+
+    def pad_with(self, colour: Colour) -> None:
+        """Shows whole pictures from now on, with a colour beside them."""
+        self.pad, self.fingerprint = colour, fingerprint("pad", self.fingerprint, colour)
 
     @abstractmethod
     def _file(self, i: int) -> Path | io.BytesIO:
@@ -37,10 +45,10 @@ class FileSource(ABC):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, i: int, size: int) -> PixelArray:
+    def image(self, i: int, size: int, place: float | None = None) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
         with self._named(i):
-            return load_picture(self._file(i), size)
+            return load_picture(self._file(i), size, place=place, pad=self.pad)
 
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""

@@ -20,6 +20,7 @@ from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
 
 PixelArray = npt.NDArray[np.uint8]  # (3, size, size) RGB
+Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 # Larger pictures are refused before they are decoded. What decoding takes per pixel differs: a
 # WebP up to 20 bytes, a progressive JPEG 8, others 4; a plain JPEG is shrunk while it is decoded,
@@ -53,7 +54,9 @@ _UNDO_ORIENTATION = {
 }
 
 
-def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
+def load_picture(
+    file: Path | BinaryIO, size: int, *, place: float | None = None, pad: Colour | None = None
+) -> PixelArray:
     """Reads a picture: its shorter side is resized to `size`, then its centre square is kept.
 
     The format is told by content, not by name. EXIF orientation is applied, transparency is laid
@@ -63,6 +66,8 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
     Args:
         file: Path or binary file.
         size: Side of the square in pixels.
+        place: Where along the longer side the square is taken instead, in [0, 1).
+        pad: The longer side is resized to `size` instead, and the rest has this colour.
 
     Returns:
         RGB picture, (3, size, size) uint8.
@@ -78,8 +83,11 @@ def load_picture(file: Path | BinaryIO, size: int) -> PixelArray:
         image.load()
         # Read after loading: Pillow orients TIFF while it loads it and then drops the tag.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        square = _centre_square(image, size, correction(image))
-    return _as_array(square, orientation)  # a centred square may as well be turned at the end
+        box = (0, 0, *image.size) if pad else _square_box(*image.size, place)
+        resized = _resized(image, box, size, correction(image))
+    # What is centred, or lies anywhere, may as well be turned at the end.
+    picture = _as_array(resized, orientation)
+    return picture if pad is None else _padded(picture, size, pad)
 
 
 def load_whole_picture(file: Path) -> npt.NDArray[np.uint8]:
@@ -200,29 +208,51 @@ def _check_pixels(image: Image.Image) -> None:
         )
 
 
-def _centre_square(image: Image.Image, size: int, wanted: Correction | None) -> Image.Image:
-    """Resizes the shorter side to `size` and cuts the centre, as RGB or RGBA.
+Box = tuple[int, int, int, int]  # left, top, width, height
+
+
+def _square_box(width: int, height: int, place: float | None) -> Box:
+    """The centre square of a picture, or the one at a place along its longer side."""
+    side = min(width, height)
+    left, top = (
+        free // 2 if place is None else int(place * (free + 1))
+        for free in (width - side, height - side)
+    )
+    return left, top, side, side
+
+
+def _resized(image: Image.Image, box: Box, size: int, wanted: Correction | None) -> Image.Image:
+    """A part of a picture, its longer side resized to `size`, as RGB or RGBA.
 
     Cut first: resized as a whole, a picture of 1 x 100,000 pixels would not fit in memory. And
     strip by strip, in which blocks of a large picture's pixels are averaged at once.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    block = max(1, side // max(REDUCING_GAP * size, 2048))
-    rows = block * max(1, STRIP_PIXELS // (block * side))
+    left, top, width, height = box
+    longer = max(width, height)
+    block = max(1, min(longer // max(REDUCING_GAP * size, 2048), width, height))
+    rows = block * max(1, STRIP_PIXELS // (block * width))
     # Never in the palette: its numbers cannot be averaged.
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    square = Image.new(mode, (-(-side // block),) * 2)
-    for y in range(0, side, rows):
-        strip = image.crop((left, top + y, left + side, top + min(y + rows, side)))
+    part = Image.new(mode, (-(-width // block), -(-height // block)))
+    for y in range(0, height, rows):
+        strip = image.crop((left, top + y, left + width, top + min(y + rows, height)))
         strip = in_srgb(_to_8_bits(strip), mode, wanted)
-        square.paste(strip.reduce(block) if block > 1 else strip, (0, y // block))
-    return square.resize(
-        (size, size),
+        part.paste(strip.reduce(block) if block > 1 else strip, (0, y // block))
+    return part.resize(
+        (max(1, round(size * width / longer)), max(1, round(size * height / longer))),
         Image.Resampling.LANCZOS,
-        box=(0, 0, side / block, side / block),
+        box=(0, 0, width / block, height / block),
         reducing_gap=REDUCING_GAP,
     )
+
+
+def _padded(picture: PixelArray, size: int, colour: Colour) -> PixelArray:
+    """A picture of at most `size` in the middle of a square of a colour."""
+    square = np.empty((3, size, size), np.uint8)
+    square[:] = np.asarray(colour, np.uint8)[:, None, None]
+    top, left = ((size - side) // 2 for side in picture.shape[1:])
+    square[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+    return square
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

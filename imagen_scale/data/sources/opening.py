@@ -36,8 +36,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, i: int, size: int) -> PixelArray:
-        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
+    def image(self, i: int, size: int, place: float | None = None) -> PixelArray:
+        """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read.
+
+        Args:
+            i: Which one.
+            size: Side in pixels.
+            place: Where along its longer side the square is taken, in [0, 1); None: the centre.
+        """
 
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
@@ -57,13 +63,15 @@ def open_source(config: DataConfig) -> Source:
             pictures is noted in `skipped`.
         MissingExtraError: If the source needs a package that is not installed.
     """
-    if config.source == "emoji":
+    if config.source == "emoji":  # square drawings
         return EmojiSource(config)
-    if config.source == "folder":
-        return FolderSource(config)
-    if config.source == "webdataset":
-        return WebDatasetSource(config)
-    return HuggingFaceSource(config)
+    kinds: dict[str, type[FolderSource | WebDatasetSource | HuggingFaceSource]] = {
+        "folder": FolderSource, "webdataset": WebDatasetSource, "huggingface": HuggingFaceSource,
+    }  # fmt: skip
+    source = kinds[config.source](config)
+    if config.fit == "pad":
+        source.pad_with(config.pad_colour)
+    return source
 
 
 class Without:
@@ -83,9 +91,9 @@ class Without:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def image(self, i: int, size: int) -> PixelArray:
+    def image(self, i: int, size: int, place: float | None = None) -> PixelArray:
         """The picture at `i`, (3, size, size) uint8 RGB; DataError if it cannot be read."""
-        return self._source.image(self._kept[i], size)
+        return self._source.image(self._kept[i], size, place)
 
     def check(self, i: int) -> str | None:
         """Why the picture at `i` cannot be used, found by decoding it; None if it can."""
