@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,22 +22,31 @@ REQUIREMENTS = (
     "einops==0.8.2", "einops-exts==0.0.4", "ema-pytorch==0.8.3", "kornia==0.9.0",
     "kornia-rs==0.2.0", "pytorch-warmup==0.2.0", "resize-right==0.0.2",
 )  # fmt: skip
+# Text features come from this project: OpenCLIP is imported there and not used.
+GIGAGAN = (
+    "gigagan-pytorch==0.3.0", "accelerate==1.15.0", "beartype==0.23.1", "einops==0.8.2",
+    "ema-pytorch==0.8.3", "kornia==0.9.0", "kornia-rs==0.2.0", "numerize==0.12", "tqdm",
+)  # fmt: skip
 _MARKER = "installed.txt"
 
 
-def install(folder: Path) -> None:
+def install(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> None:
     """Installs the peers into a folder unless they are there.
+
+    Args:
+        folder: Where; others than these are put into another one.
+        requirements: What.
 
     Raises:
         click.ClickException: If pip fails.
     """
     # torchvision goes with one torch release: its minor version is torch's plus 15.
     torch_minor = int(importlib.metadata.version("torch").split(".")[1])
-    wanted = [*REQUIREMENTS, f"torchvision==0.{torch_minor + 15}.*"]
+    wanted = [*requirements, f"torchvision==0.{torch_minor + 15}.*"]
     marker = folder / _MARKER
     if marker.is_file() and marker.read_text().split() == wanted:
         return
-    click.echo(f"installing {wanted[0]} and {wanted[1]} into {folder}", err=True)
+    click.echo(f"installing {' and '.join(wanted[:2])} into {folder}", err=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade",
                "--disable-pip-version-check", "--target", str(folder), *wanted]  # fmt: skip
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -72,7 +82,7 @@ def import_unets() -> tuple[Any, Any]:
     """The classes `minimagen.Unet.Unet` and `imagen_pytorch.Unet`."""
     import transformers
 
-    _import_torchvision()
+    import_torchvision()
     # imagen-pytorch asks the model hub for its default encoder's width while it is imported.
     t5 = transformers.T5Config(d_model=768)
     with mock.patch.object(transformers.T5Config, "from_pretrained", lambda name: t5):
@@ -82,7 +92,7 @@ def import_unets() -> tuple[Any, Any]:
     return minimagen.Unet.Unet, imagen_pytorch.Unet
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Imports torchvision, also one built for CUDA beside a torch for the CPU.
 
     Its operators then do not load, and it fails to describe two of them. No U-Net calls them.

@@ -2,10 +2,12 @@
 
 \b
     python benchmarks/quality.py --seeds 3
+    python benchmarks/quality.py --seeds 3 --write docs/quality.md
 
 Trains the cascade of configs/emoji_demo.json on all plain emoji (a tenth held out by hash) once
 for each recipe and seed: MinImagen's published package with its own objective and optimizer, and
-this project's trainer. All are measured on the held-out pictures by `imagen-scale evaluate`.
+this project's trainer. All are measured on the held-out pictures by `imagen-scale evaluate`. What
+was measured stays in --out; started again, it goes on where it stopped.
 """  # noqa: D301 - click reads the backspace
 
 import json
@@ -17,11 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import peers
-from report import machine, table
+from report import machine, split_at_marks, table, write_between_marks
+
+from imagen_scale.config import load_config
+from imagen_scale.data.prepared import prepare, real_pictures
+from imagen_scale.data.sequence import split_indices
+from imagen_scale.files.pictures import save_grid, to_uint8
+from imagen_scale.runs.folders import config_path
+from imagen_scale.sampling.cascade import Cascade
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
+MARK, SHOWN, STEPS, SCALE = "quality", 8, 25, 2.0
 PACKAGE = "MinImagen 0.0.9"
 PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02")
 MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
@@ -57,21 +68,29 @@ class Measured(NamedTuple):
 @click.option("--peers", "folder", type=click.Path(path_type=Path), default=".benchmarks/peers",
               show_default=True, help="Where MinImagen is installed.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 def main(
     seeds: int, steps: int, pictures: int, only: tuple[str, ...], folder: Path, out: Path,
+    write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
+    if write is not None:
+        split_at_marks(write, MARK)
     names = list(only or RECIPES)
     if PACKAGE in names:
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for seed in range(seeds):
-        for number, name in enumerate(names):
-            run = out / f"{number}_{seed}"
+        for name in names:
+            run = out / f"{list(RECIPES).index(name)}_{seed}"
             changes = [*RECIPES[name], f"training.steps={steps}", f"training.seed={seed}"]
             found[name].append(measured(name, run, changes, folder, pictures))
             click.echo(f"{name}, seed {seed}: {found[name][-1]}", err=True)
-    click.echo(report(found, seeds, steps, pictures))
+    text = report(found, seeds, steps, pictures)
+    click.echo(text)
+    if write is not None:
+        write_between_marks(write, MARK, text)
+        draw(write.with_suffix(".png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
 
 
 def common() -> list[str]:
@@ -81,7 +100,13 @@ def common() -> list[str]:
 
 
 def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: int) -> Measured:
-    """Trains and measures once."""
+    """Trains and measures once, if that was not done before."""
+    kept, told = run / "measured.json", [*changes, f"{pictures} pictures"]
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        if before["changes"] == told:
+            return Measured(**before["measured"])
+        raise click.UsageError(f"{run} was trained otherwise; remove it, or take another --out.")
     words = [part for change in [*common(), *changes] for part in ("--set", change)]
     before = _processor_s()
     if name == PACKAGE:
@@ -94,16 +119,33 @@ def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: i
         seconds = _processor_s() - before
         subprocess.run([*train, "--unet", "2"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
-        ["imagen-scale", "evaluate", "--run", str(run), "--steps", "25", "--cond-scale", "2",
-         "--num", str(pictures), "--features", "efficientnet-lite0"],
+        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS),
+         "--cond-scale", str(SCALE), "--num", str(pictures), "--features", "efficientnet-lite0"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     base, larger = json.loads((run / "evaluation.json").read_text())["stages"]
     restored = larger["restoration"]
-    return Measured(
+    result = Measured(
         seconds, base["x_0_error"], 255 * base["colour_mean_drift"], 1000 * base["kid"],
         restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
     )  # fmt: skip
+    kept.write_text(json.dumps({"changes": told, "measured": result._asdict()}))
+    return result
+
+
+def draw(path: Path, runs: list[Path]) -> None:
+    """A grid of held-out captions: a row of each run's last stage, the real pictures below."""
+    config = load_config(config_path(runs[0]))
+    prepared = prepare(config)
+    indices = split_indices(prepared.source.keys, config.data.val_fraction)[1][:SHOWN]
+    captions = [prepared.source.captions[i] for i in indices]
+    rows = [
+        np.stack([np.asarray(picture) for picture in
+                  Cascade.load(run).sample(captions, steps=STEPS, cond_scale=SCALE)])
+        for run in runs
+    ]  # fmt: skip
+    rows.append(to_uint8(real_pictures(prepared, indices, config.imagen.image_sizes[-1])))
+    save_grid(path, rows, captions)
 
 
 def _processor_s() -> float:

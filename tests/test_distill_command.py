@@ -106,14 +106,35 @@ def test_wrong_use_is_one_sentence(words, said, teacher):
 
 
 def test_teachers_that_cannot_teach_say_what_to_do(teacher):
-    write_run(teacher.with_name("noise"))
-    done = distill("noise", "--steps", "4", "--cond-scale", "2")
-    assert done.exit_code == 2
-    assert "imagen-scale train runs/noise/config.json --run runs/noise_v" in done.output
-    assert "training.start_from=runs/noise --set unets.0.pred_type=v" in done.output
     write_stage(teacher, 2, step=3, overrides=V)
     done = distill("first", "--steps", "4", "--cond-scale", "2")
     assert done.exit_code == 1 and "U-Net 2 is half-trained (3 of 6 steps)" in done.output
+
+
+def test_a_run_that_predicts_the_noise_is_trained_on_first(teacher):
+    noise = teacher.with_name("noise")
+    write_run(noise)
+    words = ("noise", "--steps", "4,keep", "--cond-scale", "2", "--dry-run")
+    done = distill(*words)
+    assert done.exit_code == 0, done.output
+    assert "U-Net 1 of runs/noise predicts the noise" in done.stderr
+    assert "for 1 step, into runs/noise_v" in done.stderr
+    text, _, line = done.stdout.rstrip().rpartition("\n")
+    data = json.loads(text)
+    assert [unet["pred_type"] for unet in data["unets"]] == ["v", "v"] and data["distill"] is None
+    assert (data["training"]["start_from"], data["training"]["steps"]) == ("runs/noise", [1, 1])
+    assert shlex.split(line)[-4:] == ["--config", "runs/noise_v.json", "--run", "runs/noise_v"]
+    assert not list(teacher.parent.glob("*.json"))
+    # Once that is done, it teaches.
+    for number in (1, 2):
+        shorter = (*V, "training.steps=1", "training.warmup_steps=0")
+        write_stage(noise.with_name("noise_v"), number, overrides=shorter)
+    done = distill(*words)
+    assert done.exit_code == 0, done.output
+    assert "into runs/noise_v; it is there already" in done.stderr
+    text, _, line = done.stdout.rstrip().rpartition("\n")
+    assert json.loads(text)["distill"]["teacher"] == "runs/noise_v"
+    assert shlex.split(line)[-1] == "runs/noise_steps4-keep"
 
 
 def test_make_demo_fast_gives_commands_that_can_be_called():
@@ -131,15 +152,18 @@ def test_make_demo_fast_gives_commands_that_can_be_called():
 
 @pytest.mark.distributed
 def test_it_trains_under_the_real_launcher(teacher, private_folders):
-    words = ["distill", "first", "--steps", "2,keep", "--cond-scale", "2", "--train-steps", "2",
+    write_run(teacher.with_name("noise"))
+    words = ["distill", "noise", "--steps", "2,keep", "--cond-scale", "2", "--train-steps", "2",
              "--set", "distill.teacher_steps=4", "--set", "training.sample_every=null"]  # fmt: skip
     code = "from imagen_scale.commands.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *words], env=without_launcher(),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    run = teacher.with_name("first_steps2-keep")
-    assert "written: runs/first_steps2-keep.json" in done.stderr
+    run, adapted = (teacher.with_name(name) for name in ("noise_steps2-keep", "noise_v"))
+    assert "written: runs/noise_v.json" in done.stderr
+    assert "written: runs/noise_steps2-keep.json" in done.stderr
+    assert read_inference(inference_path(adapted, 1)).stage.unet.pred_type == "v"
     assert load_config(run / "config.json") == load_config(f"{run}.json")
     file = read_inference(inference_path(run, 1))
     assert (file.step, file.stage.few_steps.steps, file.stage.few_steps.cond_scale) == (2, 2, 2.0)
-    assert inference_path(run, 2).read_bytes() == inference_path(teacher, 2).read_bytes()
+    assert inference_path(run, 2).read_bytes() == inference_path(adapted, 2).read_bytes()

@@ -46,7 +46,7 @@ def run(exported, tmp_path):
 
 
 def test_export_inspect_and_verify(tmp_path):
-    write_stage(tmp_path, 1)
+    write_stage(tmp_path, 1, overrides=SHALLOW)
     done = cli("--unet", 1, "--format", "onnx", "--run", tmp_path)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "export" / "unet1" / "onnx-fp32"

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,17 @@ import click
 
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import PerStage
-from imagen_scale.commands.train import command_here, start, training_words
+from imagen_scale.commands.train import (
+    command_here,
+    run_launcher,
+    start,
+    training_words,
+)
 from imagen_scale.config.distillation import MAX_STEPS
 from imagen_scale.errors import UsageError, option
 
 if TYPE_CHECKING:
+    from imagen_scale.commands.adapting import Adaptation
     from imagen_scale.config import Config
     from imagen_scale.runs.inference import InferenceFile
 
@@ -74,7 +81,8 @@ def distill(
 
     The stages of RUN are the teachers, and what the new ones start from. Its configuration is
     written beside the new run, which is trained like any other; the same command continues it. A
-    run of few steps may teach fewer.
+    run of few steps may teach fewer. One that predicts the noise is trained on as v first, for a
+    ninth of its steps, into RUN_v.
 
     \b
         imagen-scale distill runs/emoji_demo --steps 4,keep --cond-scale 2
@@ -83,15 +91,22 @@ def distill(
     from imagen_scale.runs.folders import find_run
 
     teacher = find_run(run)
+    from imagen_scale.commands.adapting import adaptation
     from imagen_scale.config import dump_config, parse_config
-    from imagen_scale.runs.inference import read_stage
 
-    first = read_stage(teacher, 1, allow_unfinished=False)
-    numbers = range(2, len(first.config.unets) + 1)
-    files = [first, *(read_stage(teacher, n, allow_unfinished=False) for n in numbers)]
+    files = _stages(teacher)
     wanted = _one_for_each("steps", steps, len(files))
     folder = teacher.parent / (to or _name(teacher, wanted))
-    data = _configuration(teacher, files, wanted, cond_scale, train_steps)
+    _guidance(files, wanted, cond_scale)  # refused before anything is trained
+    lengths = [train_steps or max(1, round(SHARE * file.steps)) for file in files]
+    if first := adaptation(teacher, files, [one != KEEP for one in wanted]):
+        click.echo(f"{first.reason}{'; it is there already' if first.is_done else ''}", err=True)
+        if not first.is_done:
+            _adapt(first, gpus, dry_run=dry_run)
+            if dry_run:
+                return
+        teacher, files = first.run, _stages(first.run)
+    data = _configuration(teacher, files, wanted, cond_scale, lengths)
     config = parse_config(json.dumps(data), source=f"distill {teacher}", overrides=overrides)
     _check_teachers(config, folder)
     path = folder.with_name(f"{folder.name}.json")
@@ -103,6 +118,35 @@ def distill(
     path.write_text(dump_config(config), encoding="utf-8")
     click.echo(f"written: {path}", err=True)
     start(command, folder)
+
+
+def _stages(run: Path) -> "list[InferenceFile]":
+    """Every stage of a run.
+
+    Raises:
+        CheckpointError: If one is not trained to its end.
+    """
+    from imagen_scale.runs.inference import read_stage
+
+    first = read_stage(run, 1, allow_unfinished=False)
+    numbers = range(2, len(first.config.unets) + 1)
+    return [first, *(read_stage(run, n, allow_unfinished=False) for n in numbers)]
+
+
+def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:
+    """Trains what can teach, or shows how; this program ends with a training that fails."""
+    from imagen_scale.config import dump_config
+
+    path = first.run.with_name(f"{first.run.name}.json")
+    command = command_here(training_words(path, first.run), gpus, first.run)
+    if dry_run:
+        click.echo(dump_config(first.config), nl=False)
+        click.echo(shlex.join(command))
+        return
+    path.write_text(dump_config(first.config), encoding="utf-8")
+    click.echo(f"written: {path}", err=True)
+    if code := run_launcher(command, first.run):
+        sys.exit(code)
 
 
 def _name(teacher: Path, wanted: list[Any]) -> str:
@@ -149,21 +193,18 @@ def _configuration(
     files: "list[InferenceFile]",
     wanted: list[Any],
     cond_scale: Any,
-    train_steps: int | None,
+    lengths: list[int],
 ) -> dict[str, Any]:
-    """The teacher's configuration with what makes it a student's."""
+    """The teacher's configuration with what makes it a student's, to be trained for `lengths`."""
     from imagen_scale.config import load_config
     from imagen_scale.runs.folders import config_path
 
-    for file, steps in zip(files, wanted, strict=True):
-        if steps != KEEP and file.stage.unet.pred_type == "eps":
-            raise UsageError(_of_noise(teacher, file))
     config = load_config(config_path(teacher))
     data: dict[str, Any] = config.model_dump(mode="json")
     count = [
         # What is taken over is trained as it was.
-        file.steps if steps == KEEP else train_steps or max(1, round(SHARE * file.steps))
-        for file, steps in zip(files, wanted, strict=True)
+        file.steps if steps == KEEP else length
+        for file, steps, length in zip(files, wanted, lengths, strict=True)
     ]
     learned = [n for n, steps in zip(count, wanted, strict=True) if steps != KEEP]
     longest = max(learned, default=1)
@@ -190,18 +231,6 @@ def _configuration(
     data["logging"] |= {"run_dir": None, "log_every": min(config.logging.log_every, often)}
     data["imagen"]["only_train_unet_number"] = None
     return data
-
-
-def _of_noise(teacher: Path, file: "InferenceFile") -> str:
-    """Why a stage that predicts the noise cannot teach, and what to do first."""
-    number, run = file.unet_number, f"{teacher}_v"
-    return (
-        f"U-Net {number} of {teacher} predicts the noise, which says nothing of the picture where "
-        f"a student's first step is taken. Train it on as v first, in a ninth of its steps: "
-        f"imagen-scale train {teacher}/config.json --run {run} --set training.start_from={teacher} "
-        f"--set unets.{number - 1}.pred_type=v --set training.steps={-(-file.steps // 9)}; then "
-        f"distil {run}."
-    )
 
 
 def _check_teachers(config: "Config", folder: Path) -> None:

@@ -104,7 +104,12 @@ def training_words(path: str | Path, folder: Path) -> list[str]:
 
 
 def start(command: list[str], folder: Path, *, elsewhere: bool = False) -> NoReturn:
-    """Trains, and ends this program with the launcher's exit code.
+    """Trains, and ends this program with the launcher's exit code; see `run_launcher`."""
+    sys.exit(run_launcher(command, folder, elsewhere=elsewhere))
+
+
+def run_launcher(command: list[str], folder: Path, *, elsewhere: bool = False) -> int:
+    """Trains, and gives the launcher's exit code; where Ctrl-C ends it, this program ends too.
 
     Args:
         command: The launcher's command line.
@@ -116,7 +121,7 @@ def start(command: list[str], folder: Path, *, elsewhere: bool = False) -> NoRet
 
     try:
         with carried_variables() if elsewhere else nullcontext(os.environ) as environment:
-            code = run(command, environment)
+            return run(command, environment)
     except KeyboardInterrupt:
         click.echo(
             f"interrupted: {folder} keeps its newest checkpoint, and the same command continues "
@@ -124,7 +129,6 @@ def start(command: list[str], folder: Path, *, elsewhere: bool = False) -> NoRet
             err=True,
         )
         sys.exit(INTERRUPTED)
-    sys.exit(code)
 
 
 def command_here(words: list[str], gpus: int | None, folder: Path | None) -> list[str]:

@@ -15,6 +15,7 @@ from imagen_scale.evaluation.distances import clip_score, frechet_distance, kern
 from imagen_scale.evaluation.diversity import Diversity, diversity
 from imagen_scale.evaluation.features import Clip, Extractor
 from imagen_scale.evaluation.prediction import x_0_errors
+from imagen_scale.sampling.groups import GROUP
 from imagen_scale.sampling.measures import (
     Colour,
     ColourTally,
@@ -28,7 +29,7 @@ from imagen_scale.sampling.measures import (
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.prompts import encode
 from imagen_scale.sampling.stage import Inputs, Listener
-from imagen_scale.sampling.stages import GROUP, TrainedStages
+from imagen_scale.sampling.stages import TrainedStages
 
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
 # Side of the copies in which training pictures are looked for, and the most of them: 25 MB.

@@ -15,11 +15,13 @@ from torch import Tensor
 from imagen_scale.errors import UsageError, spelled
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import find_run
+from imagen_scale.sampling.groups import Picture
 from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.signature import takes
 from imagen_scale.sampling.stage import Listener, OnEstimate
-from imagen_scale.sampling.stages import Picture, TrainedStages
+from imagen_scale.sampling.stages import TrainedStages
 
 
 class Sample(NamedTuple):
@@ -39,11 +41,25 @@ class Sample(NamedTuple):
 class Cascade:
     """A run's trained stages, ready to be sampled; made by `Cascade.load`.
 
-    Weights are read when a stage is used, one stage in memory at a time.
+    Weights are read when a stage is used for the first time. As far as memory allows, stages and
+    text encoder stay loaded for the next call, until `close` or the end of a `with` block; features
+    of prompts are kept too. Not to be used by several threads at once.
     """
 
     def __init__(self, stages: TrainedStages) -> None:
         self._stages = stages
+        self._residents = stages.residents = Residents(stages.device)
+        stages.remembered = {}
+
+    def close(self) -> None:
+        """Frees what is loaded; the next call loads it again."""
+        self._residents.close()
+
+    def __enter__(self) -> "Cascade":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @classmethod
     @takes(RuntimeOptions)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from imagen_scale.files.atomic import sha256
 from imagen_scale.files.pictures import save_sample, taken_number, to_uint8
+from imagen_scale.sampling.groups import Picture
 from imagen_scale.sampling.options import SamplingOptions
-from imagen_scale.sampling.stages import Picture, TrainedStages
+from imagen_scale.sampling.stages import TrainedStages
 from imagen_scale.version import __version__
 
 

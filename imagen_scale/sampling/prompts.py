@@ -1,6 +1,7 @@
 """Prompts as the features that stages take, and what of them no stage reads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Say, Text
 
+LendEncoder = Callable[[InferenceFile, torch.device | None], AbstractContextManager[TextEncoder]]
 SHOWN = 60  # characters of a prompt in a sentence
 
 
@@ -53,6 +55,7 @@ def read_prompts(
     negative_prompt: str | None,
     warn: Say,
     device: torch.device | None = None,
+    lend: LendEncoder | None = None,
 ) -> Encoded:
     """Encodes prompts, and tells what is not read of them.
 
@@ -62,6 +65,7 @@ def read_prompts(
         negative_prompt: What guidance leads away from.
         warn: Told, in one sentence for all of them.
         device: Where the encoder computes.
+        lend: Gives the encoder and takes it back; None loads it for this once.
 
     Raises:
         CheckpointError: If the encoder at hand is not the one of training.
@@ -69,7 +73,7 @@ def read_prompts(
     groups = {"prompt": prompts}
     if negative_prompt:
         groups["negative_prompt"] = [negative_prompt]
-    encoded = encode_groups(files, groups, device)
+    encoded = encode_groups(files, groups, device, lend)
     for what, of_option in groups.items():
         if sentence := cut_sentence(of_option, encoded[what].not_read):
             warn(sentence)
@@ -106,6 +110,7 @@ def encode_groups(
     files: Sequence[InferenceFile],
     groups: dict[str, Sequence[str]],
     device: torch.device | None = None,
+    lend: LendEncoder | None = None,
 ) -> dict[str, Prompts]:
     """`encode` of several options, with the encoder loaded once.
 
@@ -121,19 +126,18 @@ def encode_groups(
              if is_blank(prompt)}  # fmt: skip
     unread: dict[tuple[str, str], list[NotRead]] = {}
     encoder: TextEncoder | None = None
-    for what, prompts in groups.items():
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        if new and encoder is None:
-            encoder = _encoder(file, device)
-        for start in range(0, len(new), file.config.text.batch_size):
-            some = new[start : start + file.config.text.batch_size]
-            assert encoder is not None
-            found |= dict(zip(some, encoder.encode(some), strict=True))
-        for prompt in dict.fromkeys(prompts):
-            if encoder is not None and not is_blank(prompt):
-                unread[what, prompt] = list(_not_read(encoder, files, what, prompt))
-    if encoder is not None:
-        encoder.close()  # its memory is the stages', whoever allocates it
+    with ExitStack() as opened:
+        for what, prompts in groups.items():
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+            if new and encoder is None:
+                encoder = opened.enter_context((lend or _for_once)(file, device))
+            for start in range(0, len(new), file.config.text.batch_size):
+                some = new[start : start + file.config.text.batch_size]
+                assert encoder is not None
+                found |= dict(zip(some, encoder.encode(some), strict=True))
+            for prompt in dict.fromkeys(prompts):
+                if encoder is not None and not is_blank(prompt):
+                    unread[what, prompt] = list(_not_read(encoder, files, what, prompt))
     return {
         what: Prompts(
             Text(*pad_embeddings([found[prompt] for prompt in prompts], MAX_TOKENS)),
@@ -143,7 +147,12 @@ def encode_groups(
     }
 
 
-def _encoder(file: InferenceFile, device: torch.device | None) -> TextEncoder:
+def open_encoder(file: InferenceFile, device: torch.device | None) -> TextEncoder:
+    """Loads the text encoder that a stage was trained with.
+
+    Raises:
+        CheckpointError: If the one at hand is another.
+    """
     name = file.config.text_encoder
     folder = encoder_folder(name)
     if encoder_fingerprint(folder) != file.text_fingerprint:
@@ -152,6 +161,11 @@ def _encoder(file: InferenceFile, device: torch.device | None) -> TextEncoder:
             f"one in {folder}. Put the original files back, or train again."
         )
     return TextEncoder(folder, device)
+
+
+def _for_once(file: InferenceFile, device: torch.device | None) -> closing[TextEncoder]:
+    # Its memory is the stages' afterwards, whoever allocates it.
+    return closing(open_encoder(file, device))
 
 
 def _not_read(

@@ -1,8 +1,8 @@
-"""A run's trained stages, from text to pictures, one stage in memory at a time."""
+"""A run's trained stages, from text to pictures."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,25 +11,15 @@ from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stage
+from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.prompts import Encoded, NotRead, read_prompts
+from imagen_scale.sampling.prompts import Encoded, read_prompts
+from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Say, no_negative_prompt
 from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
-from imagen_scale.sampling.stage import Inputs, Listener, Stage, default_device, out_of_memory
+from imagen_scale.sampling.stage import Listener, Stage, default_device
 
-# Pictures that go through the cascade together: what is held of them is bounded, and a stage's
-# weights are read once for so many.
-GROUP = 64
-
-
-class Picture(NamedTuple):
-    """One finished picture of a cascade."""
-
-    prompt: str
-    seed: int
-    stages: list[Tensor]  # of each stage, (3, size, size) in [-1, 1]
-    runtimes: list[str]  # what computed each stage
-    not_read: list[NotRead]  # of its prompt and of the negative one
+MOST_REMEMBERED = 256
 
 
 # Features of prompts, by the prompts of a group and the negative one.
@@ -47,6 +37,8 @@ class TrainedStages:
         warn: Told what of a prompt is not read; None tells `say`.
         remembered: Prompts that were encoded already, by all that was encoded together; several
             may share it, if they are of one run. None encodes each time.
+        residents: Holds stages and text encoder between calls; several may share it, one at a
+            time. None frees them with the last picture of a call.
     """
 
     def __init__(
@@ -58,8 +50,9 @@ class TrainedStages:
         say: Say = lambda sentence: None,
         warn: Say | None = None,
         remembered: Remembered | None = None,
+        residents: Residents | None = None,
     ) -> None:
-        self.files = files
+        self.files, self.residents = files, residents
         self.device = device or default_device()
         self.runtime, self.say = runtime, once(say)
         self.warn = self.say if warn is None else once(warn)
@@ -159,7 +152,7 @@ class TrainedStages:
     ) -> Iterator[Picture]:
         """Makes pictures from prompts and gives each as soon as it is finished.
 
-        `GROUP` pictures at a time go through all stages, one stage in memory at a time.
+        `GROUP` pictures at a time go through all stages, which stay loaded as far as memory allows.
 
         Args:
             prompts: P captions.
@@ -172,50 +165,7 @@ class TrainedStages:
         """
         settings = self.settings(options)
         wanted = [(prompt, options.seed + j) for prompt in prompts for j in range(options.num)]
-        return self._stream(wanted, settings, options, listener)
-
-    def _stream(
-        self,
-        wanted: Sequence[tuple[str, int]],
-        settings: Sequence[StageSettings],
-        options: SamplingOptions,
-        listener: Listener,
-    ) -> Iterator[Picture]:
-        stage: Stage | None = None
-        try:
-            for start in range(0, len(wanted), GROUP):
-                group = wanted[start : start + GROUP]
-                prompts, seeds = [prompt for prompt, _ in group], [seed for _, seed in group]
-                text, negative, not_read = self.encode(prompts, options.negative_prompt)
-                made: list[Tensor] = []
-                runtimes: list[str] = []
-                for config, of_stage in zip(self.configs, settings, strict=True):
-                    null = negative if "null" in branches(of_stage.cond_scale) else None
-                    if stage is None or len(settings) > 1:
-                        if stage is not None:
-                            stage.close()
-                            stage = None  # the next one may not fit
-                        stage = self.stage(
-                            config.number,
-                            tile=_tile(config, options.tile),
-                            negative=null is not None,
-                        )
-                    runtimes.append(stage.runtime.name)
-                    inputs = Inputs(text, seeds, made[-1] if made else None, null)
-                    parts = stage.parts(
-                        inputs, of_stage, at_once=options.at_once, listener=listener
-                    )
-                    if len(made) + 1 < len(settings):
-                        made.append(torch.cat(list(parts)))
-                        continue
-                    for i, image in enumerate(image for part in parts for image in part):
-                        earlier = [images[i] for images in made]
-                        yield Picture(*group[i], [*earlier, image], runtimes, not_read[i])
-        except torch.OutOfMemoryError:
-            raise out_of_memory(self.device) from None
-        finally:
-            if stage is not None:
-                stage.close()
+        return stream_groups(self, wanted, settings, options, listener)
 
     def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Encoded:
         """Encodes prompts as all stages take them; what is not read of them is told.
@@ -225,13 +175,19 @@ class TrainedStages:
             negative_prompt: What guidance leads away from.
         """
         if self.remembered is None:
-            return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device)
+            return self._read(prompts, negative_prompt)
         key = (tuple(prompts), negative_prompt)
         if key not in self.remembered:
-            self.remembered[key] = read_prompts(
-                self.files, prompts, negative_prompt, self.warn, self.device
-            )
+            if len(self.remembered) >= MOST_REMEMBERED:
+                self.remembered.pop(next(iter(self.remembered)))
+            self.remembered[key] = self._read(prompts, negative_prompt)
         return self.remembered[key]
+
+    def _read(self, prompts: Sequence[str], negative_prompt: str | None) -> Encoded:
+        lend = None
+        if self.residents is not None:
+            lend = partial(self.residents.lend_encoder, others=self.files)
+        return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device, lend)
 
 
 def _check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:
@@ -246,11 +202,6 @@ def _check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSett
     for few in filter(None, (config.few_steps for config in configs)):
         remedy = f"that of few steps is built in; sample the teacher {few.teacher}."
     raise UsageError(f"{option('negative_prompt')}: acts through guidance, and {remedy}")
-
-
-def _tile(config: StageConfig, tile: int | None) -> int | None:
-    """The tile's side where the stage is larger than that."""
-    return tile if tile is not None and tile < config.size else None
 
 
 def once(say: Say) -> Say:

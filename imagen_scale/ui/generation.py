@@ -13,9 +13,10 @@ from imagen_scale.runs.folders import samples_dir
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.option_facts import facts_of
 from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener
-from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.stages import Remembered, TrainedStages
 
 PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
 
@@ -115,6 +116,8 @@ class Generator:
     ) -> None:
         self.run, self.unet_limit, self.allow_unfinished = run, unet_limit, allow_unfinished
         self._is_free, self._worker = threading.Lock(), _Worker()
+        self._residents: Residents | None = None
+        self._remembered: Remembered = {}
 
     @property
     def is_busy(self) -> bool:
@@ -172,6 +175,11 @@ class Generator:
             allow_unfinished=self.allow_unfinished,
             say=lambda sentence: told.put(Said(with_labels(sentence))),
         )
+        # What one picture loaded, the next one finds.
+        if self._residents is None:
+            self._residents = Residents(cascade.device)
+        cascade.residents = self._residents
+        cascade.remembered = self._remembered
 
         def hear(unet: int, done: int, steps: int, x_0: Any) -> None:
             if stop.is_set():

@@ -1,0 +1,117 @@
+"""Prompts through all stages, some at a time, and each picture as soon as it is finished."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagen_scale.diffusion.guidance import branches
+from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.options import SamplingOptions, StageSettings
+from imagen_scale.sampling.prompts import NotRead
+from imagen_scale.sampling.residents import Key, Residents
+from imagen_scale.sampling.stage import Inputs, Listener, out_of_memory
+
+if TYPE_CHECKING:
+    from imagen_scale.sampling.stages import TrainedStages
+
+# Pictures that go through the cascade together: what is held of them is bounded, and where stages
+# do not fit beside each other, their weights are read once for so many.
+GROUP = 64
+
+
+class Picture(NamedTuple):
+    """One finished picture of a cascade."""
+
+    prompt: str
+    seed: int
+    stages: list[Tensor]  # of each stage, (3, size, size) in [-1, 1]
+    runtimes: list[str]  # what computed each stage
+    not_read: list[NotRead]  # of its prompt and of the negative one
+
+
+def stream_groups(
+    cascade: "TrainedStages",
+    wanted: Sequence[tuple[str, int]],
+    settings: Sequence[StageSettings],
+    options: SamplingOptions,
+    listener: Listener,
+) -> Iterator[Picture]:
+    """Makes pictures, `GROUP` at a time; see `TrainedStages.stream`.
+
+    Args:
+        cascade: Makes them.
+        wanted: Prompt and seed of each.
+        settings: Of each stage, checked.
+        options: How.
+        listener: Told of each step.
+
+    Raises:
+        EnvironmentProblem: If the device's memory is too small.
+    """
+    residents = cascade.residents
+    if residents is None:
+        residents = Residents(cascade.device)
+    try:
+        for start in range(0, len(wanted), GROUP):
+            group = wanted[start : start + GROUP]
+            prompts, seeds = [prompt for prompt, _ in group], [seed for _, seed in group]
+            text, negative, not_read = cascade.encode(prompts, options.negative_prompt)
+            made: list[Tensor] = []
+            runtimes: list[str] = []
+            for file, of_stage in zip(cascade.files, settings, strict=True):
+                null = negative if "null" in branches(of_stage.cond_scale) else None
+                inputs = Inputs(text, seeds, made[-1] if made else None, null)
+                parts = _parts(
+                    cascade, residents, file, inputs, of_stage, options, listener, runtimes
+                )
+                if len(made) + 1 < len(settings):
+                    made.append(torch.cat(list(parts)))
+                    continue
+                for i, image in enumerate(image for part in parts for image in part):
+                    earlier = [images[i] for images in made]
+                    yield Picture(*group[i], [*earlier, image], runtimes, not_read[i])
+    except torch.OutOfMemoryError:
+        raise out_of_memory(cascade.device) from None
+    finally:
+        if cascade.residents is None:
+            residents.close()
+
+
+def _parts(
+    cascade: "TrainedStages",
+    residents: Residents,
+    file: InferenceFile,
+    inputs: Inputs,
+    settings: StageSettings,
+    options: SamplingOptions,
+    listener: Listener,
+    runtimes: list[str],
+) -> Iterator[Tensor]:
+    """A stage's pictures, a few at a time, and to `runtimes` the name of what computes them.
+
+    Where memory is full, all that is held besides is freed, and it goes on with the next picture.
+    """
+    # Tiles only where the stage is larger than one.
+    tile = options.tile if (options.tile or file.stage.size) < file.stage.size else None
+    negative = inputs.negative is not None
+    key = Key.of(file, cascade.runtime, tile, negative=negative)
+    done, count = 0, len(inputs.seeds)
+    while done < count:
+        try:
+            with residents.lend(
+                key,
+                lambda: cascade.stage(file.unet_number, tile=tile, negative=negative),
+                cascade.files,
+            ) as stage:
+                if not done:
+                    runtimes.append(stage.runtime.name)
+                for part in stage.parts(
+                    inputs.part(done, count), settings, at_once=options.at_once, listener=listener
+                ):
+                    done += len(part)
+                    yield part
+        except torch.OutOfMemoryError:
+            if not residents.make_room():
+                raise
