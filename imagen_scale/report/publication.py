@@ -127,9 +127,12 @@ def push(repo: str, files: Sequence[Upload], *, private: bool, message: str) -> 
         UsageError: If there is no token, or it may not write there.
         EnvironmentProblem: If the hub cannot be reached or refuses.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
 
     if get_token() is None:
         raise UsageError(
@@ -147,7 +150,7 @@ def push(repo: str, files: Sequence[Upload], *, private: bool, message: str) -> 
         ) from None
     except HfHubHTTPError as error:
         raise _refused(repo, error.response.status_code) from None
-    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+    except (HTTPError, ConnectionError, TimeoutError) as error:  # of whatever client it uses
         raise EnvironmentProblem(
             f"{repo}: the Hugging Face hub cannot be reached ({type(error).__name__}). Nothing "
             f"half uploaded is to be seen there; run the command again when there is a network."
