@@ -283,6 +283,33 @@ def test_pictures_drawn_again_are_found(run):
     assert distances.tolist() == pytest.approx([0.15, 0.05], abs=1e-5)
 
 
+def test_few_training_pictures_are_decoded_to_find_the_nearest_and_it_is_said(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("imagen_scale.evaluation.measurement.MOST_DECODED", 2)
+    config = TrainedStages.load(run).files[0].config
+    decoding = parse_config(config.model_dump_json(), overrides=["data.cache_images_gb=0"])
+    prepared = prepare(decoding)
+    reads = []
+    read = prepared.source.image
+
+    def counted(i, size):
+        reads.append(i)
+        return read(i, size)
+
+    monkeypatch.setattr(prepared.source, "image", counted)
+    everything = range(len(prepared.source.keys))
+    known = Known(prepared, everything, [], 16)
+    assert known.looked_at == len(reads) == 2 < len(everything)
+    assert Known(prepare(config), everything, [], 16).looked_at == len(everything)
+    monkeypatch.setattr("imagen_scale.evaluation.measurement.MOST_KNOWN", 2)
+    write_stage(tmp_path / "all", 1)  # which holds nothing out
+    done = cli("evaluate", "--run", tmp_path / "all", "--steps", 1, "--num", 1, "--unet-limit", 1,
+               "--json")  # fmt: skip
+    assert json.loads(done.stdout)["known"] == 2, done.output
+    assert "the nearest training picture is looked for among 2 of 6" in done.stderr
+
+
 def test_command_writes_and_prints_every_measure(run, models):
     clip, vit = models
     done = cli("evaluate", "--run", run, "--steps", 2, "--features", vit, "--clip", clip,

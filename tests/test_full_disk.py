@@ -1,7 +1,9 @@
 """A disk that fills up while pictures are written: it is named, and so is what is there."""
 
+import json
 import re
 import resource
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -46,6 +48,26 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path):
         write_atomically(tmp_path / "x", lambda path: path.write_bytes(bytes(100)))
     assert of_system(caught.value) == f"{tmp_path / 'x'}: File too large"
     assert of_system(OSError(28, "No space left on device")) == "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [(["--json"], "evaluation.json"), (["--steps-table", "1", "--json"], "steps_table.json")],
+)
+def test_what_was_measured_is_shown_though_it_cannot_be_kept(run, tmp_path, words, file):
+    folder = shutil.copytree(run, tmp_path / "run")
+    common = ["evaluate", "--run", folder, "--num", 2, "--unet-limit", 1]
+    common += [] if "--steps-table" in words else ["--steps", 1]
+    assert cli(*common, *words).exit_code == 0  # everything else is prepared by now
+    (folder / file).unlink()
+    with largest_file(100):
+        done = cli(*common, *words)
+    assert done.exit_code == 1 and json.loads(done.stdout)
+    assert re.search(
+        rf"^error: {folder / file}: File too large\. What was measured stands above",
+        done.stderr, re.MULTILINE,
+    ), done.stderr  # fmt: skip
+    assert not (folder / file).exists()
 
 
 @pytest.mark.parametrize(("full_after", "grid"), [(0, False), (1, False), (3, True)])

@@ -1,21 +1,32 @@
 """Two programs in one folder: pictures, exports and the record of engines."""
 
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from imagen_scale_export.staging import staged
+from PIL import Image
 
+from imagen_scale.commands.main import main
 from imagen_scale.errors import UsageError
 from imagen_scale.files.locks import locked
-from imagen_scale.files.pictures import next_number, save_sample, taken_number
+from imagen_scale.files.pictures import (
+    next_number,
+    save_new_picture,
+    save_png,
+    save_sample,
+    taken_number,
+)
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes import built_here
 from imagen_scale.sampling.runtimes.manifest import EngineFacts
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.upscale import Upscaler
 
 DOT = np.zeros((1, 1, 3), np.uint8)
 
@@ -55,6 +66,41 @@ def test_many_at_once_never_share_a_number(tmp_path):
         list(pool.map(write, range(8)))
     found = numbers_in(tmp_path)
     assert len(found) == len(set(found)) == 120
+
+
+def test_many_at_once_never_overwrite_a_file_of_one_name(tmp_path):
+    (tmp_path / "x_3.json").write_text("somebody's")
+
+    def write(writer):
+        return save_new_picture(tmp_path / "x.png", DOT, {"writer": writer})
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(write, range(24)))
+    assert len(set(paths)) == 24 and tmp_path / "x.png" in paths
+    assert tmp_path / "x_3.png" not in paths
+    assert (tmp_path / "x_3.json").read_text() == "somebody's"
+    for writer, path in enumerate(paths):
+        assert json.loads(path.with_suffix(".json").read_text()) == {"writer": writer}
+
+
+def test_two_upscalings_into_one_file_leave_two(run, tmp_path, monkeypatch):
+    save_png(tmp_path / "small.png", np.full((16, 16, 3), 80, np.uint8))
+    call = Upscaler.__call__
+
+    def overtaken(*arguments):
+        made = call(*arguments)
+        save_png(tmp_path / "out.png", DOT)  # another's, which took less time
+        return made
+
+    monkeypatch.setattr(Upscaler, "__call__", overtaken)
+    words = ["upscale", tmp_path / "small.png", "--run", run, "--steps", 1]
+    done = CliRunner().invoke(main, [str(one) for one in [*words, "--out", tmp_path / "out.png"]])
+    assert done.exit_code == 0, done.output
+    assert "was written by another call meanwhile" in done.stderr
+    assert f"32 x 32 px: {tmp_path / 'out_2.png'}" in done.stdout
+    for name, size in (("out", 1), ("out_2", 32)):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (size, size)
 
 
 def test_two_calls_in_one_folder_have_two_grids(run, tmp_path):

@@ -1,6 +1,7 @@
 """`imagen-scale evaluate`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import DiskProblem, UsageError, of_system
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 
@@ -101,12 +102,15 @@ def evaluate(
             unet_limit=unet_limit, allow_unfinished=allow_unfinished,
             runtime=runtime, options=options, progress=progress, say=say,
         )  # fmt: skip
+    # First of all shown: the disk may be full.
     if as_json:
         click.echo(json.dumps(report.facts, indent=1))
-        return
-    click.echo(f"{report.facts['captions']} captions, {report.facts['split']} pictures")
-    print_table(report.facts, open_console())
-    click.echo(f"written to {report.file}")
+    else:
+        click.echo(f"{report.facts['captions']} captions, {report.facts['split']} pictures")
+        print_table(report.facts, open_console())
+    _keep(report.write)
+    if not as_json:
+        click.echo(f"written to {report.file}")
 
 
 def _tabulate(run_dir: Path, steps: str, *, as_json: bool, **how: Any) -> None:
@@ -115,7 +119,7 @@ def _tabulate(run_dir: Path, steps: str, *, as_json: bool, **how: Any) -> None:
         raise UsageError(f"--steps-table {steps}: give whole numbers from 1 on, e.g. 25,8,4,2,1.")
     if "steps" in how["options"].model_fields_set:
         raise UsageError("--steps-table says in how many steps; leave --steps out.")
-    from imagen_scale.evaluation.steps_table import as_dicts, print_rows, tabulate
+    from imagen_scale.evaluation.steps_table import as_dicts, print_rows, tabulate, write_rows
 
     with Progress() as progress:
         rows = tabulate(run_dir, counts, progress=progress, say=say, **how)
@@ -123,3 +127,14 @@ def _tabulate(run_dir: Path, steps: str, *, as_json: bool, **how: Any) -> None:
         click.echo(json.dumps(as_dicts(rows), indent=1))
     else:
         print_rows(rows, open_console())
+    _keep(lambda: write_rows(run_dir, rows))
+
+
+def _keep(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise DiskProblem(
+            f"{of_system(error)}. What was measured stands above and is written nowhere: copy it, "
+            f"or make room there and measure again."
+        ) from None

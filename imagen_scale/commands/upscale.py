@@ -53,7 +53,7 @@ def upscale(
     from imagen_scale.sampling.upscale import Upscaler, read_picture
 
     picture = read_picture(Path(file))
-    from imagen_scale.files.pictures import save_picture, to_uint8
+    from imagen_scale.files.pictures import save_new_picture, to_uint8
     from imagen_scale.sampling.stage import Listener
 
     upscaler = Upscaler(run_dir, number, runtime, allow_unfinished=allow_unfinished, say=say)
@@ -72,5 +72,7 @@ def upscale(
         "runtime": done.runtime, "version": __version__,
         "model_sha256": sha256(upscaler.file.path),
     }  # fmt: skip
-    save_picture(path, to_uint8(done.image[None])[0], facts)
+    wanted, path = path, save_new_picture(path, to_uint8(done.image[None])[0], facts)
+    if path != wanted:
+        say(f"{wanted} was written by another call meanwhile; it is left as it is")
     click.echo(f"{done.image.shape[2]} x {done.image.shape[1]} px: {path}")

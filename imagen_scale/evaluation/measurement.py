@@ -34,6 +34,7 @@ from imagen_scale.sampling.stages import TrainedStages
 PIXELS_HELD = 2**24  # of a set of pictures; four sets of float32 are held at a time
 # Side of the copies in which training pictures are looked for, and the most of them: 25 MB.
 KNOWN_SIDE, MOST_KNOWN = 16, 8192
+MOST_DECODED = 512  # where each of them has to be decoded first
 DIVERSE = 16  # captions that are drawn from several seeds
 MAX_DB = 100.0  # counted for pictures that are equal, whose ratio is infinite
 
@@ -78,6 +79,7 @@ class Evaluation(NamedTuple):
     retrieval_chance: float
     stages: list[StageMeasures]
     cut_captions: int = 0  # that are longer than a U-Net's `max_text_len`
+    known: int = 0  # training pictures among which the nearest is looked for
 
 
 def pictures_together(size: int) -> int:
@@ -90,7 +92,8 @@ class Known:
 
     Args:
         prepared: The pictures.
-        train: Which were trained on; of very many, `MOST_KNOWN` evenly chosen.
+        train: Which were trained on; of very many, `MOST_KNOWN` evenly chosen, or `MOST_DECODED`
+            where they are not stored.
         measured: Which are measured.
         size: Of the base stage, which is where small copies are taken from.
     """
@@ -98,7 +101,9 @@ class Known:
     def __init__(
         self, prepared: Prepared, train: Sequence[int], measured: Sequence[int], size: int
     ) -> None:
-        some = train[:: math.ceil(len(train) / MOST_KNOWN)]
+        most = MOST_DECODED if prepared.images[size].file is None else MOST_KNOWN
+        some = train[:: math.ceil(len(train) / most)]
+        self.looked_at = len(some)
         self.side = min(size, KNOWN_SIDE)
         self.are_others = not set(train) & set(measured)
         parts = [some[start : start + GROUP] for start in range(0, len(some), GROUP)]
@@ -260,7 +265,7 @@ def evaluate(
     if num_seeds > 1:
         found = _diversity(cascade, prepared, indices[:DIVERSE], num_seeds, options, listener)
         stages[0] = stages[0]._replace(diversity=found)
-    return Evaluation(len(indices), 1 / len(indices), stages, cut)
+    return Evaluation(len(indices), 1 / len(indices), stages, cut, known.looked_at)
 
 
 def _diversity(

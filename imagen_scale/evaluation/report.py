@@ -16,6 +16,7 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
         "captions": result.captions,
         "cut_captions": result.cut_captions,
         "retrieval_chance": result.retrieval_chance,
+        "known": result.known,
         "stages": [_plain(stage) for stage in result.stages],
     }
 

@@ -25,11 +25,16 @@ Split = Literal["held-out", "train"]
 
 
 class Report(NamedTuple):
-    """The measures, where they came from, and the file that holds both."""
+    """The measures, where they came from, and the file that is to hold both."""
 
     result: Evaluation
     facts: dict[str, Any]
     file: Path
+
+    def write(self) -> None:
+        """Writes the file."""
+        text = json.dumps(self.facts, indent=1) + "\n"
+        write_atomically(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def evaluate_run(
@@ -47,7 +52,7 @@ def evaluate_run(
     progress: Progress,
     say: Say,
 ) -> Report:
-    """Measures a run and writes `evaluation.json` into it.
+    """Measures a run; `Report.write` puts `evaluation.json` into it.
 
     Args:
         run: The run's folder.
@@ -94,14 +99,20 @@ def evaluate_run(
             f"{result.cut_captions} of {result.captions} captions are read to max_text_len only, "
             f"as in training"
         )
+    if result.known < len(train):
+        say(
+            f"the nearest training picture is looked for among {result.known:,} of {len(train):,}"
+            + (
+                ""
+                if prepared.images[config.imagen.image_sizes[0]].file
+                else ", since each has to be decoded (data.cache_images_gb)"
+            )
+        )
     facts = {
         **as_dict(result), "split": chosen, "seed": options.seed, "features": features,
         "clip": clip, "settings": [of_stage.model_dump() for of_stage in settings],
     }  # fmt: skip
-    file = evaluation_path(run)
-    text = json.dumps(facts, indent=1) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return Report(result, facts, file)
+    return Report(result, facts, evaluation_path(run))
 
 
 def choose_pictures(

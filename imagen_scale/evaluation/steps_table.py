@@ -115,7 +115,7 @@ def tabulate(
 
     Super-resolution enlarges real pictures, so that no stage's rows depend on another's. A stage
     that was distilled is shown in the steps that it learned, below its teacher with the guidance
-    that became part of it. The rows are written into the run, too.
+    that became part of it.
 
     Args:
         run: The run's folder.
@@ -156,11 +156,15 @@ def tabulate(
                 tallies[way].add(images, real, first, file.stage.small_size, side)
         progress(f"U-Net {file.unet_number}", len(indices), len(indices))
         rows += [tally.row(way, side) for way, tally in zip(ways, tallies, strict=True)]
+    return rows
+
+
+def write_rows(run: Path, rows: Sequence[Row]) -> None:
+    """Writes the rows into the run."""
     written = json.dumps(as_dicts(rows), indent=1) + "\n"
     write_atomically(
         steps_table_path(run), lambda temporary: temporary.write_text(written, encoding="utf-8")
     )
-    return rows
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

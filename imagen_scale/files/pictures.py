@@ -1,6 +1,7 @@
 """Writing pictures: single PNG files and captioned grids."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,41 @@ def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def save_new_picture(path: Path, image: Any, facts: dict[str, Any]) -> Path:
+    """`save_picture` where nothing is overwritten, whoever has written there meanwhile.
+
+    Args:
+        path: The PNG file that is wanted; where it is taken, a number is added to its name.
+        image: (H, W, 3) uint8.
+        facts: What it was made from.
+
+    Returns:
+        The PNG file.
+    """
+    for number in itertools.count(2):
+        taken = list[Path]()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for one in (path, path.with_suffix(".json")):
+                one.touch(exist_ok=False)
+                taken.append(one)
+            save_picture(path, image, facts)
+            return path
+        except FileExistsError:
+            _remove(taken)
+            stem = path.stem if number == 2 else path.stem.rpartition("_")[0]
+            path = path.with_stem(f"{stem}_{number}")
+        except BaseException:
+            _remove(taken)
+            raise
+    raise AssertionError("numbers have no end")
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def next_number(folder: Path) -> int:

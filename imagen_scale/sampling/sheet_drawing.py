@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from imagen_scale.errors import UsageError, option
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import save_picture, taken_number, to_uint8
+from imagen_scale.files.pictures import save_new_picture, save_picture, taken_number, to_uint8
 from imagen_scale.files.sheets import draw_sheet
 from imagen_scale.runs.checkpoint_average import averaged_at, check_step
 from imagen_scale.runs.folders import samples_dir
@@ -100,8 +100,7 @@ def write(
         title=title,
     )  # fmt: skip
     if out is not None:
-        save_picture(out, drawn, facts)
-        return out
+        return save_new_picture(out, drawn, facts)
     folder = samples_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
     with taken_number(folder) as number:
