@@ -8,7 +8,7 @@ import click
 # As one meets them, from the first minute on.
 ORDER = (
     "doctor", "init", "config", "import-config", "prepare", "plan", "train", "distill", "ema",
-    "runs", "report", "sample", "sheet", "ui", "upscale", "evaluate", "export", "import",
+    "runs", "report", "sample", "sheet", "ui", "upscale", "evaluate", "push", "export", "import",
 )  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

@@ -13,6 +13,7 @@ from imagen_scale.commands.importing import import_config, import_run
 from imagen_scale.commands.init import init
 from imagen_scale.commands.plan import plan
 from imagen_scale.commands.prepare import prepare
+from imagen_scale.commands.push import push
 from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.sample import sample
@@ -27,7 +28,7 @@ from imagen_scale.version import __version__
 
 COMMANDS = (
     config, distill, doctor, ema, evaluate, export, import_config, import_run, init, plan,
-    prepare, report, runs, sample, sheet, train, ui, upscale,
+    prepare, push, report, runs, sample, sheet, train, ui, upscale,
 )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from imagen_scale.files.sheets import draw_sheet
 from imagen_scale.runs.checkpoint_average import averaged_at, check_step
 from imagen_scale.runs.folders import samples_dir
 from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.sheet import CHECKPOINT, Cell, Plan, positions
+from imagen_scale.sampling.stage import default_device
 from imagen_scale.sampling.stages import Remembered, TrainedStages, once
 from imagen_scale.version import __version__
 
@@ -24,6 +26,13 @@ class Source(NamedTuple):
     run: Path
     unet_limit: int | None = None
     allow_unfinished: bool = False
+
+
+class _Weights(NamedTuple):
+    """What draws some of the pictures."""
+
+    files: list[InferenceFile]
+    residents: Residents  # stays loaded from one to the next
 
 
 def draw(
@@ -58,10 +67,13 @@ def draw(
     _check(plan, source.run, files, say)
     pictures: list[list[Any]] = [[None] * len(line) for line in plan.cells]
     facts: list[list[Any]] = [[None] * len(line) for line in plan.cells]
-    for done, (row, column, of_cell) in enumerate(_by_checkpoint(plan, source.run, files)):
+    for done, (row, column, weights) in enumerate(_by_checkpoint(plan, source.run, files)):
         progress(done, len(positions(plan)))
         cell = plan.cells[row][column]
-        cascade = TrainedStages(of_cell, None, cell.runtime, say=say, remembered=remembered)
+        cascade = TrainedStages(
+            weights.files, None, cell.runtime, say=say, remembered=remembered,
+            residents=weights.residents,
+        )  # fmt: skip
         (made,) = cascade.stream([cell.prompt], cell.options)
         pictures[row][column] = to_uint8(made.stages[-1][None])[0]
         settings = [one.model_dump() for one in cascade.settings(cell.options)]
@@ -124,8 +136,8 @@ def _check(plan: Plan, run: Path, files: list[InferenceFile], say: Say) -> None:
 
 def _by_checkpoint(
     plan: Plan, run: Path, files: list[InferenceFile]
-) -> Iterator[tuple[int, int, list[InferenceFile]]]:
-    """Row, column and files of every picture; those of the same weights follow each other."""
+) -> Iterator[tuple[int, int, _Weights]]:
+    """Row, column and weights of every picture; those of the same weights follow each other."""
     groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
     for row, column in positions(plan):
         cell: Cell = plan.cells[row][column]
@@ -139,5 +151,7 @@ def _by_checkpoint(
                 else file
                 for file in files
             ]
+            residents = Residents(default_device())
+            opened.callback(residents.close)
             for row, column in places:
-                yield row, column, chosen
+                yield row, column, _Weights(chosen, residents)
