@@ -30,6 +30,7 @@ from imagen_scale.runs.folders import config_path
 from imagen_scale.training.samples import split_samples
 
 BATCH, GRADIENT_PENALTY_EVERY = 8, 4  # the second is the package's
+AVERAGED_FROM = 100  # steps; the package's
 STYLE, LARGEST = 128, 256  # widths of the style and of the widest layer
 
 
@@ -133,7 +134,13 @@ def _pairs(dataset: Any) -> Iterator[tuple[Tensor, list[str]]]:
 
 
 def drawn(gan: Any, captions: list[str]) -> tuple[Tensor, float]:
-    """Pictures of captions in [-1, 1] by the averaged generator; processor seconds of one."""
+    """Pictures of captions in [-1, 1]; processor seconds of one.
+
+    By the averaged generator, which in the package is the untrained one for the first 100 steps:
+    until then by the generator itself.
+    """
+    if gan.steps.item() <= AVERAGED_FROM:
+        gan.has_ema_generator = False
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(captions), STYLE, generator=generator)
     pictures, times = [], []

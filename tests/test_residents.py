@@ -140,3 +140,14 @@ def test_what_a_stage_was_seen_to_need_is_remembered(run):
     assert len(held) == 2 and set(held._needs) == {str(file.path) for file in cascade.files}
     held.close()
     assert len(held) == 0
+
+
+def test_on_a_card_a_stage_is_first_used_alone(run, loads):
+    with Cascade.load(run, runtime="torch") as cascade:
+        cascade._residents.is_scarce = True
+        first = pixels(cascade.sample("sun", steps=1))
+        assert loads == ["text", "-text", 1, -1, 2]
+        del loads[:]
+        for prompt in ("sun", "sun", "key", "key"):
+            assert (pixels(cascade.sample(prompt, steps=1)) == first) == (prompt == "sun")
+        assert loads == [1, "text"]  # from then on all of them stay

@@ -80,7 +80,7 @@ def _stages(stages: Sequence[InferenceFile]) -> str:
         stage = file.stage
         lines.append(
             f"| {file.unet_number} | {stage.size} px | {_parameters(file.path) / 1e6:.1f} M | "
-            f"{stage.unet.pred_type} | {file.step:,} | {stage.training.global_batch} |"
+            f"{stage.unet.pred_type} | {file.step:,} | {stage.global_batch} |"
         )
     return "\n".join(lines)
 

@@ -50,6 +50,9 @@ class Residents:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # Where memory runs out a network steps down to slower ways: on a card nothing is held
+        # beside a stage until it was seen what it takes.
+        self.is_scarce = device.type == "cuda"
         self._held: dict[str, tuple[Key, Stage]] = {}
         self._needs: dict[str, int] = {}  # most bytes seen in use, by file
         self._encoder: tuple[tuple[str, str], TextEncoder] | None = None
@@ -118,7 +121,8 @@ class Residents:
                 return stage
             self._free(key.file)
         need = max(self._need(file) for file in others if str(file.path) == key.file)
-        if free_bytes(self.device) < need:
+        is_unknown = self.is_scarce and key.file not in self._needs
+        if is_unknown or free_bytes(self.device) < need:
             self.make_room()
         try:
             stage = load()
