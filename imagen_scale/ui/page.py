@@ -15,16 +15,7 @@ from imagen_scale.runs.inference import learned_stages
 from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.form import Form
-from imagen_scale.ui.generation import (
-    Drawn,
-    Failed,
-    Generator,
-    Made,
-    Said,
-    Step,
-    Stopped,
-    Stopping,
-)
+from imagen_scale.ui.generation import Failed, Generator, Made, Said, Step, Stopped, Stopping
 from imagen_scale.ui.history import Entry, read_history
 from imagen_scale.ui.sheet_form import SheetForm
 from imagen_scale.ui.shell_line import sample_command
@@ -121,13 +112,7 @@ class Page:
             concurrency_limit=1, concurrency_id="made", show_progress="hidden",
             api_name="generate",
         ).then(self.end, None, buttons, **at_once)  # fmt: skip
-        self.sheet_form.start.click(
-            self.begin, None, [*buttons, self.status, *self.stages], **at_once,
-        ).success(
-            self.make_sheet, [*self.form.fields, *self.sheet_form.fields],
-            [self.status, self.sheet, *history],
-            concurrency_limit=1, concurrency_id="made", show_progress="hidden", api_name="sheet",
-        ).then(self.end, None, buttons, **at_once)  # fmt: skip
+        self.sheet_form.connect(self, [*buttons, self.status, *self.stages], history, at_once)
         self.stop.click(self.halt, None, None, queue=False,
                         show_progress="hidden", api_name="stop")  # fmt: skip
         self.dice.click(lambda: random.randrange(2**31), None, self.form.seed, **at_once)
@@ -178,38 +163,6 @@ class Page:
                         }
                     case Stopping():
                         yield {self.status: views.status(["Stopping after this step ..."])}
-                    case Stopped():
-                        yield {self.status: views.status(["Stopped; nothing was kept."])}
-                    case Failed(message):
-                        yield {self.status: views.status([message, *said], "bad")}
-        finally:
-            self.stops.pop(session, None)
-
-    def make_sheet(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """A sheet over one or two options, told of picture by picture."""
-        session = str(request.session_hash)
-        stop = self.stops.setdefault(session, threading.Event())
-        count = len(self.form.fields)
-        said: list[str] = []
-        try:
-            asked = self.form.read(values[:count])
-            asked = asked._replace(varied=self.sheet_form.read(values[count:]))
-            for event in self.generator.generate(asked, stop):
-                match event:
-                    case Said(sentence):
-                        said.append(sentence)
-                    case Drawn(done, pictures):
-                        news = f"Picture {done + 1} of {pictures} ..."
-                        yield {self.status: views.status([news, *said])}
-                    case Made(path):
-                        text = f"Sheet, kept as {views.place(path)}"
-                        yield {
-                            self.status: views.status([text, *said], "good"),
-                            self.sheet: views.sheet(path),
-                            **self.history(),
-                        }
-                    case Stopping():
-                        yield {self.status: views.status(["Stopping after this picture ..."])}
                     case Stopped():
                         yield {self.status: views.status(["Stopped; nothing was kept."])}
                     case Failed(message):
