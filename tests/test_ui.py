@@ -25,6 +25,7 @@ from support.tiny import write_run
 
 from imagen_scale.commands.main import main
 from imagen_scale.ui.generation import (
+    Drawn,
     Failed,
     Generator,
     Made,
@@ -193,6 +194,36 @@ def test_never_two_at_once_and_a_listener_that_leaves_ends_it(run):
     assert not list(run.glob("samples/*.png"))
     (*_, last) = generator.generate(request(), threading.Event())
     assert isinstance(last, Made)
+
+
+def test_a_sheet_is_the_commands(run, tmp_path):
+    asked = request(settings={"steps": [2, 1], "cond_scale": [3.0, 1.0]}, seed=4)
+    told = events(run, asked._replace(varied={"cond_scale": "1, 4", "steps": "1,2"}))
+    assert [event.done for event in told if isinstance(event, Drawn)] == [0, 1, 2, 3]
+    made = told[-1]
+    assert isinstance(made, Made) and made.path == run / "samples" / "sheet_00001.png"
+    sample("sheet", "sun", "--run", str(run), "--cond-scale", "1,4", "--steps", "1,2", "--seed",
+           "4", "--runtime", "torch", "--out", str(tmp_path / "out.png"))  # fmt: skip
+    theirs = json.loads((tmp_path / "out.json").read_text())
+    ours = json.loads(made.path.with_suffix(".json").read_text())
+    assert {str(one) for row in ours["pictures"] for one in row} == {
+        str(one) for row in theirs["pictures"] for one in row
+    }
+    for varied, message in (({}, "a sheet compares several values"),
+                            ({"steps": "many"}, "steps 'many': write numbers"),
+                            ({"checkpoint": "all,1"}, "has no checkpoint")):  # fmt: skip
+        told = events(run, asked._replace(varied=varied))
+        assert isinstance(told[-1], Failed) and message in told[-1].message
+
+
+def test_a_sheet_is_stopped_between_two_pictures(run):
+    stop, told = threading.Event(), []
+    asked = request()._replace(varied={"seed": "1,2,3"})
+    for event in Generator(run).generate(asked, stop):
+        told.append(event)
+        if isinstance(event, Drawn):
+            stop.set()
+    assert isinstance(told[-1], Stopped) and not list(run.glob("samples/*"))
 
 
 # History and its commands ------------------------------------------------------------------------
@@ -382,6 +413,15 @@ def test_a_picture_is_made_over_http(page, client):
     assert len(page.pictures) == before + 1
     facts = json.loads(page.pictures[-1].with_suffix(".json").read_text())
     assert (facts["prompt"], facts["negative_prompt"], facts["seed"]) == ("sun", "pizza", 3)
+
+
+def test_a_sheet_is_made_over_http(page, client):
+    varied = ["Guidance", "1, 3", "Steps", ""]
+    job = client.submit(*values(seed=3), *varied, api_name="/sheet")
+    job.result(timeout=120)
+    told = [str(output) for output in job.outputs()]
+    assert "Picture 2 of 2" in "".join(told) and "kept as" in told[-1]
+    assert 'src="gradio_api/file=' in told[-1] and "sheet_0" in told[-1]
 
 
 def test_an_error_is_a_message_of_the_page(page, client):

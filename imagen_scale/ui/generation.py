@@ -4,19 +4,24 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagen_scale.errors import ImagenScaleError, UsageError, of_system, option, spelled
 from imagen_scale.files.pictures import to_uint8
+from imagen_scale.runs.checkpoint_average import kept_steps
 from imagen_scale.runs.folders import samples_dir
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.option_facts import facts_of
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.sheet import CHECKPOINT, plan_sheet, title
+from imagen_scale.sampling.sheet_drawing import Source, draw, write
 from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import Remembered, TrainedStages
+from imagen_scale.ui.sheet_values import asked
 
 PATIENCE_S = 0.2  # after so long without news, one that was asked to stop says that it heard
 
@@ -27,6 +32,7 @@ class Request(NamedTuple):
     prompt: str
     options: dict[str, Any]  # of `SamplingOptions`; None where a field was emptied
     runtime: Any  # a `RuntimeName`
+    varied: dict[str, str] | None = None  # of a sheet: the values of an option as they are written
 
 
 class Step(NamedTuple):
@@ -36,6 +42,13 @@ class Step(NamedTuple):
     done: int
     steps: int
     image: Any  # (H, W, 3) uint8: the clean picture that is expected there
+
+
+class Drawn(NamedTuple):
+    """Of a sheet so many pictures are done."""
+
+    done: int
+    pictures: int
 
 
 class Said(NamedTuple):
@@ -64,7 +77,7 @@ class Failed(NamedTuple):
     message: str
 
 
-Event = Step | Said | Made | Stopping | Stopped | Failed
+Event = Step | Drawn | Said | Made | Stopping | Stopped | Failed
 
 
 class _StopError(Exception):
@@ -151,7 +164,8 @@ class Generator:
         self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
     ) -> None:
         try:
-            told.put(Made(self._make(request, stop, told)))
+            make = self._make if request.varied is None else self._make_sheet
+            told.put(Made(make(request, stop, told)))
         except _StopError:
             told.put(Stopped())
         except ImagenScaleError as error:
@@ -193,6 +207,33 @@ class Generator:
         (path,) = [folder.write(picture) for picture in pictures]
         return path
 
+    def _make_sheet(
+        self, request: Request, stop: threading.Event, told: "queue.SimpleQueue[Event | None]"
+    ) -> Path:
+        options = checked(request)
+        same = {name: getattr(options, name) for name in options.model_fields_set}
+        lists = {name: list(one) if isinstance(one, tuple) else one for name, one in same.items()}
+        values, given = asked(
+            request.varied or {}, lists | {"runtime": request.runtime},
+            partial(kept_steps, self.run),
+        )  # fmt: skip
+        plan = plan_sheet([request.prompt], given)
+
+        def hear(done: int, pictures: int) -> None:
+            if stop.is_set():
+                raise _StopError
+            told.put(Drawn(done, pictures))
+
+        if self._residents is not None:  # the sheet holds its own
+            self._residents.make_room()
+        pictures, facts = draw(
+            plan, Source(self.run, self.unet_limit, self.allow_unfinished),
+            say=lambda sentence: told.put(Said(with_labels(sentence))), progress=hear,
+        )  # fmt: skip
+        if stop.is_set():
+            raise _StopError
+        return write(plan, pictures, facts, self.run, title=title(plan, values))
+
 
 def checked(request: Request) -> SamplingOptions:
     """The options of a request, after what only a page can get wrong.
@@ -219,7 +260,7 @@ def with_labels(message: str) -> str:
 
 LABELS = {
     facts.name: facts.label.lower()
-    for facts in [*facts_of(SamplingOptions), *facts_of(RuntimeOptions)]
+    for facts in [*facts_of(SamplingOptions), *facts_of(RuntimeOptions), CHECKPOINT]
 }
 
 

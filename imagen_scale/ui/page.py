@@ -15,8 +15,18 @@ from imagen_scale.runs.inference import learned_stages
 from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.form import Form
-from imagen_scale.ui.generation import Failed, Generator, Made, Said, Step, Stopped, Stopping
+from imagen_scale.ui.generation import (
+    Drawn,
+    Failed,
+    Generator,
+    Made,
+    Said,
+    Step,
+    Stopped,
+    Stopping,
+)
 from imagen_scale.ui.history import Entry, read_history
+from imagen_scale.ui.sheet_form import SheetForm
 from imagen_scale.ui.shell_line import sample_command
 
 
@@ -68,6 +78,7 @@ class Page:
                             "Stop", interactive=False, min_width=70, elem_id="stop"
                         )
                         self.dice = gr.Button("New seed", min_width=90, elem_id="dice")
+                    self.sheet_form = SheetForm()
                 with gr.Column(scale=3, min_width=320):
                     with gr.Row(elem_classes="is-stages"):
                         self.stages = [
@@ -75,6 +86,7 @@ class Page:
                             for unet, size in enumerate(self.sizes, start=1)
                         ]
                     self.status = gr.HTML(elem_id="status")
+                    self.sheet = gr.HTML(elem_id="drawn-sheet")
             gr.HTML('<h2 class="is-title">History</h2>')
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
@@ -106,7 +118,15 @@ class Page:
               self.begin, None, [*buttons, self.status, *self.stages], **at_once,
         ).success(
             self.generate, self.form.fields, [self.status, *self.stages, *history, *selection],
-            concurrency_limit=1, show_progress="hidden", api_name="generate",
+            concurrency_limit=1, concurrency_id="made", show_progress="hidden",
+            api_name="generate",
+        ).then(self.end, None, buttons, **at_once)  # fmt: skip
+        self.sheet_form.start.click(
+            self.begin, None, [*buttons, self.status, *self.stages], **at_once,
+        ).success(
+            self.make_sheet, [*self.form.fields, *self.sheet_form.fields],
+            [self.status, self.sheet, *history],
+            concurrency_limit=1, concurrency_id="made", show_progress="hidden", api_name="sheet",
         ).then(self.end, None, buttons, **at_once)  # fmt: skip
         self.stop.click(self.halt, None, None, queue=False,
                         show_progress="hidden", api_name="stop")  # fmt: skip
@@ -158,6 +178,38 @@ class Page:
                         }
                     case Stopping():
                         yield {self.status: views.status(["Stopping after this step ..."])}
+                    case Stopped():
+                        yield {self.status: views.status(["Stopped; nothing was kept."])}
+                    case Failed(message):
+                        yield {self.status: views.status([message, *said], "bad")}
+        finally:
+            self.stops.pop(session, None)
+
+    def make_sheet(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        """A sheet over one or two options, told of picture by picture."""
+        session = str(request.session_hash)
+        stop = self.stops.setdefault(session, threading.Event())
+        count = len(self.form.fields)
+        said: list[str] = []
+        try:
+            asked = self.form.read(values[:count])
+            asked = asked._replace(varied=self.sheet_form.read(values[count:]))
+            for event in self.generator.generate(asked, stop):
+                match event:
+                    case Said(sentence):
+                        said.append(sentence)
+                    case Drawn(done, pictures):
+                        news = f"Picture {done + 1} of {pictures} ..."
+                        yield {self.status: views.status([news, *said])}
+                    case Made(path):
+                        text = f"Sheet, kept as {views.place(path)}"
+                        yield {
+                            self.status: views.status([text, *said], "good"),
+                            self.sheet: views.sheet(path),
+                            **self.history(),
+                        }
+                    case Stopping():
+                        yield {self.status: views.status(["Stopping after this picture ..."])}
                     case Stopped():
                         yield {self.status: views.status(["Stopped; nothing was kept."])}
                     case Failed(message):

@@ -94,6 +94,12 @@ def details(entry: Entry | None) -> str:
     )
 
 
+def sheet(path: Path) -> str:
+    """A sheet that was just made."""
+    address = "gradio_api/file=" + quote(str(path.resolve()))
+    return f'<a href="{address}" download="{path.name}"><img alt="Sheet" src="{address}"></a>'
+
+
 def caption(entry: Entry) -> str:
     """What stands below a picture of the history."""
     return f"{entry.facts.prompt} · {entry.facts.seed}"
