@@ -57,6 +57,7 @@ def test_any_text_can_be_written(text):
 
 def test_what_cannot_be_written_is_named(no_fonts):
     assert lettering._written("café") == "cafe"
+    assert lettering._written("éə") == "[LATIN x2]"  # of ə there is no plain letter
     assert lettering._written("漢字の猫") == "[CJK x2][HIRAGANA x1][CJK x1]"
     assert lettering._written("a 🍕") == "a [slice of pizza]"
     assert lettering.missing(["red", "漢字の", "🍕"]) == ["CJK", "HIRAGANA", "symbols"]

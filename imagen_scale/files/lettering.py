@@ -90,7 +90,8 @@ def _written(text: str) -> str:
             parts += [f"[{unicodedata.name(one, hex(ord(one))).lower()}]" for one in seen]
         else:
             plain = "".join(map(_without_marks, seen))
-            parts.append(plain or f"[{script} x{len(seen)}]")
+            # All of them or none: a word that lacks letters would be another one.
+            parts.append(plain if len(plain) == len(seen) else f"[{script} x{len(seen)}]")
     return "".join(parts)
 
 

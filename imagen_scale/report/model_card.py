@@ -29,14 +29,18 @@ def model_card(
     """
     name, config = repo.partition("/")[2], stages[0].config
     sizes = " -> ".join(f"{file.stage.size} px" for file in stages)
-    shown = [one.name for one in files if one.name.endswith(".png")]
+    drawn = {
+        file.unet_number: one.name
+        for file in stages for one in files
+        if one.name.startswith(f"samples/unet{file.unet_number}_step_")
+    }  # fmt: skip
     parts = [
         "---\nlibrary_name: imagen-scale\npipeline_tag: text-to-image\ntags:\n- imagen\n"
         "- text-to-image\n---",
         f"# {name}",
         f"A cascade that turns text into pictures ({sizes}), trained from random weights"
         f"{_starts(stages)} with imagen-scale {__version__}.",
-        *(f"![What stage {i} draws]({path})" for i, path in enumerate(shown[: len(stages)], 1)),
+        *(f"![What stage {number} draws]({path})" for number, path in drawn.items()),
         "## What it learned from",
         _learned_from(run, config),
         "## Stages",
