@@ -85,9 +85,15 @@ def _pictures(run: Path, unets: int) -> Iterator[Path]:
 def named_places(stages: Sequence[InferenceFile]) -> list[str]:
     """Absolute paths of this machine that the configuration tells to whoever reads it."""
     config = stages[0].config
-    named = {"data.path": config.data.path, "data.cache_dir": config.data.cache_dir,
-             "logging.run_dir": config.logging.run_dir}  # fmt: skip
-    return [f"{key} {value!r}" for key, value in named.items()
+    started = config.training.start_from
+    named = [
+        ("data.path", config.data.path), ("data.cache_dir", config.data.cache_dir),
+        ("logging.run_dir", config.logging.run_dir),
+        *(("training.start_from", one) for one in
+          (started if isinstance(started, tuple) else (started,))),
+        ("distill.teacher", config.distill and config.distill.teacher),
+    ]  # fmt: skip
+    return [f"{key} {value!r}" for key, value in named
             if value and Path(value).expanduser().is_absolute()]  # fmt: skip
 
 
