@@ -74,7 +74,6 @@ class Stage:
         device: Where to compute.
         runtime: What computes the U-Net, and how.
         tile: Side of the tiles of a super-resolution stage in pixels; None computes whole images.
-        negative: Whether it must take a negative prompt.
         say: Told what "auto" chose and what was changed for want of memory.
 
     Raises:
@@ -89,7 +88,6 @@ class Stage:
         runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
         tile: int | None = None,
-        negative: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
         self.file, self.config, self.device = file, file.stage, device
@@ -101,9 +99,7 @@ class Stage:
             )
         self.tile = tile if self.config.is_super_resolution else None
         self.schedule = stage_schedule(self.config).to(device)
-        self.runtime = open_runtime(
-            file, device, runtime, side=self.tile, negative=negative, say=say
-        )
+        self.runtime = open_runtime(file, device, runtime, side=self.tile, say=say)
 
     def close(self) -> None:
         """Frees the network, before the next one is loaded."""

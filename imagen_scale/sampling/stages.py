@@ -13,8 +13,8 @@ from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, NotRead, read_prompts
-from imagen_scale.sampling.runtimes.contract import Say, no_negative_prompt
-from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
+from imagen_scale.sampling.runtimes.contract import Say
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Listener, Stage, default_device, out_of_memory
 
 # Pictures that go through the cascade together: what is held of them is bounded, and a stage's
@@ -111,16 +111,15 @@ class TrainedStages:
         """What each stage is."""
         return [file.stage for file in self.files]
 
-    def stage(self, unet_number: int, *, tile: int | None = None, negative: bool = False) -> Stage:
+    def stage(self, unet_number: int, *, tile: int | None = None) -> Stage:
         """Loads one stage; close it before the next.
 
         Args:
             unet_number: As the run counts, from 1.
             tile: Side of its tiles in pixels; None computes whole images.
-            negative: Whether it must take a negative prompt.
         """
         (file,) = [file for file in self.files if file.unet_number == unet_number]
-        return Stage(file, self.device, self.runtime, tile=tile, negative=negative, say=self.say)
+        return Stage(file, self.device, self.runtime, tile=tile, say=self.say)
 
     def settings(self, options: SamplingOptions) -> list[StageSettings]:
         """The settings of each stage.
@@ -131,8 +130,6 @@ class TrainedStages:
         settings = options.for_stages(self.configs)
         if options.negative_prompt:
             _check_negative(self.configs, settings)
-            if self.runtime.runtime in EXPORTED:
-                raise no_negative_prompt(f"{option('runtime')} {self.runtime.runtime}")
         return settings
 
     def sample(
@@ -195,11 +192,7 @@ class TrainedStages:
                         if stage is not None:
                             stage.close()
                             stage = None  # the next one may not fit
-                        stage = self.stage(
-                            config.number,
-                            tile=_tile(config, options.tile),
-                            negative=null is not None,
-                        )
+                        stage = self.stage(config.number, tile=_tile(config, options.tile))
                     runtimes.append(stage.runtime.name)
                     inputs = Inputs(text, seeds, made[-1] if made else None, null)
                     parts = stage.parts(
