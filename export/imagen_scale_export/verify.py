@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.diffusion.guidance import dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import guide
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.sampling.options import StageSettings

@@ -11,10 +11,10 @@ from torch import Tensor
 from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.denoiser import Denoiser
-from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.lowres import enlarge
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
 from imagen_scale.errors import EnvironmentProblem, UsageError, option
 from imagen_scale.runs.inference import InferenceFile
