@@ -16,7 +16,7 @@ from report import split_at_marks, table, versions, write_between_marks
 
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.sequence import split_indices
-from imagen_scale.diffusion.sampler import num_evaluations
+from imagen_scale.diffusion.reverse import num_evaluations
 from imagen_scale.evaluation import retrieval_accuracy
 from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.sampling.options import SamplingOptions

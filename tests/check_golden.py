@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 
 from imagen_scale.config import Network, parse_config
-from imagen_scale.diffusion.guidance import dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import guide
 from imagen_scale.diffusion.schedule import NoiseSchedule
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.models.unet import UNet
 
 sys.path.insert(0, str(Path(__file__).parent))

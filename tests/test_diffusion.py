@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.minimagen_tables import minimagen_tables, posterior
 
-from imagen_scale.diffusion.guidance import abs_quantile, branches, dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import branches, guide
 from imagen_scale.diffusion.loss import image_loss
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
 from imagen_scale.diffusion.sampler import levels_at, sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.solvers import ddim_step
 from imagen_scale.diffusion.spacing import spaced_times
+from imagen_scale.diffusion.thresholding import abs_quantile, dynamic_threshold
 
 
 @given(timesteps=st.integers(21, 1500))

@@ -10,7 +10,8 @@ from support.tiny import TINY, write_stage
 
 from imagen_scale.config import dump_config, load_config, parse_config
 from imagen_scale.data.sequence import Batch
-from imagen_scale.diffusion.guidance import dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import guide
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.errors import ConfigError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.planning.setup import written_setup

@@ -193,7 +193,10 @@ MISMATCHES = {
     ),
     "another U-Net": (lambda data: data.update(unet_number=2), "holds U-Net 2, not U-Net 1"),
     "a newer schema": (
-        lambda data: data.update(schema_version=2), "schema version 2; this program reads 1"
+        lambda data: data.update(schema_version=3), "schema version 3; this program reads 2"
+    ),
+    "an older schema": (
+        lambda data: data.update(schema_version=1), "program reads 2. Export again with --force"
     ),
     "no schema": (lambda data: data.pop("schema_version"), "not JSON with a schema_version"),
     "an unknown key": (lambda data: data.update(extra=1), "damaged: extra"),
@@ -226,7 +229,7 @@ def test_an_export_is_stale_once_the_weights_change(run):
         open_onnx(run)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff", b'{"schema_version": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff", b'{"schema_version": 2}'])
 def test_damaged_manifests(run, content):
     (folder(run) / "manifest.json").write_bytes(content)
     with pytest.raises(ExportError, match=r"manifest\.json: damaged"):

@@ -41,7 +41,8 @@ def two_passes(unet, inputs):
     rest = (inputs.get("lowres_img"), inputs.get("lowres_t"))
     text = TextCond(inputs["text_tokens"], inputs["text_hidden"])
     cond = unet.denoise(inputs["x_t"], inputs["t"], text, *rest)
-    null = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond)), *rest)
+    away = TextCond(inputs["null_tokens"], inputs["null_hidden"])
+    null = unet.denoise(inputs["x_t"], inputs["t"], away, *rest)
     return null + (cond - null) * inputs["cond_scale"][:, None, None, None]
 
 

@@ -15,9 +15,9 @@ from support import ROOT
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
-from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text

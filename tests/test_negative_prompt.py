@@ -1,4 +1,4 @@
-"""The negative prompt: what guidance makes of it, and where it is refused instead of ignored."""
+"""The negative prompt: what guidance makes of it in every runtime, and where it is refused."""
 
 import json
 import re
@@ -14,13 +14,14 @@ from imagen_scale import Cascade as PythonCascade
 from imagen_scale.commands.main import main
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.errors import UsageError
+from imagen_scale.models.unet import TextCond
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
-from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime
+from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime, load_unet
 from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
@@ -99,27 +100,38 @@ def test_without_any_guidance_it_is_refused_before_any_work(run):
         TrainedStages.load(run).stream(["sun"], make(cond_scale=1.0, negative_prompt="pizza"))
 
 
-def test_exports_refuse_it_and_auto_takes_torch_and_says_why(exported):
-    message = "runtime onnx: takes no negative_prompt, since .* take runtime torch"
-    onnx = RuntimeOptions(runtime="onnx")
-    with pytest.raises(UsageError, match=message):
-        TrainedStages.load(exported, runtime=onnx).stream(["sun"], make(negative_prompt="pizza"))
+def by_onnx(run, options, **runtime):
+    return TrainedStages.load(run, runtime=RuntimeOptions(**runtime)).sample(["sun"], options)
+
+
+def test_an_export_takes_it_and_draws_the_same_as_torch(exported):
+    for cond_scale in (3.0, [3.0, 2.0], [0.0, 1.0]):  # of 0 it is the only text
+        options = make(steps=3, cond_scale=cond_scale, negative_prompt="pizza")
+        ours, theirs = by_onnx(exported, options, runtime="onnx"), by_onnx(exported, options)
+        plain = by_onnx(exported, options.changed(negative_prompt=None), runtime="onnx")
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1 / 255, rtol=0)
+        assert (ours[0] - plain[0]).abs().max() > 1 / 255
+
+
+def test_in_a_graph_each_image_is_led_away_from_its_own_text(exported):
+    """The branch without text for one, a prompt for the other: two passes by hand."""
     file = read_inference(inference_path(exported, 1))
-    with pytest.raises(UsageError, match=message):
-        open_runtime(file, CPU, onnx, negative=True)
-    graph = open_runtime(file, CPU, onnx)
-    text = Text(torch.zeros(1, 5, 384), torch.ones(1, 5).bool())
-    with pytest.raises(UsageError, match="takes no negative_prompt"):
-        graph.bind(Conditioning(text, 3.0, negative=text))
-    said = []
-    cascade = TrainedStages.load(exported, runtime=RuntimeOptions(), say=said.append)
-    options = make(steps=2, negative_prompt="pizza")
-    (picture,) = cascade.stream(["sun"], options)
-    assert said[0].startswith("U-Net 1: runtime torch fp32 on cpu; not onnx: its graphs take no")
-    # The second stage samples without guidance: nothing to lead away from, so the graph serves.
-    assert "onnx" in picture.runtimes[1]
-    by_torch = TrainedStages.load(exported).sample(["sun"], options)
-    assert torch.equal(by_torch[0][0], picture.stages[0])
+    graph, network = open_runtime(file, CPU, RuntimeOptions(runtime="onnx")), load_unet(file)
+    generator = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([10.0, 90.0])
+    embeds = torch.randn(2, 5, 384, generator=generator)
+    text, prompt = (network.condition_text(e, torch.ones(len(e), 5).bool())
+                    for e in (embeds, embeds[:1] + 1))  # fmt: skip
+    null = TextCond(*(torch.cat(pair) for pair in zip(network.null_text(1), prompt, strict=True)))
+    scales = torch.tensor([3.0, 2.0])
+    found = graph.executor(guided=True)(
+        {"x_t": x_t, "t": t, "text_tokens": text.tokens, "text_hidden": text.hidden,
+         "null_tokens": null.tokens, "null_hidden": null.hidden, "cond_scale": scales}
+    )  # fmt: skip
+    with_text, away = (network.denoise(x_t, t, cond) for cond in (text, null))
+    expected = guide(with_text, away, scales[:, None, None, None])
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
 
 
 def test_the_command_the_facts_and_python_agree(run, tmp_path):
@@ -146,13 +158,3 @@ def test_the_command_the_facts_and_python_agree(run, tmp_path):
         UsageError, match=re.escape("negative_prompt 3: it should be a valid string")
     ):
         python.sample("sun", negative_prompt=3)
-
-
-def test_the_command_says_which_runtime_can(run, tmp_path):
-    done = CliRunner().invoke(
-        main, ["sample", "sun", "--run", str(run), "--out", str(tmp_path), "--negative-prompt",
-               "pizza", "--runtime", "onnx"],
-    )  # fmt: skip
-    assert done.exit_code == 2
-    assert "--runtime onnx: takes no --negative-prompt" in done.output
-    assert "Traceback" not in done.output

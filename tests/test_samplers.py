@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagen_scale.diffusion.names import Sampler, Spacing
-from imagen_scale.diffusion.sampler import levels_at, num_evaluations, sample
+from imagen_scale.diffusion.reverse import num_evaluations
+from imagen_scale.diffusion.sampler import levels_at, sample
 from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, at_time
 from imagen_scale.diffusion.solvers import ddim_step, dpmpp_2m_step
 from imagen_scale.diffusion.spacing import spaced_times, visited_times

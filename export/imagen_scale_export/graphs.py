@@ -8,7 +8,7 @@ from imagen_scale.models.unet import TextCond, UNet
 
 
 class GuidedDenoiser(nn.Module):
-    """Both branches of classifier-free guidance in one batch, the null text baked in.
+    """Both branches of classifier-free guidance in one batch.
 
     Args:
         unet: In evaluation mode, in the precision to compute in.
@@ -24,16 +24,17 @@ class GuidedDenoiser(nn.Module):
         t: Tensor,
         text_tokens: Tensor,
         text_hidden: Tensor,
+        null_tokens: Tensor,
+        null_hidden: Tensor,
         cond_scale: Tensor,
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
         """Guided prediction (noise or v), (B, C, H, W) float32; arguments as in `ports`."""
         dtype = self.unet.final_conv.weight.dtype
-        null = self.unet.null_text(x_t.shape[0])
         text = TextCond(
-            torch.cat((text_tokens.to(dtype), null.tokens)),
-            torch.cat((text_hidden.to(dtype), null.hidden)),
+            torch.cat((text_tokens, null_tokens)).to(dtype),
+            torch.cat((text_hidden, null_hidden)).to(dtype),
         )
         pair = self.unet.denoise(
             _twice(x_t),

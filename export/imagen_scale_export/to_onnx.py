@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.errors import ExportError, MissingExtraError
 from imagen_scale.models.unet import UNet
 from imagen_scale.sampling.runtimes.executors import graph_name
@@ -18,6 +19,7 @@ from imagen_scale.sampling.runtimes.ports import (
     BATCH,
     HEIGHT,
     OPSETS,
+    TOKENS,
     WIDTH,
     Port,
     Precision,
@@ -35,6 +37,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 # Half of float16's range: what the calibration inputs reach, others may exceed.
 FP16_LIMIT = 3e4
+EXAMPLE_TOKENS = 7
 EXAMPLE_BATCH = 3  # tracing at 1 would take a free batch for a fixed one
 
 
@@ -77,7 +80,7 @@ def export_denoisers(
         module = GuidedDenoiser(unet) if guided else PlainDenoiser(unet)
         path = folder / graph_name(guided)
         inputs = denoiser_inputs(config, image_size, dynamic_size=dynamic_size, guided=guided)
-        _export(
+        export_graph(
             module, path, inputs, [output],
             opset=OPSETS[precision], size=image_size, divisor=config.size_divisor,
             weights_of=saved,
@@ -108,7 +111,7 @@ def _without_resize(module: nn.Module) -> None:
 
 def export_conditioner(unet: UNet, path: Path) -> None:
     """Writes the text conditioner, in float32 whatever the denoiser's precision: it is small."""
-    _export(
+    export_graph(
         Conditioner(unet), path,
         conditioner_inputs(unet.config), conditioner_outputs(unet.config),
         opset=OPSETS["fp32"], size=1, divisor=1,
@@ -140,6 +143,8 @@ def check_fp16_range(unet: UNet, *, image_size: int, timesteps: int) -> None:
     ports = denoiser_inputs(unet.config, image_size, dynamic_size=False)
     inputs = example_inputs(ports, batch=EXAMPLE_BATCH, size=image_size)
     inputs["t"] = torch.tensor([0.0, timesteps // 2, timesteps - 1])
+    null = unet.null_text(EXAMPLE_BATCH)
+    inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
     try:
         with torch.no_grad():
             GuidedDenoiser(unet)(**inputs)
@@ -167,13 +172,15 @@ def example_inputs(
         seed: Same seed, same values.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = {BATCH: batch, HEIGHT: size, WIDTH: size}
+    lengths = {BATCH: batch, HEIGHT: size, WIDTH: size, TOKENS: EXAMPLE_TOKENS}
     inputs = {}
     for port in ports:
         shape = [lengths[dim] if isinstance(dim, str) else dim for dim in port.dims]
         value = torch.randn(shape, generator=generator)
         if port.dtype == "bool":
             value = value > 0
+        elif port.dtype == "int64":  # no token is left out, and every vocabulary has a second one
+            value = torch.ones(shape, dtype=torch.int64)
         elif port.name in ("t", "lowres_t"):
             value = torch.arange(1.0, batch + 1)
         elif port.name == "cond_scale":
@@ -182,7 +189,7 @@ def example_inputs(
     return inputs
 
 
-def _export(
+def export_graph(
     module: nn.Module,
     path: Path,
     inputs: list[Port],
@@ -192,9 +199,27 @@ def _export(
     size: int,
     divisor: int,
     weights_of: Path | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> None:
+    """Writes one module as an ONNX file.
+
+    Args:
+        module: What the graph computes; its arguments have the names of the inputs.
+        path: The file; its weights lie beside it.
+        inputs: What it takes.
+        outputs: What it gives.
+        opset: Version of ONNX's operators.
+        size: Height and width of the example that is traced, where they are free.
+        divisor: What free heights and widths are multiples of.
+        weights_of: A file beside it that holds the same weights already.
+        max_tokens: Tokens of a caption, where they are free.
+
+    Raises:
+        ExportError: If a dimension meant to be free came out fixed.
+    """
     free: dict[Any, Any] = {
         BATCH: torch.export.Dim(BATCH),
+        TOKENS: torch.export.Dim(TOKENS, max=max_tokens),
         HEIGHT: divisor * torch.export.Dim("rows"),
         WIDTH: divisor * torch.export.Dim("columns"),
     }

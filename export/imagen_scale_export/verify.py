@@ -1,9 +1,10 @@
 """An exported graph against the torch network it was made from.
 
 Single evaluations at three noise levels and two batch sizes, each image with its own guidance
-scale, and with free sides at another one; then a sampling loop of 20 steps from the same noise,
-with the sampler and the times that sampling takes by default, for as many images as the graph
-takes. What a graph may differ by depends on its precision: float16 keeps 11 bits, bfloat16 eight.
+scale and the last with a negative prompt, and with free sides at another one; then a sampling loop
+of 20 steps from the same noise, with the sampler and the times that sampling takes by default, for
+as many images as the graph takes. What a graph may differ by depends on its precision: float16
+keeps 11 bits, bfloat16 eight.
 """
 
 import math
@@ -13,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.diffusion.guidance import dynamic_threshold, guide
+from imagen_scale.diffusion.guidance import guide
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.sampling.options import StageSettings
@@ -23,7 +25,7 @@ from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime
 from imagen_scale.sampling.runtimes.manifest import SamplerConstants, Verification
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
-from imagen_scale.sampling.runtimes.ports import Precision, denoiser_inputs
+from imagen_scale.sampling.runtimes.ports import GUIDANCE, Precision, denoiser_inputs
 from imagen_scale_export.to_onnx import example_inputs
 
 LOOP_STEPS, LOOP_SCALE = 20, 3.0
@@ -127,10 +129,12 @@ def _single_steps(
             inputs = example_inputs(ports, batch=batch, size=side, seed=time)
             text = texts(batch, seed=time)
             cond = unet.condition_text(*text, text.is_kept)
+            null = _away(unet, texts(1, seed=time + 1), batch)
             inputs |= {"text_tokens": cond.tokens, "text_hidden": cond.hidden}
+            inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
             inputs["t"] = torch.full((batch,), float(time))
             inputs["cond_scale"] = torch.linspace(5, 0, batch)
-            for guided, expected in zip((False, True), _both(unet, cond, inputs), strict=True):
+            for guided, expected in zip((False, True), _both(unet, inputs), strict=True):
                 if guided not in constants.graphs:
                     continue
                 executor = runtime.executor(guided=guided)
@@ -138,7 +142,7 @@ def _single_steps(
                     {
                         name: value.to(runtime.device)
                         for name, value in inputs.items()
-                        if guided or name != "cond_scale"
+                        if guided or name not in GUIDANCE
                     }
                 )
                 error = max(error, _relative_error(found.cpu().float(), expected))
@@ -146,11 +150,24 @@ def _single_steps(
     return error, cosine
 
 
-def _both(unet: UNet, cond: TextCond, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _away(unet: UNet, negative: Text, batch: int) -> TextCond:
+    """What guidance leads away from: of the last image a negative prompt, of others no text."""
+    null, last = unet.null_text(batch - 1), unet.condition_text(*negative, negative.is_kept)
+    return TextCond(*(torch.cat(pair) for pair in zip(null, last, strict=True)))
+
+
+def _both(unet: UNet, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The reference without guidance and with it: two passes, and guidance by hand."""
     rest = (inputs.get("lowres_img"), inputs.get("lowres_t"))
-    with_text = unet.denoise(inputs["x_t"], inputs["t"], cond, *rest)
-    without = unet.denoise(inputs["x_t"], inputs["t"], unet.null_text(len(cond.tokens)), *rest)
+    with_text, without = (
+        unet.denoise(
+            inputs["x_t"],
+            inputs["t"],
+            TextCond(inputs[f"{branch}_tokens"], inputs[f"{branch}_hidden"]),
+            *rest,
+        )
+        for branch in ("text", "null")
+    )
     scales = inputs["cond_scale"][:, None, None, None]
     return with_text, guide(with_text, without, scales)
 

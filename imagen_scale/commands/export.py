@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 @click.option("--dynamic-size", is_flag=True, help="Leave the picture's size free, for tiles.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the torch network.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
+@click.option(
+    "--bundle", is_flag=True, help="All stages and the text encoder in one folder without torch."
+)
+@click.option("--out", help="Folder of the bundle; default export/bundle-PRECISION in the run.")
 @unfinished_option
 @click.pass_context
 @user_errors
@@ -50,9 +54,16 @@ def export(context: click.Context, **options: Any) -> None:
     \b
         imagen-scale export --unet all --format onnx
         imagen-scale export --unet 1 --format tensorrt --target SM86,SM89
+        imagen-scale export --bundle --precision fp16
     """
     if context.invoked_subcommand is None:
-        _export(**options)
+        is_bundle, out = options.pop("bundle"), options.pop("out")
+        if is_bundle:
+            _bundle(out=out, **options)
+        elif out is not None:
+            raise UsageError("--out: goes with --bundle; an export lies in its run.")
+        else:
+            _export(**options)
     elif options["unet"] is not None:
         raise UsageError(
             f"--unet does not go with {context.invoked_subcommand}: it takes a folder."
@@ -102,6 +113,48 @@ def _export(
         from imagen_scale.sampling.runtimes.manifest import read_manifest
 
         _print_export(folder, read_manifest(folder))
+
+
+def _bundle(
+    *,
+    unet: str | None,
+    format: str,
+    precision: Any,
+    run: str | None,
+    dynamic_size: bool,
+    verify: bool,
+    force: bool,
+    allow_unfinished: bool,
+    out: str | None,
+    **of_engines: Any,
+) -> None:
+    if unet not in (None, "all"):
+        raise UsageError(f"--unet {unet}: a bundle holds all U-Nets; leave --unet out.")
+    if format != "onnx":
+        raise UsageError(f"--format {format}: a bundle holds ONNX files; leave --format out.")
+    from imagen_scale.runs.folders import find_run
+
+    run_dir = find_run(run)
+    from imagen_scale_export.bundle import export_bundle
+    from imagen_scale_export.exporter import ExportOptions
+
+    from imagen_scale.runs.folders import bundle_dir
+    from imagen_scale.runs.inference import read_stage
+
+    options = ExportOptions(
+        precision=precision or "fp32", dynamic_size=dynamic_size, check=verify, force=force
+    )
+    first = read_stage(run_dir, 1, allow_unfinished)
+    others = range(2, len(first.config.unets) + 1)
+    files = [first, *(read_stage(run_dir, number, allow_unfinished) for number in others)]
+    folder = Path(out) if out else bundle_dir(run_dir, options.precision)
+    bundle = export_bundle(files, folder, options, click.echo)
+    size = sum(record.bytes for record in bundle.files.values())
+    sides = " to ".join(str(stage.image_size) for stage in bundle.stages)
+    click.echo(
+        f"{folder}: {len(bundle.stages)} stages of {sides} px, {options.precision}, text encoder "
+        f"{bundle.text.encoder}, {size / 2**20:.1f} MiB"
+    )
 
 
 @export.command("inspect")

@@ -218,6 +218,36 @@ class TextEncoder:
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length, positions)
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """What computes the features, in evaluation mode."""
+        return self._model
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that are read of a caption at most."""
+        return int(self._max_tokens)
+
+    def tokenizer_json(self, encoder: str) -> str:
+        """The tokenizer as the package tokenizers reads it, without padding and truncation.
+
+        Args:
+            encoder: Its name, for the message.
+
+        Raises:
+            DataError: If it is one that only transformers computes.
+        """
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                f"text.encoder: {encoder!r} has a tokenizer that is written in Python alone; take "
+                f"an encoder with a tokenizer.json."
+            )
+        own: Any = self._tokenizer.backend_tokenizer
+        copy = type(own).from_str(own.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return str(copy.to_str())
+
     def close(self) -> None:
         """Gives the memory back, to others than torch as well."""
         del self._model

@@ -1,23 +1,15 @@
 """The sampling loop: from noise to images with a denoiser."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.names import Sampler
+from imagen_scale.diffusion.reverse import reverse
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
-
-
-def num_evaluations(sampler: Sampler, steps: int) -> int:
-    """How often the denoiser is asked: Heun asks twice a step, but for the last.
-
-    And once in the first step where the schedule begins with noise alone.
-    """
-    return 2 * steps - 1 if sampler == "heun" else steps
+from imagen_scale.diffusion.solvers import Level
 
 
 @torch.no_grad()
@@ -58,28 +50,15 @@ def sample(
         t = torch.full((len(x),), level.time, device=x.device, dtype=torch.int64)
         return threshold(denoiser(x, t))
 
-    levels = levels_at(schedule, times)
-    past: Past | None = None
-    for done, (level, lower) in enumerate(pairwise(levels), start=1):
-        x_0 = predict(x_t, level)
-        match sampler:
-            case "ddpm":
-                x_t = ddim_step(x_t, x_0, level, lower, eta=1.0, noise=draw_noise())
-            case "ddim":
-                noise = draw_noise() if eta > 0 else None
-                x_t = ddim_step(x_t, x_0, level, lower, eta=eta, noise=noise)
-            case "dpmpp_2m":
-                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=None)
-            case "dpmpp_2m_sde":
-                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=draw_noise())
-            case "heun":
-                x_t = heun_step(x_t, x_0, level, lower, predict=predict)
-        past = Past(level, x_0)
-        if on_step is not None:
-            on_step(done, x_0)
-    x_0 = predict(x_t, levels[-1])
-    if on_step is not None:
-        on_step(len(levels), x_0)
+    x_0 = reverse(
+        predict,
+        x_t,
+        levels_at(schedule, times),
+        sampler=sampler,
+        eta=eta,
+        draw_noise=draw_noise,
+        on_step=on_step,
+    )
     return x_0.clamp(-1, 1)
 
 

@@ -82,6 +82,12 @@ class NoiseSchedule:
         return len(self.abar)
 
     @property
+    def signal(self) -> list[float]:
+        """alpha² of each time, as numbers."""
+        found: list[float] = self.abar.tolist()
+        return found
+
+    @property
     def betas(self) -> Tensor:
         """Variance that each time adds to the one before, 1 - abar_t / abar_{t-1}; (T,) float64."""
         return 1 - self.abar / torch.cat((self.abar.new_ones(1), self.abar[:-1]))

@@ -1,14 +1,16 @@
 """Single steps of the reverse process, from one noise level to a lower one.
 
 All work on the predicted clean image, so that whatever is done to it (thresholding) counts in
-every solver. Coefficients are Python floats: they cost no kernel on a card.
+every solver. Coefficients are Python floats: they cost no kernel on a card. Pictures may be arrays
+of any library.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Level(NamedTuple):
@@ -31,12 +33,18 @@ class Past(NamedTuple):
     """What a multistep solver remembers of the step before."""
 
     level: Level
-    x_0: Tensor
+    x_0: "Tensor"
 
 
 def ddim_step(
-    x_t: Tensor, x_0: Tensor, level: Level, lower: Level, *, eta: float, noise: Tensor | None
-) -> Tensor:
+    x_t: "Tensor",
+    x_0: "Tensor",
+    level: Level,
+    lower: Level,
+    *,
+    eta: float,
+    noise: "Tensor | None",
+) -> "Tensor":
     """DDIM; with eta = 1 the DDPM posterior of the two levels. First order.
 
     Args:
@@ -58,8 +66,14 @@ def ddim_step(
 
 
 def dpmpp_2m_step(
-    x_t: Tensor, x_0: Tensor, level: Level, lower: Level, *, past: Past | None, noise: Tensor | None
-) -> Tensor:
+    x_t: "Tensor",
+    x_0: "Tensor",
+    level: Level,
+    lower: Level,
+    *,
+    past: Past | None,
+    noise: "Tensor | None",
+) -> "Tensor":
     """DPM-Solver++(2M), or its SDE form where noise is given. Second order.
 
     Without a past it is first order: DDIM, and with noise the DDPM posterior. So it is for the two
@@ -88,13 +102,13 @@ def dpmpp_2m_step(
 
 
 def heun_step(
-    x_t: Tensor,
-    x_0: Tensor,
+    x_t: "Tensor",
+    x_0: "Tensor",
     level: Level,
     lower: Level,
     *,
-    predict: Callable[[Tensor, Level], Tensor],
-) -> Tensor:
+    predict: "Callable[[Tensor, Level], Tensor]",
+) -> "Tensor":
     """Heun's step of EDM's ODE, with a second evaluation at the lower level. Second order.
 
     EDM adds noise to a picture of unit scale, z = x_0 + s eps, and solves dz/ds = (z - x_0) / s;

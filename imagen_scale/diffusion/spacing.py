@@ -6,13 +6,27 @@ that was visited: rounding moves the steps a little, it adds no error to them.
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 
 from imagen_scale.diffusion.names import Spacing
-from imagen_scale.diffusion.schedule import NoiseSchedule
 
 KARRAS_RHO = 7.0
+
+
+class Levels(Protocol):
+    """A schedule, by what is asked of it here; `NoiseSchedule` is one."""
+
+    @property
+    def timesteps(self) -> int:
+        """Number of diffusion steps T."""
+        ...
+
+    @property
+    def signal(self) -> Sequence[float]:
+        """alpha² of each time."""
+        ...
 
 
 def spaced_times(timesteps: int, steps: int) -> list[int]:
@@ -26,7 +40,7 @@ def spaced_times(timesteps: int, steps: int) -> list[int]:
     return [round((timesteps - 1) * (1 - i / (steps - 1))) for i in range(steps)]
 
 
-def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list[int]:
+def visited_times(schedule: Levels, steps: int, spacing: Spacing) -> list[int]:
     """`steps` distinct times, falling from T - 1; all of them when steps >= T.
 
     - linear: even in t, both ends included.
@@ -50,25 +64,30 @@ def visited_times(schedule: NoiseSchedule, steps: int, spacing: Spacing) -> list
         return spaced_times(total, steps)
     if spacing == "trailing":
         return _distinct([total - i * total / steps - 1 for i in range(steps)], total)
-    abar = schedule.abar.cpu()
+    abar = np.array(schedule.signal)
     ends_in_noise = not abar[-1]
     abar = abar[abar > 0]
-    noise = ((1 - abar) / abar).sqrt()  # the standard deviation of the noise where alpha = 1
-    share = torch.linspace(0, 1, steps, dtype=torch.float64)
+    noise = np.sqrt((1 - abar) / abar)  # the standard deviation of the noise where alpha = 1
+    share = np.linspace(0, 1, steps)
     if spacing == "logsnr":
-        wanted = noise[-1].log().lerp(noise[0].log(), share)
+        wanted = _between(np.log(noise[-1]), np.log(noise[0]), share)
     else:
         root = 1 / KARRAS_RHO
-        wanted = (noise[-1] ** root).lerp(noise[0] ** root, share).log() * KARRAS_RHO
-    places = _place(wanted, noise.log())
+        wanted = np.log(_between(noise[-1] ** root, noise[0] ** root, share)) * KARRAS_RHO
+    places = _place(wanted, np.log(noise))
     return _distinct([total - 1.0, *places[1:]] if ends_in_noise else places, total)
 
 
-def _place(wanted: torch.Tensor, values: torch.Tensor) -> list[float]:
+def _between(start: Any, end: Any, share: Any) -> Any:
+    return start + share * (end - start)
+
+
+def _place(wanted: Any, values: Any) -> list[float]:
     """Where `wanted` stands in the rising `values`, by linear interpolation."""
-    above = torch.searchsorted(values, wanted).clamp(1, len(values) - 1)
+    above = np.searchsorted(values, wanted).clip(1, len(values) - 1)
     low, high = values[above - 1], values[above]
-    return (above - 1 + (wanted - low) / (high - low)).tolist()
+    places: list[float] = (above - 1 + (wanted - low) / (high - low)).tolist()
+    return places
 
 
 def _distinct(places: Sequence[float], total: int) -> list[int]:

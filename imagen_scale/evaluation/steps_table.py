@@ -16,7 +16,7 @@ from imagen_scale.data.prepared import prepare
 from imagen_scale.data.storage import Progress
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
-from imagen_scale.diffusion.sampler import num_evaluations
+from imagen_scale.diffusion.reverse import num_evaluations
 from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
 from imagen_scale.evaluation.run import Split, choose_pictures
 from imagen_scale.files.atomic import write_atomically

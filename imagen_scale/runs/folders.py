@@ -119,6 +119,11 @@ def export_dir(run: Path, unet_number: int, kind: str) -> Path:
     return run / "export" / f"unet{unet_number}" / kind
 
 
+def bundle_dir(run: Path, precision: str) -> Path:
+    """The whole cascade's export, which needs no torch."""
+    return run / "export" / f"bundle-{precision}"
+
+
 def export_dirs(run: Path) -> list[Path]:
     """Every folder that an export was made in."""
     return sorted((run / "export").glob("unet*/*"))

@@ -95,14 +95,13 @@ def _parts(
     """
     # Tiles only where the stage is larger than one.
     tile = options.tile if (options.tile or file.stage.size) < file.stage.size else None
-    negative = inputs.negative is not None
-    key = Key.of(file, cascade.runtime, tile, negative=negative)
+    key = Key.of(file, cascade.runtime, tile)
     done, count = 0, len(inputs.seeds)
     while done < count:
         try:
             with residents.lend(
                 key,
-                lambda: cascade.stage(file.unet_number, tile=tile, negative=negative),
+                lambda: cascade.stage(file.unet_number, tile=tile),
                 cascade.files,
             ) as stage:
                 if not done:

@@ -42,7 +42,7 @@ class SamplingOptions(OptionModel):
     num: Positive = Field(1, description="Pictures per prompt.")
     negative_prompt: str | None = Field(
         None,
-        description="What guidance leads away from, in place of no text at all; torch computes it.",
+        description="What guidance leads away from, in place of no text at all.",
     )
     steps: PerUnet[Positive] = Field(25, description="Sampling steps.")
     cond_scale: PerUnet[float] = Field(

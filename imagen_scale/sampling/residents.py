@@ -25,16 +25,13 @@ class Key(NamedTuple):
     version: tuple[int, int]  # of the file: bytes, and when it was written; training writes it anew
     runtime: RuntimeOptions
     tile: int | None
-    negative: bool
 
     @classmethod
-    def of(
-        cls, file: InferenceFile, runtime: RuntimeOptions, tile: int | None, *, negative: bool
-    ) -> "Key":
+    def of(cls, file: InferenceFile, runtime: RuntimeOptions, tile: int | None) -> "Key":
         """Of a stage opened now."""
         found = file.path.stat()
         version = (found.st_size, found.st_mtime_ns)
-        return cls(str(file.path), version, runtime, tile, negative)
+        return cls(str(file.path), version, runtime, tile)
 
 
 class Residents:

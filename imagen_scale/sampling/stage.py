@@ -11,10 +11,10 @@ from torch import Tensor
 from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.denoiser import Denoiser
-from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.lowres import enlarge
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
 from imagen_scale.errors import EnvironmentProblem, UsageError, option
 from imagen_scale.runs.inference import InferenceFile
@@ -74,7 +74,6 @@ class Stage:
         device: Where to compute.
         runtime: What computes the U-Net, and how.
         tile: Side of the tiles of a super-resolution stage in pixels; None computes whole images.
-        negative: Whether it must take a negative prompt.
         say: Told what "auto" chose and what was changed for want of memory.
 
     Raises:
@@ -89,7 +88,6 @@ class Stage:
         runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
         tile: int | None = None,
-        negative: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
         self.file, self.config, self.device = file, file.stage, device
@@ -101,9 +99,7 @@ class Stage:
             )
         self.tile = tile if self.config.is_super_resolution else None
         self.schedule = stage_schedule(self.config).to(device)
-        self.runtime = open_runtime(
-            file, device, runtime, side=self.tile, negative=negative, say=say
-        )
+        self.runtime = open_runtime(file, device, runtime, side=self.tile, say=say)
 
     def close(self) -> None:
         """Frees the network, before the next one is loaded."""

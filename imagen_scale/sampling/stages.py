@@ -15,8 +15,8 @@ from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
 from imagen_scale.sampling.residents import Residents
-from imagen_scale.sampling.runtimes.contract import Say, no_negative_prompt
-from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
+from imagen_scale.sampling.runtimes.contract import Say
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener, Stage, default_device
 
 MOST_REMEMBERED = 256
@@ -104,16 +104,15 @@ class TrainedStages:
         """What each stage is."""
         return [file.stage for file in self.files]
 
-    def stage(self, unet_number: int, *, tile: int | None = None, negative: bool = False) -> Stage:
+    def stage(self, unet_number: int, *, tile: int | None = None) -> Stage:
         """Loads one stage; close it before the next.
 
         Args:
             unet_number: As the run counts, from 1.
             tile: Side of its tiles in pixels; None computes whole images.
-            negative: Whether it must take a negative prompt.
         """
         (file,) = [file for file in self.files if file.unet_number == unet_number]
-        return Stage(file, self.device, self.runtime, tile=tile, negative=negative, say=self.say)
+        return Stage(file, self.device, self.runtime, tile=tile, say=self.say)
 
     def settings(self, options: SamplingOptions) -> list[StageSettings]:
         """The settings of each stage.
@@ -124,8 +123,6 @@ class TrainedStages:
         settings = options.for_stages(self.configs)
         if options.negative_prompt:
             _check_negative(self.configs, settings)
-            if self.runtime.runtime in EXPORTED:
-                raise no_negative_prompt(f"{option('runtime')} {self.runtime.runtime}")
         return settings
 
     def sample(

@@ -2,9 +2,9 @@
 
 import torch
 
-from imagen_scale.diffusion.guidance import dynamic_threshold
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import spaced_times
+from imagen_scale.diffusion.thresholding import dynamic_threshold
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.runtimes.contract import Text

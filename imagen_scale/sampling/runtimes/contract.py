@@ -77,18 +77,10 @@ class Runtime(Protocol):
 
         Raises:
             ShapeError: If low-resolution images are missing, or not wanted.
-            UsageError: If there is a negative prompt and this runtime takes none.
+            UsageError: If a stage of few steps is to be guided.
         """
         ...
 
     def close(self) -> None:
         """Frees the network."""
         ...
-
-
-def no_negative_prompt(runtime: str) -> UsageError:
-    """Why an export takes no negative prompt, and what does."""
-    return UsageError(
-        f"{runtime}: takes no {option('negative_prompt')}, since the branch without text is built "
-        f"into its graphs; take {option('runtime')} torch."
-    )

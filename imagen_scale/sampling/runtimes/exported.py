@@ -17,7 +17,7 @@ from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Conditioning, Text, no_negative_prompt
+from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
 from imagen_scale.sampling.runtimes.manifest import (
     MANIFEST,
@@ -71,16 +71,18 @@ class ExportedRuntime:
     @torch.no_grad()
     def bind(self, cond: Conditioning) -> Denoiser:
         """See `Runtime`; the graph without guidance does half the work."""
-        if cond.negative is not None:
-            raise no_negative_prompt(self.name)
         cond.check(self._stage)
-        if "text" not in branches(cond.cond_scale):
-            # No graph computes this branch alone, but the one without guidance takes any text.
-            text = self._conditioner.null_text(len(cond.text.embeds))
-        else:
-            given = Text(cond.text.embeds.cpu(), cond.text.mask.cpu())
-            text = self._conditioner.condition_text(*given, given.is_kept)
-        return _BoundDenoiser(self, text, cond)
+        batch, needed = len(cond.text.embeds), branches(cond.cond_scale)
+        text, null = self._condition(cond.text), self._conditioner.null_text(batch)
+        if cond.negative is not None:
+            negative = self._condition(cond.negative)
+            null = TextCond(*(part.expand(batch, *part.shape[1:]) for part in negative))
+        # No graph computes this branch alone, but the one without guidance takes any text.
+        return _BoundDenoiser(self, text if "text" in needed else null, null, cond)
+
+    def _condition(self, text: Text) -> TextCond:
+        given = Text(text.embeds.cpu(), text.mask.cpu())
+        return self._conditioner.condition_text(*given, given.is_kept)
 
     @property
     def max_batch(self) -> int | None:
@@ -141,13 +143,23 @@ class ExportedRuntime:
 
 
 class _BoundDenoiser:
-    """An exported graph with everything but x_t and t bound to it."""
+    """An exported graph with everything but x_t and t bound to it.
 
-    def __init__(self, runtime: ExportedRuntime, text: TextCond, cond: Conditioning) -> None:
+    Args:
+        runtime: Holds the graphs.
+        text: What depends on the text, for B images.
+        null: What guidance leads away from, likewise.
+        cond: The rest.
+    """
+
+    def __init__(
+        self, runtime: ExportedRuntime, text: TextCond, null: TextCond, cond: Conditioning
+    ) -> None:
         guided = len(branches(cond.cond_scale)) == 2
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
+            inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
             # A whole number, as Python and pages give it, would make integers.
             inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond.cond_scale))
         if cond.lowres_img is not None and cond.lowres_t is not None:

@@ -24,6 +24,7 @@ from imagen_scale.sampling.runtimes.onnx_files import data_files, describe
 from imagen_scale.sampling.runtimes.ports import (
     CONDITIONER,
     DENOISER,
+    GUIDANCE,
     LEAST_ONNXRUNTIME,
     UNGUIDED,
     Port,
@@ -34,7 +35,7 @@ from imagen_scale.version import __version__
 
 MANIFEST = "manifest.json"
 ENGINE, UNGUIDED_ENGINE = "denoiser.engine", "denoiser_unguided.engine"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: the branch without text was built into the guided graph
 Format = Literal["onnx", "tensorrt"]
 MinOptMax = tuple[int, int, int]  # least, best served, most
 
@@ -260,7 +261,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an export, by itself; see `check_files` and `check_origin`.
 
     Raises:
-        ExportError: If it is missing, damaged or newer than this program.
+        ExportError: If it is missing, damaged, or of another schema than this program's.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -275,8 +276,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, "it is not JSON with a schema_version") from None
     if version != SCHEMA_VERSION:
         raise ExportError(
-            f"{path}: has schema version {version}; this program reads {SCHEMA_VERSION}. Use the "
-            f"imagen-scale that wrote it, or export again."
+            f"{path}: has schema version {version}; this program reads {SCHEMA_VERSION}. Export "
+            f"again with --force, or use the imagen-scale that wrote it."
         )
     try:
         return Manifest.model_validate_json(json.dumps(data))
@@ -329,9 +330,9 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         ExportError: Naming what differs.
     """
     for name, meant, left_out in (
-        (DENOISER, manifest.denoiser, ""),
-        (UNGUIDED, manifest.denoiser, "cond_scale"),
-        (CONDITIONER, manifest.conditioner, ""),
+        (DENOISER, manifest.denoiser, ()),
+        (UNGUIDED, manifest.denoiser, GUIDANCE),
+        (CONDITIONER, manifest.conditioner, ()),
     ):
         if name == DENOISER and True not in manifest.sampler.graphs:
             continue
@@ -344,7 +345,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             ("inputs", found.inputs, meant.inputs),
             ("outputs", found.outputs, meant.outputs),
         ):
-            said = [(p.name, p.dtype, p.dims) for p in theirs if p.name != left_out]
+            said = [(p.name, p.dtype, p.dims) for p in theirs if p.name not in left_out]
             if [tuple(port) for port in ours] != said:
                 raise _damaged(
                     folder / MANIFEST, f"the {what} of {name} are not those that it lists"

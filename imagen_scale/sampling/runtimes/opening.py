@@ -4,7 +4,7 @@ import torch
 
 from imagen_scale.errors import ImagenScaleError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Runtime, Say, no_negative_prompt
+from imagen_scale.sampling.runtimes.contract import Runtime, Say
 from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
 from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime
 
@@ -15,7 +15,6 @@ def open_runtime(
     options: RuntimeOptions,
     *,
     side: int | None = None,
-    negative: bool = False,
     say: Say = lambda sentence: None,
 ) -> Runtime:
     """Opens what computes a U-Net.
@@ -28,17 +27,14 @@ def open_runtime(
             "tensorrt", "openvino"), or "auto": the best that can be used, on the CPU onnx, then
             torch; on a card tensorrt, then torch.
         side: Pixels of the images it must take; None for the stage's own.
-        negative: Whether it must take a negative prompt, which exports cannot.
         say: Told what "auto" chose, and why not the others.
 
     Raises:
         ImagenScaleError: If a runtime asked for by name cannot be used: there is no fallback.
     """
     if options.runtime == "auto":
-        return _best_runtime(file, device, options, side, negative, say)
+        return _best_runtime(file, device, options, side, say)
     if options.runtime in EXPORTED:
-        if negative:
-            raise no_negative_prompt(f"{option('runtime')} {options.runtime}")
         return _open_export(options.runtime, file, device, options, side)
     return TorchRuntime(file, device, options, say=say)
 
@@ -48,15 +44,12 @@ def _best_runtime(
     device: torch.device,
     options: RuntimeOptions,
     side: int | None,
-    negative: bool,
     say: Say,
 ) -> Runtime:
     wanted, name = ("tensorrt" if device.type == "cuda" else "onnx"), file.stage.name
     skipped = ""
     if options.channels_last or options.sequential:
         skipped = f"{wanted}: it takes neither {option('channels_last')} nor {option('sequential')}"
-    elif negative:
-        skipped = f"{wanted}: its graphs take no {option('negative_prompt')}"
     else:
         try:
             runtime = _open_export(wanted, file, device, options, side)

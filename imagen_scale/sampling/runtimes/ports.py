@@ -17,7 +17,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 OPSETS: dict[Precision, int] = {"fp32": 21, "fp16": 23, "bf16": 23}
 LEAST_ONNXRUNTIME = "1.23"  # the first that computes them all
 
-BATCH, HEIGHT, WIDTH = "batch", "height", "width"
+BATCH, HEIGHT, WIDTH, TOKENS = "batch", "height", "width", "tokens"
 Dim = int | str  # a fixed length, or the name of a free one
 
 
@@ -27,7 +27,7 @@ class Port:
 
     name: str
     dims: tuple[Dim, ...]
-    dtype: Literal["float32", "bool"] = "float32"
+    dtype: Literal["float32", "bool", "int64"] = "float32"
 
 
 def denoiser_inputs(
@@ -39,7 +39,8 @@ def denoiser_inputs(
         unet: The network.
         image_size: Side of the stage's pictures in pixels.
         dynamic_size: Whether height and width are free.
-        guided: Whether it is the guided one, which takes a guidance scale for each image.
+        guided: Whether it is the guided one, which takes, for each image, what guidance leads away
+            from and a guidance scale: `GUIDANCE`.
     """
     side: tuple[Dim, Dim] = (HEIGHT, WIDTH) if dynamic_size else (image_size, image_size)
     image = (BATCH, unet.channels, *side)
@@ -50,7 +51,11 @@ def denoiser_inputs(
         Port("text_hidden", (BATCH, unet.time_cond_dim)),
     ]
     if guided:
-        ports.append(Port("cond_scale", (BATCH,)))
+        ports += [
+            Port("null_tokens", (BATCH, unet.max_text_len, unet.cond_dim)),
+            Port("null_hidden", (BATCH, unet.time_cond_dim)),
+            Port("cond_scale", (BATCH,)),
+        ]
     if unet.lowres_cond:
         ports += [Port("lowres_img", image), Port("lowres_t", (BATCH,))]
     return ports
@@ -60,6 +65,16 @@ def denoiser_output(unet: Network, image_size: int, *, dynamic_size: bool) -> Po
     """The prediction: noise, v or the clean picture, as the U-Net was trained."""
     x_t = denoiser_inputs(unet, image_size, dynamic_size=dynamic_size)[0]
     return Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))
+
+
+def text_encoder_inputs() -> list[Port]:
+    """Inputs of a text encoder: numbers of tokens, and 0 where a caption is filled up."""
+    return [Port(name, (BATCH, TOKENS), "int64") for name in ("input_ids", "attention_mask")]
+
+
+def text_encoder_output(embed_dim: int) -> Port:
+    """Features of each token, which a conditioner takes cut or filled to `max_text_len`."""
+    return Port("text_embeds", (BATCH, TOKENS, embed_dim))
 
 
 def conditioner_inputs(unet: Network) -> list[Port]:
@@ -76,5 +91,6 @@ def conditioner_outputs(unet: Network) -> list[Port]:
     return [port for port in ports if port.name in ("text_tokens", "text_hidden")]
 
 
+GUIDANCE = ("null_tokens", "null_hidden", "cond_scale")  # inputs of the guided denoiser alone
 DENOISER, CONDITIONER = "denoiser.onnx", "conditioner.onnx"
 UNGUIDED = "denoiser_unguided.onnx"  # its weights are those in denoiser.onnx.data

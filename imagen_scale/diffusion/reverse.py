@@ -1,0 +1,67 @@
+"""The reverse process over arrays of any library: torch's and numpy's take the same steps."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from imagen_scale.diffusion.names import Sampler
+from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def num_evaluations(sampler: Sampler, steps: int) -> int:
+    """How often the denoiser is asked: Heun asks twice a step, but for the last.
+
+    And once in the first step where the schedule begins with noise alone.
+    """
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def reverse(
+    predict: "Callable[[Tensor, Level], Tensor]",
+    x_t: "Tensor",
+    levels: Sequence[Level],
+    *,
+    sampler: Sampler,
+    eta: float,
+    draw_noise: "Callable[[], Tensor]",
+    on_step: "Callable[[int, Tensor], None] | None" = None,
+) -> "Tensor":
+    """Runs the reverse process; the arguments that are not here are `sampler.sample`'s.
+
+    Args:
+        predict: Gives the clean pictures expected at a level, thresholded.
+        x_t: Standard normal start, (B, C, H, W) float32.
+        levels: Falling levels to visit.
+        sampler: Name of the solver.
+        eta: Of "ddim".
+        draw_noise: Gives the next standard normal pictures.
+        on_step: Told of each step.
+
+    Returns:
+        The clean pictures of the last level, (B, C, H, W); not clamped.
+    """
+    past: Past | None = None
+    for done, (level, lower) in enumerate(pairwise(levels), start=1):
+        x_0 = predict(x_t, level)
+        match sampler:
+            case "ddpm":
+                x_t = ddim_step(x_t, x_0, level, lower, eta=1.0, noise=draw_noise())
+            case "ddim":
+                noise = draw_noise() if eta > 0 else None
+                x_t = ddim_step(x_t, x_0, level, lower, eta=eta, noise=noise)
+            case "dpmpp_2m":
+                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=None)
+            case "dpmpp_2m_sde":
+                x_t = dpmpp_2m_step(x_t, x_0, level, lower, past=past, noise=draw_noise())
+            case "heun":
+                x_t = heun_step(x_t, x_0, level, lower, predict=predict)
+        past = Past(level, x_0)
+        if on_step is not None:
+            on_step(done, x_0)
+    x_0 = predict(x_t, levels[-1])
+    if on_step is not None:
+        on_step(len(levels), x_0)
+    return x_0
