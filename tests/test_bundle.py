@@ -143,6 +143,8 @@ def test_a_bundle_is_replaced_by_force_and_another_folder_never(exported, bundle
     assert done.exit_code == 2 and "is no bundle, so it is not replaced" in done.output
     done = CliRunner().invoke(main, ["export", "--unet", "1", "--out", "x", "--run", str(exported)])
     assert done.exit_code == 2 and "--out: goes with --bundle" in done.output
+    done = export("--run", exported, "--batch", "1:2:4")
+    assert done.exit_code == 2 and "--batch: is an engine's, and a bundle holds none" in done.output
 
 
 @pytest.fixture(scope="module")

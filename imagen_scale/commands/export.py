@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import run_option, unfinished_option
@@ -59,6 +60,10 @@ def export(context: click.Context, **options: Any) -> None:
     if context.invoked_subcommand is None:
         is_bundle, out = options.pop("bundle"), options.pop("out")
         if is_bundle:
+            for name in ("batch", "target"):
+                options.pop(name)
+                if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                    raise UsageError(f"--{name}: is an engine's, and a bundle holds none.")
             _bundle(out=out, **options)
         elif out is not None:
             raise UsageError("--out: goes with --bundle; an export lies in its run.")
@@ -126,7 +131,6 @@ def _bundle(
     force: bool,
     allow_unfinished: bool,
     out: str | None,
-    **of_engines: Any,
 ) -> None:
     if unet not in (None, "all"):
         raise UsageError(f"--unet {unet}: a bundle holds all U-Nets; leave --unet out.")
