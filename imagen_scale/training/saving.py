@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,10 @@ class Saver:
             path, self.config, self.stage.number, self.text_embed_dim,
             self.encoder, step, self.steps, origin_sha256=self.origin_sha256,
         )  # fmt: skip
-        return self._try(step, what, lambda: write_average(ema, file))
+        if self._try(step, what, lambda: write_average(ema, file)):
+            return True
+        from_rank_0(lambda: _remove_if_empty(path.parent))
+        return False
 
     def finish(self) -> None:
         """Ends a training all of whose steps are done.
@@ -200,6 +204,11 @@ class Saver:
             )
         )
         self._good = step
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # which it is not
+        folder.rmdir()
 
 
 def write_average(ema: Ema, file: inference.InferenceFile) -> None:
