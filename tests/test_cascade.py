@@ -323,3 +323,13 @@ def test_prepare_then_everything_is_there(tmp_path, tiny_config):
     assert "6 distinct" in done.output
     assert "OpenMoji" in done.output
     assert len(list((cache / "images").glob("*.npy"))) == 2
+
+
+def test_pictures_that_are_not_finite_are_refused_not_drawn_black(tmp_path):
+    def spoil(unet):
+        unet.final_conv.bias.fill_(float("nan"))
+
+    write_stage(tmp_path / "run", 1, change=spoil)
+    cascade = TrainedStages.load(tmp_path / "run", unet_limit=1)
+    with pytest.raises(EnvironmentProblem, match=r"U-Net 1: torch fp32 .* not finite\. Take"):
+        cascade.sample(["sun"], SamplingOptions.make(steps=2))

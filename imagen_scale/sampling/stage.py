@@ -247,7 +247,14 @@ class Stage:
             draw_noise=draw_noise,
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
         )
-        return images.cpu()
+        made = images.cpu()
+        if not made.isfinite().all():  # it would be drawn black, without a word
+            raise EnvironmentProblem(
+                f"{self.config.name}: {self.runtime.name} computed numbers that are not finite. "
+                f"Take {option('precision')} fp32, or another {option('runtime')}; where that is "
+                f"no help, the weights are to blame."
+            )
+        return made
 
 
 def noise_source(
