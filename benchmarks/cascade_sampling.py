@@ -13,8 +13,6 @@ taught to (`imagen-scale distill`). Text, thresholding and solver are not counte
 
 import inspect
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +22,12 @@ import click
 import peers
 import torch
 from report import split_at_marks, table, write_between_marks
-from sampling import facts, say, seconds_of
+from sampling import facts, minimagen_unet, say, seconds_of, write_run
 from torch import Tensor
 
-from imagen_scale.config import Config, StageConfig, load_config
+from imagen_scale.config import StageConfig, load_config
 from imagen_scale.errors import ImagenScaleError
-from imagen_scale.runs.folders import inference_path
-from imagen_scale.runs.inference import InferenceFile, read_inference, save_inference
+from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
@@ -46,26 +43,8 @@ def peer_unet(stage: StageConfig) -> Any:
     """MinImagen's own U-Net of a stage, on random weights of which none is zero."""
     unet_class, _ = peers.import_unets()
     network = vars(stage.network)
-    known = {k: network[k] for k in inspect.signature(unet_class).parameters if k in network}
-    torch.manual_seed(0)
-    unet = unet_class(**known).eval().requires_grad_(False)
-    for parameter in unet.parameters():
-        parameter += 0.02 * torch.randn_like(parameter)
-    return unet
-
-
-def exported(run: Path, unet: Any, config: Config, number: int) -> InferenceFile:
-    """The inference file of these weights, with an ONNX export where that can be made."""
-    file = InferenceFile(inference_path(run, number), config, number, 512, "0" * 16, 1, 1)
-    save_inference(file, {name: value.contiguous() for name, value in unet.state_dict().items()})
-    file = read_inference(file.path)
-    try:
-        from imagen_scale_export.exporter import ExportOptions, export_unet
-
-        export_unet(file, ExportOptions(format="onnx", precision="fp32", check=False), say)
-    except (ImagenScaleError, ModuleNotFoundError) as error:
-        say(f"no export: {error}")
-    return file
+    taken = inspect.signature(unet_class).parameters
+    return minimagen_unet({name: network[name] for name in taken if name in network})
 
 
 def calls(
@@ -110,7 +89,7 @@ def measure(rounds: int) -> Evaluations:
         for stage in config.stages(512):
             with torch.inference_mode(False):
                 unet = peer_unet(stage)
-                file = exported(Path(folder) / "run", unet, config, stage.number)
+                file = write_run(Path(folder) / "run", unet, config, stage.number)
             ways = calls(stage, unet, file)
             for call in ways.values():
                 call()  # the first is slower
@@ -157,11 +136,7 @@ def main(rounds: int, folder: Path, write: Path | None, is_inside: bool) -> None
     if write is not None:
         split_at_marks(write, MARK)
     if not is_inside:
-        peers.install(folder)
-        command = [sys.executable, __file__, *sys.argv[1:], "--inside"]
-        # ONNX Runtime has threads of its own, on every core.
-        environment = peers.environment(folder, None, bind=False)
-        sys.exit(subprocess.run(command, env=environment).returncode)
+        peers.run_inside(folder, __file__)
     text = page(measure(rounds), rounds)
     click.echo(text)
     if write is not None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import click
@@ -76,6 +76,22 @@ def environment(folder: Path, threads: int | None, *, bind: bool = True) -> dict
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(len(cores)),
     }  # fmt: skip
+
+
+def run_inside(folder: Path, script: str) -> NoReturn:
+    """Runs a benchmark once more in a process that sees the peers, and exits as it does.
+
+    Args:
+        folder: Where the peers are; they are installed if they are not there.
+        script: Called with this process's arguments and `--inside`.
+    """
+    install(folder)
+    # ONNX Runtime and OpenVINO have threads of their own, on every core.
+    done = subprocess.run(
+        [sys.executable, script, *sys.argv[1:], "--inside"],
+        env=environment(folder, None, bind=False),
+    )
+    sys.exit(done.returncode)
 
 
 def import_unets() -> tuple[Any, Any]:

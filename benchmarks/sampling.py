@@ -19,8 +19,6 @@ Rows that cannot be measured say why.
 import importlib.metadata
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -92,15 +90,15 @@ def minimagen_unet(settings: dict[str, Any]) -> Any:
     return unet
 
 
-def write_run(run: Path, unet: Any, config: Config) -> InferenceFile:
+def write_run(run: Path, unet: Any, config: Config, number: int = 1) -> InferenceFile:
     """The inference file of the peer's weights, and their ONNX export where it can be made."""
     file = InferenceFile(
-        inference_path(run, 1), config, 1, text_embed_dim=512,
+        inference_path(run, number), config, number, text_embed_dim=512,
         text_fingerprint="0" * 16,
         step=1, steps=1,
     )  # fmt: skip
-    save_inference(file, unet.state_dict())
-    file = read_inference(inference_path(run, 1))
+    save_inference(file, {name: value.contiguous() for name, value in unet.state_dict().items()})
+    file = read_inference(file.path)
     try:
         from imagen_scale_export.exporter import ExportOptions, export_unet
 
@@ -257,11 +255,7 @@ def main(
             raise click.UsageError("--write takes every row; leave out --only.")
         split_at_marks(write, MARK)
     if not is_inside:
-        peers.install(folder)
-        command = [sys.executable, __file__, *sys.argv[1:], "--inside"]
-        # ONNX Runtime and OpenVINO have threads of their own, on every core.
-        environment = peers.environment(folder, None, bind=False)
-        sys.exit(subprocess.run(command, env=environment).returncode)
+        peers.run_inside(folder, __file__)
     text = measure(only, rounds, pictures)
     click.echo(text)
     if write is not None:

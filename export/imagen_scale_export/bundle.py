@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from imagen_scale.data.encoder import TextEncoder, encoder_fingerprint, encoder_folder
+from imagen_scale.data.encoder import encoder_folder
 from imagen_scale.diffusion.spacing import visited_times
-from imagen_scale.errors import CheckpointError, ExportError, UsageError
+from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
+from imagen_scale.sampling.prompts import open_encoder
 from imagen_scale.sampling.runtimes.bundle import (
     BUNDLE,
     BUNDLE_SCHEMA,
@@ -122,13 +123,7 @@ def _export_of(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path:
 def _write_text(file: InferenceFile, folder: Path, *, check: bool, tell: Tell) -> TextPart:
     name, embed_dim = file.config.text_encoder, file.text_embed_dim
     tell(f"text encoder {name}: tracing its graph")
-    source = encoder_folder(name)
-    if encoder_fingerprint(source) != file.text_fingerprint:
-        raise CheckpointError(
-            f"{file.path}: was trained with another version of the text encoder {name!r} than "
-            f"{source} holds. Put that one there."
-        )
-    encoder = TextEncoder(source, CPU)
+    encoder = open_encoder(file, CPU)
     (folder / TOKENIZER).write_text(encoder.tokenizer_json(name), encoding="utf-8")
     export_text_encoder(encoder, folder / TEXT_ENCODER, embed_dim)
     if check:

@@ -93,8 +93,9 @@ def distill(
     teacher = find_run(run)
     from imagen_scale.commands.adapting import adaptation
     from imagen_scale.config import dump_config, parse_config
+    from imagen_scale.runs.inference import read_stages
 
-    files = _stages(teacher)
+    files = read_stages(teacher, allow_unfinished=False)
     wanted = _one_for_each("steps", steps, len(files))
     folder = teacher.parent / (to or _name(teacher, wanted))
     _guidance(files, wanted, cond_scale)  # refused before anything is trained
@@ -105,7 +106,7 @@ def distill(
             _adapt(first, gpus, dry_run=dry_run)
             if dry_run:
                 return
-        teacher, files = first.run, _stages(first.run)
+        teacher, files = first.run, read_stages(first.run, allow_unfinished=False)
     data = _configuration(teacher, files, wanted, cond_scale, lengths)
     config = parse_config(json.dumps(data), source=f"distill {teacher}", overrides=overrides)
     _check_teachers(config, folder)
@@ -118,19 +119,6 @@ def distill(
     path.write_text(dump_config(config), encoding="utf-8")
     click.echo(f"written: {path}", err=True)
     start(command, folder)
-
-
-def _stages(run: Path) -> "list[InferenceFile]":
-    """Every stage of a run.
-
-    Raises:
-        CheckpointError: If one is not trained to its end.
-    """
-    from imagen_scale.runs.inference import read_stage
-
-    first = read_stage(run, 1, allow_unfinished=False)
-    numbers = range(2, len(first.config.unets) + 1)
-    return [first, *(read_stage(run, n, allow_unfinished=False) for n in numbers)]
 
 
 def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:

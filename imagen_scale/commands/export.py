@@ -96,7 +96,7 @@ def _export(
     from imagen_scale_export.exporter import ExportOptions, export_unet
     from imagen_scale_export.to_tensorrt import parse_range
 
-    from imagen_scale.runs.inference import read_stage
+    from imagen_scale.runs.inference import read_stage, read_stages
 
     options = ExportOptions(
         format=format,
@@ -107,13 +107,12 @@ def _export(
         check=verify,
         force=force,
     )
-    if unet == "all":
-        first = read_stage(run_dir, 1, allow_unfinished)
-        numbers = range(1, len(first.config.unets) + 1)
-    else:
-        numbers = range(int(unet), int(unet) + 1)
     # Every stage is looked at before the first is exported.
-    for file in [read_stage(run_dir, number, allow_unfinished) for number in numbers]:
+    if unet == "all":
+        files = read_stages(run_dir, allow_unfinished)
+    else:
+        files = [read_stage(run_dir, int(unet), allow_unfinished)]
+    for file in files:
         folder = export_unet(file, options, click.echo)
         from imagen_scale.sampling.runtimes.manifest import read_manifest
 
@@ -143,14 +142,12 @@ def _bundle(
     from imagen_scale_export.exporter import ExportOptions
 
     from imagen_scale.runs.folders import bundle_dir
-    from imagen_scale.runs.inference import read_stage
+    from imagen_scale.runs.inference import read_stages
 
     options = ExportOptions(
         precision=precision or "fp32", dynamic_size=dynamic_size, check=verify, force=force
     )
-    first = read_stage(run_dir, 1, allow_unfinished)
-    others = range(2, len(first.config.unets) + 1)
-    files = [first, *(read_stage(run_dir, number, allow_unfinished) for number in others)]
+    files = read_stages(run_dir, allow_unfinished)
     folder = Path(out) if out else bundle_dir(run_dir, options.precision)
     bundle = export_bundle(files, folder, options, click.echo)
     size = sum(record.bytes for record in bundle.files.values())

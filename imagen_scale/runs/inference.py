@@ -147,3 +147,18 @@ def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> Inference
             f"{option('allow_unfinished')}."
         )
     return file
+
+
+def read_stages(
+    run: Path, allow_unfinished: bool, unet_limit: int | None = None
+) -> list[InferenceFile]:
+    """`read_stage` of every stage of a run, or of the first so many.
+
+    Raises:
+        UsageError: If `unet_limit` is out of range.
+    """
+    first = read_stage(run, 1, allow_unfinished)
+    last = len(first.config.unets)
+    if unet_limit is not None:
+        last = first.config.check_number(unet_limit, "unet_limit")
+    return [first, *(read_stage(run, n, allow_unfinished) for n in range(2, last + 1))]

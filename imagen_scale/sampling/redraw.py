@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.sampling.options import StageSettings
-from imagen_scale.sampling.stage import Inputs, Stage, denoiser_of, noise_source, thresholding
+from imagen_scale.sampling.stage import Inputs, Stage, denoiser_of, noise_source, solved
 
 
 @torch.no_grad()
@@ -38,13 +37,5 @@ def redraw(
     times = [t for t in visited if schedule.abar[t] >= kept] or visited[-1:]
     start = torch.full((len(pictures),), times[0], device=stage.device)
     x_t = schedule.q_sample(pictures.to(stage.device), start, draw_noise())
-    return sample(
-        denoiser_of(stage, cond, (shape[-2], shape[-1])),
-        x_t,
-        schedule,
-        times=times,
-        sampler=settings.sampler,
-        eta=settings.eta,
-        threshold=thresholding(stage.config, settings.threshold),
-        draw_noise=draw_noise,
-    ).cpu()
+    denoiser = denoiser_of(stage, cond, (shape[-2], shape[-1]))
+    return solved(stage, denoiser, x_t, times, settings, draw_noise)

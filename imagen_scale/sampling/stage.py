@@ -236,25 +236,47 @@ class Stage:
         draw_noise = noise_source("sample", self.config, inputs.seeds, shape, self.device)
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
-        images = sample(
-            denoiser_of(self, cond, sides, tile),
-            draw_noise(),
-            self.schedule,
-            times=times,
-            sampler=settings.sampler,
-            eta=settings.eta,
-            threshold=thresholding(self.config, settings.threshold),
-            draw_noise=draw_noise,
+        return solved(
+            self, denoiser_of(self, cond, sides, tile), draw_noise(), times, settings, draw_noise,
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
+        )  # fmt: skip
+
+
+def solved(
+    stage: Stage,
+    denoiser: Denoiser,
+    x_t: Tensor,
+    times: Sequence[int],
+    settings: StageSettings,
+    draw_noise: Callable[[], Tensor],
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Runs a stage's reverse process; see `sample`.
+
+    Returns:
+        Images of x_t's shape in [-1, 1] on the CPU.
+
+    Raises:
+        EnvironmentProblem: If what was computed is not finite.
+    """
+    made = sample(
+        denoiser,
+        x_t,
+        stage.schedule,
+        times=times,
+        sampler=settings.sampler,
+        eta=settings.eta,
+        threshold=thresholding(stage.config, settings.threshold),
+        draw_noise=draw_noise,
+        on_step=on_step,
+    ).cpu()
+    if not made.isfinite().all():  # it would be drawn black, without a word
+        raise EnvironmentProblem(
+            f"{stage.config.name}: {stage.runtime.name} computed numbers that are not finite. "
+            f"Take {option('precision')} fp32, or another {option('runtime')}; where that is "
+            f"no help, the weights are to blame."
         )
-        made = images.cpu()
-        if not made.isfinite().all():  # it would be drawn black, without a word
-            raise EnvironmentProblem(
-                f"{self.config.name}: {self.runtime.name} computed numbers that are not finite. "
-                f"Take {option('precision')} fp32, or another {option('runtime')}; where that is "
-                f"no help, the weights are to blame."
-            )
-        return made
+    return made
 
 
 def noise_source(

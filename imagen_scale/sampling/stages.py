@@ -10,7 +10,7 @@ from torch import Tensor
 from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
-from imagen_scale.runs.inference import InferenceFile, read_stage
+from imagen_scale.runs.inference import InferenceFile, read_stages
 from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
@@ -86,11 +86,7 @@ class TrainedStages:
             UsageError: If `unet_limit` is out of range.
         """
         run = Path(run)
-        first = read_stage(run, 1, allow_unfinished)
-        last = len(first.config.unets)
-        if unet_limit is not None:
-            last = first.config.check_number(unet_limit, "unet_limit")
-        files = [first, *(read_stage(run, n, allow_unfinished) for n in range(2, last + 1))]
+        first, *_ = files = read_stages(run, allow_unfinished, unet_limit)
         for file in files:
             if file.text_fingerprint != first.text_fingerprint:
                 raise CheckpointError(
