@@ -71,7 +71,7 @@ def outputs(tmp_path, machines, private_folders):
                         fork(argv, environment, stdout=output, stderr=output, first=first[rank])
                     )
             for process in started:
-                process.join(120)
+                process.join(240)
                 process.kill()
         codes = [process.exitcode for process in started]
         return codes, [(folder / "output").read_text() for folder in machines]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import subprocess
 import sys
 import threading
 import time
@@ -201,16 +202,23 @@ class SlowStore:
         return getattr(self.store, name)
 
 
-@pytest.mark.parametrize(("delay", "is_given_up"), [(0.2, False), (3.0, True)])
-def test_a_store_is_given_up_when_it_is_silent_not_when_it_is_slow(delay, is_given_up, monkeypatch):
-    """Else a rank on a busy machine says itself what another one is about to say."""
+@pytest.mark.parametrize(
+    ("delay", "stopped", "is_given_up"), [(0.2, 0, False), (0.2, 2, False), (3.0, 0, True)]
+)
+def test_a_store_is_given_up_when_it_is_silent_not_when_it_is_slow(
+    delay, stopped, is_given_up, monkeypatch
+):
+    """Else a rank on a machine that is busy or stood still says what another one is about to."""
     monkeypatch.setattr(circle, "BEAT_S", 0.05)
     left = this_process()._replace(state="failed")
-    may_speak = time.monotonic() + 1.5
+    may_speak = time.monotonic() + stopped + 1.5
     slow = circle.Circle(HashStore(), lambda: left, lambda: time.monotonic() > may_speak)
     slow._store = SlowStore(delay)
     slow.start()
-    slow.leave(patience=0.8, limit=10.0)
+    own = os.getpid()
+    stall = f"sleep 0.3; kill -STOP {own}; sleep {stopped}; kill -CONT {own}" if stopped else ":"
+    with subprocess.Popen(["sh", "-c", stall], start_new_session=True):
+        slow.leave(patience=0.8, limit=10.0)
     assert slow._thread.is_alive() == is_given_up
 
 

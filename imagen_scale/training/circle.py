@@ -14,7 +14,10 @@ from imagen_scale.training.ranks import rank, world_size
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-DEAF_S = 3.0  # one that has not beaten for so long cannot hear either
+# Silence is counted in looks, each as long as the pause before it was meant to be: while the whole
+# machine stands still nobody is silent, and on a busy one all take longer.
+LOOK_S = BEAT_S / 10  # the pause of a rank that leaves
+DEAF_S = 10.0  # one that has not beaten for so long cannot hear either
 
 
 class Circle:
@@ -40,6 +43,7 @@ class Circle:
         self.answered = now = time.monotonic()
         others = [number for number in range(world_size()) if number != rank()]
         self.seen = {number: Seen(Beat(number), now, now) for number in others}
+        self._silent = dict.fromkeys(others, 0.0)  # seconds of looks since the last beat
         self.is_store_lost = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="beats", daemon=True)
@@ -53,16 +57,17 @@ class Circle:
         """Tells the others at once how this rank leaves, as its beat now says.
 
         Args:
-            patience: Seconds in which the store may be silent: on a busy machine all takes longer,
-                and a rank that gave up on one that answers would say what another one says too.
-            limit: Seconds in all. Rank 0 keeps the store until the others have left.
+            patience: Seconds of looks in which the store may be silent: a rank that gave up on one
+                that answers would say what another one says too.
+            limit: Seconds of looks in all. Rank 0 keeps the store until the others have left.
         """
         self._wake.set()
-        left = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() < left + limit:
-            self._thread.join(BEAT_S / 10)
-            if time.monotonic() > max(left, self.answered) + patience:
-                return
+        looks, silent, answered = 0, 0, self.answered
+        while self._thread.is_alive() and looks * LOOK_S < limit and silent * LOOK_S < patience:
+            self._thread.join(LOOK_S)
+            looks += 1
+            silent = silent + 1 if self.answered == answered else 0
+            answered = self.answered
 
     def is_gone(self, beat: Beat) -> bool:
         """Whether its process is one of this machine's and has ended."""
@@ -72,6 +77,11 @@ class Circle:
         """Whether no other rank has asked this about the same."""
         digest = hashlib.sha256(reason.encode()).hexdigest()
         return bool(self._store.add(f"imagen-scale said {digest}", 1) == 1)
+
+    def has_said(self, reason: str) -> bool:
+        """Whether rank 0, which answers no more, has left for this, and so has seen to its word."""
+        keeper = self.seen.get(0)
+        return keeper is not None and (keeper.beat.state, keeper.beat.reason) == ("failed", reason)
 
     def _exchange(self) -> None:
         number = 0
@@ -91,9 +101,10 @@ class Circle:
             except RuntimeError:  # all of torch's errors are
                 self.is_store_lost = True
                 return
-            self._wake.wait(BEAT_S)
-            if is_leaving:
-                time.sleep(BEAT_S / 10)
+            pause = LOOK_S if is_leaving else BEAT_S
+            (time.sleep if self._wake.is_set() else self._wake.wait)(pause)
+            for other in self.seen:
+                self._silent[other] += pause
 
     def _read(self) -> None:
         present = [
@@ -103,16 +114,19 @@ class Circle:
         ]
         beats = self._store.multi_get([_key(number) for number in present]) if present else []
         now = self.answered = time.monotonic()
-        for number, beat in zip(present, beats, strict=True):
-            self.seen[number] = self.seen[number].renewed(Beat.from_json(beat), now)
+        for number, text in zip(present, beats, strict=True):
+            before, beat = self.seen[number], Beat.from_json(text)
+            if beat.number != before.beat.number:
+                self._silent[number] = 0.0
+            self.seen[number] = before.renewed(beat, now)
 
     def _is_last(self) -> bool:
         """Whether every other rank has left, or cannot hear why this one leaves."""
         return all(
             seen.beat.state not in PRESENT
             or self.is_gone(seen.beat)
-            or time.monotonic() - seen.beaten > DEAF_S
-            for seen in self.seen.values()
+            or self._silent[number] > DEAF_S
+            for number, seen in self.seen.items()
         )
 
 

@@ -136,7 +136,8 @@ class Watchdog:
             self._wait_for_an_explanation()  # maybe it is of an exchange that a lost rank broke
         self._exit_code = exit_code_of(error)
         self._end("failed", _reason(error))
-        if not self._has_spoken:  # rank 0 does not answer: nobody else can know
+        # Rank 0 does not answer. Unless it failed of the same, nobody else can know.
+        if not self._has_spoken and not self._circle.has_said(self._reason):
             self.tell(self._beat().failure)
 
     def _wait_for_an_explanation(self) -> None:
