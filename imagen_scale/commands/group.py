@@ -8,7 +8,8 @@ import click
 # As one meets them, from the first minute on.
 ORDER = (
     "doctor", "init", "config", "import-config", "prepare", "plan", "train", "distill", "ema",
-    "runs", "report", "sample", "sheet", "ui", "upscale", "evaluate", "push", "export", "import",
+    "runs", "report", "sample", "sheet", "ui", "serve", "upscale",
+    "evaluate", "push", "export", "import",
 )  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

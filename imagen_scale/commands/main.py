@@ -17,6 +17,7 @@ from imagen_scale.commands.push import push
 from imagen_scale.commands.report import report
 from imagen_scale.commands.runs import runs
 from imagen_scale.commands.sample import sample
+from imagen_scale.commands.serve import serve
 from imagen_scale.commands.sheet import sheet
 from imagen_scale.commands.terminal import settle_output
 from imagen_scale.commands.train import train
@@ -28,7 +29,7 @@ from imagen_scale.version import __version__
 
 COMMANDS = (
     config, distill, doctor, ema, evaluate, export, import_config, import_run, init, plan,
-    prepare, push, report, runs, sample, sheet, train, ui, upscale,
+    prepare, push, report, runs, sample, serve, sheet, train, ui, upscale,
 )  # fmt: skip
 
 

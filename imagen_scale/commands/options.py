@@ -72,6 +72,21 @@ def sampling_options(*leave_out: str) -> Callable[[Callable[..., None]], Callabl
     return decorate
 
 
+def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What commands take that hold a runtime; they are called with `runtime`."""
+
+    @wraps(command)
+    def computed(**given: Any) -> None:
+        values = {one.name: given.pop(one.name) for one in RUNTIME}
+        taken = {name: value for name, value in values.items() if value is not None}
+        command(runtime=RuntimeOptions.make(**taken), **given)
+
+    wrapped: Callable[..., None] = computed
+    for facts in reversed(RUNTIME):
+        wrapped = option_of(facts)(wrapped)
+    return wrapped
+
+
 def option_of(facts: OptionFacts) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """An option of the command line."""
     flag = "--" + facts.name.replace("_", "-")

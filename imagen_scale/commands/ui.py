@@ -8,6 +8,7 @@ import click
 
 from imagen_scale.commands.console import say
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.listening import listen
 from imagen_scale.commands.options import (
     run_option,
     runtime_option,
@@ -44,14 +45,14 @@ def ui(
         imagen-scale ui
         imagen-scale ui --run runs/emoji_demo --port 0 --no-open
     """
-    from imagen_scale.ui.server import listen, require_gradio, serve
+    from imagen_scale.ui.server import HOST, require_gradio, serve
 
     require_gradio()
     from imagen_scale.runs.folders import find_run
     from imagen_scale.ui.page import Opened
 
     folder = find_run(run)
-    listener = listen(port)
+    listener = listen(HOST, port)
     serve(
         Opened(folder, runtime or "auto", unet_limit, allow_unfinished),
         listener,

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 GROUP = 64
 
 
+class Wanted(NamedTuple):
+    """One picture that is to be made."""
+
+    prompt: str
+    seed: int
+    cond_scales: tuple[float, ...] | None = None  # of each stage; None: as the settings say
+
+
 class Picture(NamedTuple):
     """One finished picture of a cascade."""
 
@@ -33,7 +41,7 @@ class Picture(NamedTuple):
 
 def stream_groups(
     cascade: "TrainedStages",
-    wanted: Sequence[tuple[str, int]],
+    wanted: Sequence[Wanted],
     settings: Sequence[StageSettings],
     options: SamplingOptions,
     listener: Listener,
@@ -42,7 +50,7 @@ def stream_groups(
 
     Args:
         cascade: Makes them.
-        wanted: Prompt and seed of each.
+        wanted: What to make.
         settings: Of each stage, checked.
         options: How.
         listener: Told of each step.
@@ -53,16 +61,18 @@ def stream_groups(
     residents = cascade.residents
     if residents is None:
         residents = Residents(cascade.device)
+    usual = [of_stage.cond_scale for of_stage in settings]
     try:
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
-            prompts, seeds = [prompt for prompt, _ in group], [seed for _, seed in group]
+            prompts, seeds = [one.prompt for one in group], [one.seed for one in group]
             text, negative, not_read = cascade.encode(prompts, options.negative_prompt)
             made: list[Tensor] = []
             runtimes: list[str] = []
-            for file, of_stage in zip(cascade.files, settings, strict=True):
-                null = negative if "null" in branches(of_stage.cond_scale) else None
-                inputs = Inputs(text, seeds, made[-1] if made else None, null)
+            for number, (file, of_stage) in enumerate(zip(cascade.files, settings, strict=True)):
+                scales = [(one.cond_scales or usual)[number] for one in group]
+                null = negative if any("null" in branches(scale) for scale in scales) else None
+                inputs = Inputs(text, seeds, made[-1] if made else None, null, scales)
                 parts = _parts(
                     cascade, residents, file, inputs, of_stage, options, listener, runtimes
                 )
@@ -71,7 +81,7 @@ def stream_groups(
                     continue
                 for i, image in enumerate(image for part in parts for image in part):
                     earlier = [images[i] for images in made]
-                    yield Picture(*group[i], [*earlier, image], runtimes, not_read[i])
+                    yield Picture(prompts[i], seeds[i], [*earlier, image], runtimes, not_read[i])
     except torch.OutOfMemoryError:
         raise out_of_memory(cascade.device) from None
     finally:

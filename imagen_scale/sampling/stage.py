@@ -55,6 +55,7 @@ class Inputs(NamedTuple):
     seeds: Sequence[int]
     lowres: Tensor | None = None  # of the stage before, (B, 3, h, w) in [-1, 1]; from U-Net 2 on
     negative: Text | None = None  # one prompt that guidance leads away from
+    cond_scales: Sequence[float] | None = None  # of each picture; None: as the settings say
 
     def part(self, start: int, end: int) -> "Inputs":
         """Some of the pictures."""
@@ -63,6 +64,7 @@ class Inputs(NamedTuple):
             text=Text(self.text.embeds[part], self.text.mask[part]),
             seeds=self.seeds[part],
             lowres=None if self.lowres is None else self.lowres[part],
+            cond_scales=None if self.cond_scales is None else self.cond_scales[part],
         )
 
 
@@ -201,13 +203,16 @@ class Stage:
 
         Args:
             inputs: Of this stage; `lowres` has its size or is enlarged to it.
-            cond_scale: Guidance.
+            cond_scale: Guidance, where the pictures have none of their own.
             draw_noise: Gives standard normal noise of the pictures' shape.
 
         Raises:
             UsageError: If it needs low-resolution pictures and there are none.
         """
-        cond = Conditioning(inputs.text, cond_scale, negative=inputs.negative)
+        scales = inputs.cond_scales or [cond_scale]
+        are_equal = len(set(scales)) == 1
+        guidance = scales[0] if are_equal else torch.tensor(scales, dtype=torch.float32)
+        cond = Conditioning(inputs.text, guidance, negative=inputs.negative)
         if not self.config.is_super_resolution:
             return cond
         if inputs.lowres is None:

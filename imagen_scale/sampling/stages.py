@@ -11,7 +11,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stages
-from imagen_scale.sampling.groups import Picture, stream_groups
+from imagen_scale.sampling.groups import Picture, Wanted, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
 from imagen_scale.sampling.residents import Residents
@@ -118,7 +118,7 @@ class TrainedStages:
         """
         settings = options.for_stages(self.configs)
         if options.negative_prompt:
-            _check_negative(self.configs, settings)
+            check_negative(self.configs, settings)
         return settings
 
     def sample(
@@ -157,7 +157,9 @@ class TrainedStages:
             UsageError: If an option is wrong; before any work.
         """
         settings = self.settings(options)
-        wanted = [(prompt, options.seed + j) for prompt in prompts for j in range(options.num)]
+        wanted = [
+            Wanted(prompt, options.seed + j) for prompt in prompts for j in range(options.num)
+        ]
         return stream_groups(self, wanted, settings, options, listener)
 
     def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Encoded:
@@ -183,7 +185,7 @@ class TrainedStages:
         return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device, lend)
 
 
-def _check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:
+def check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:
     """Refuses a negative prompt where no stage is guided.
 
     Raises:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from imagen_scale.data.network import without_proxies
-from imagen_scale.errors import EnvironmentProblem, MissingExtraError
+from imagen_scale.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from imagen_scale.ui.page import Opened
@@ -47,29 +47,6 @@ def require_gradio() -> None:
     assert gradio and uvicorn
 
 
-def listen(port: int) -> socket.socket:
-    """A socket that listens on this machine's own address.
-
-    Args:
-        port: 0 takes any that is free.
-
-    Raises:
-        EnvironmentProblem: If another program listens there.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise EnvironmentProblem(
-            f"{HOST}:{port} cannot be used ({error.strerror}), perhaps since another page is open "
-            f"there; name another with --port, or take any that is free with --port 0."
-        ) from None
-    return listener
-
-
 def serve(
     run: "Opened", listener: socket.socket, *, opens: bool, say: Callable[[str], None]
 ) -> None:
@@ -77,7 +54,7 @@ def serve(
 
     Args:
         run: What is sampled.
-        listener: From `listen`; closed at the end.
+        listener: Closed at the end.
         opens: Show it in the browser.
         say: Told the address.
     """

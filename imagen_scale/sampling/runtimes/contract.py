@@ -8,6 +8,7 @@ from torch import Tensor
 
 from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.diffusion.guidance import Branch, branches
 from imagen_scale.errors import ShapeError, UsageError, option
 
 Say = Callable[[str], None]
@@ -29,12 +30,21 @@ class Conditioning(NamedTuple):
     """All that a network is given beside the noisy images and their time, for B images."""
 
     text: Text
-    cond_scale: float  # guidance: 1 is the branch with the text alone, 0 the one without
+    # Guidance: 1 is the branch with the text alone, 0 the one without; or one for each image, (B,)
+    # float32, where they differ.
+    cond_scale: float | Tensor
     lowres_img: Tensor | None = None  # enlarged and noised, (B, C, H, W)
     lowres_t: Tensor | None = None  # times of that noise, (B,) int64
     negative: Text | None = None  # one prompt, in place of the branch without text
     # Of `lowres_residual`: the enlarged picture without noise, which the prediction is added to.
     base: Tensor | None = None
+
+    @property
+    def branches(self) -> frozenset[Branch]:
+        """The predictions that are needed: both where guidance differs from image to image."""
+        if isinstance(self.cond_scale, Tensor):
+            return frozenset({"text", "null"})
+        return branches(self.cond_scale)
 
     def check(self, stage: StageConfig) -> None:
         """Refuses low-resolution pictures that a stage does not take, and misses those it does.
@@ -50,9 +60,11 @@ class Conditioning(NamedTuple):
             )
         if stage.unet.lowres_residual != (self.base is not None):
             raise ShapeError("base goes with U-Nets of lowres_residual, and with no other.")
-        if (few := stage.few_steps) and (self.cond_scale not in (0, 1) or self.negative):
+        if (few := stage.few_steps) and (len(self.branches) == 2 or self.negative):
+            scale = self.cond_scale
+            asked = scale.tolist() if isinstance(scale, Tensor) else f"{scale:g}"
             raise UsageError(
-                f"{option('cond_scale')} {self.cond_scale:g}: {stage.name} learned to take few "
+                f"{option('cond_scale')} {asked}: {stage.name} learned to take few "
                 f"steps with guidance {few.cond_scale:g} built in; leave it out."
             )
 

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
-from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
@@ -72,7 +71,7 @@ class ExportedRuntime:
     def bind(self, cond: Conditioning) -> Denoiser:
         """See `Runtime`; the graph without guidance does half the work."""
         cond.check(self._stage)
-        batch, needed = len(cond.text.embeds), branches(cond.cond_scale)
+        batch, needed = len(cond.text.embeds), cond.branches
         text, null = self._condition(cond.text), self._conditioner.null_text(batch)
         if cond.negative is not None:
             negative = self._condition(cond.negative)
@@ -155,13 +154,14 @@ class _BoundDenoiser:
     def __init__(
         self, runtime: ExportedRuntime, text: TextCond, null: TextCond, cond: Conditioning
     ) -> None:
-        guided = len(branches(cond.cond_scale)) == 2
+        guided = len(cond.branches) == 2
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
             inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
             # A whole number, as Python and pages give it, would make integers.
-            inputs["cond_scale"] = torch.full((len(text.tokens),), float(cond.cond_scale))
+            scales = torch.as_tensor(cond.cond_scale, dtype=torch.float32)
+            inputs["cond_scale"] = scales.expand(len(text.tokens)).contiguous()
         if cond.lowres_img is not None and cond.lowres_t is not None:
             inputs |= {"lowres_img": cond.lowres_img.float(), "lowres_t": cond.lowres_t.float()}
         self._batch = len(text.tokens)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from imagen_scale.diffusion.guidance import branches, guide
+from imagen_scale.diffusion.guidance import guide
 from imagen_scale.models.card import has_bf16, tf32
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.inference import InferenceFile, load_weights
@@ -94,8 +94,10 @@ class UNetDenoiser:
         self, runtime: TorchRuntime, text: TextCond, null: TextCond | None, cond: Conditioning
     ) -> None:
         self.runtime, self.cond, self.cond_scale = runtime, cond, cond.cond_scale
+        if isinstance(self.cond_scale, Tensor):
+            self.cond_scale = self.cond_scale.to(runtime.device)[:, None, None, None]
         self.text, self.lowres_img, self.lowres_t = text, cond.lowres_img, cond.lowres_t
-        needed = branches(cond.cond_scale)
+        needed = cond.branches
         self.guided = len(needed) == 2
         if "null" in needed:
             self.null = null or runtime.unet.null_text(len(text.tokens))

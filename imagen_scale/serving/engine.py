@@ -1,0 +1,206 @@
+"""The one thread that has the cascade: takes what waits, computes it, tells whoever waits."""
+
+import math
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
+from imagen_scale.sampling.groups import Wanted, stream_groups
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.residents import Residents
+from imagen_scale.sampling.stage import Listener
+from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.serving.metrics import Metrics
+from imagen_scale.serving.refusal import Refusal
+from imagen_scale.serving.waiting import ClosedError, Failed, FullError, Job, Made, Step, Waiting
+
+State = Literal["loading", "ready", "draining", "ended"]
+LONGEST_RETRY_S = 120
+
+
+class _NobodyWaitsError(Exception):
+    """Leaves the sampler between two steps."""
+
+
+class Engine:
+    """Makes the pictures of one run for many callers.
+
+    Args:
+        stages: What is sampled.
+        max_batch: Pictures computed together at most.
+        patience_s: How long a picture waits for company at most.
+        queue: Pictures that may wait.
+        tile: Side of the tiles of large stages in pixels, as `SamplingOptions.tile`.
+    """
+
+    def __init__(
+        self,
+        stages: TrainedStages,
+        *,
+        max_batch: int,
+        patience_s: float,
+        queue: int,
+        tile: int | None = None,
+    ) -> None:
+        self.configs, self.max_batch, self.patience_s = stages.configs, max_batch, patience_s
+        self.waiting = Waiting(queue)
+        self.metrics = Metrics(lambda: len(self.waiting))
+        self.failure: BaseException | None = None  # what ended the thread
+        self.loaded = threading.Event()  # set when the stages are, or cannot be
+        self._tile, self._is_draining = tile, False
+        residents = Residents(stages.device)
+        # A request may end the cascade at any stage. Prompts are no business of the log.
+        self._cascades = {
+            last: TrainedStages(
+                stages.files[:last], stages.device, stages.runtime, say=stages.say,
+                residents=residents,
+            )
+            for last in range(1, len(stages.files) + 1)
+        }  # fmt: skip
+        for cascade in self._cascades.values():
+            cascade.warn = lambda sentence: None
+        self._current: list[Job] = []
+        self._picture_s = 0.0  # of the last batch, a picture
+        self._thread = threading.Thread(target=self._work, name="cascade", daemon=True)
+
+    @property
+    def state(self) -> State:
+        """Whether it can be asked for pictures."""
+        if self.failure is not None:
+            return "ended"
+        if self._is_draining:
+            return "draining"
+        return "ready" if self.loaded.is_set() else "loading"
+
+    def start(self) -> None:
+        """Begins to load the stages, and then to work."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Accepts no more, finishes what it has and waits until that is done."""
+        self._is_draining = True
+        self.waiting.close()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Accepts pictures, all or none.
+
+        Raises:
+            Refusal: If there is no room, or no work is done any more.
+        """
+        try:
+            self.waiting.put(jobs)
+        except FullError:
+            seconds = math.ceil(len(self.waiting) * self._picture_s)
+            raise Refusal(
+                429,
+                f"{len(self.waiting)} pictures are waiting, and {self.waiting.limit} may; try "
+                f"again later.",
+                code="rate_limit_exceeded",
+                retry_s=min(max(seconds, 1), LONGEST_RETRY_S),
+            ) from None
+        except ClosedError:
+            raise _ended(self.failure) from None
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: what was not begun never is."""
+        self.metrics.pictures.labels("dropped").inc(self.waiting.drop(jobs))
+
+    def _work(self) -> None:
+        try:
+            self._warm_up()
+            self.loaded.set()
+            while taken := self.waiting.take(self.max_batch, self.patience_s):
+                self._current = taken
+                self._compute(taken)
+                self._current = []
+        except BaseException as error:
+            self.failure = error
+            if not isinstance(error, ImagenScaleError):
+                traceback.print_exc()
+        finally:
+            self.loaded.set()
+            for job in [*self._current, *self.waiting.end()]:  # nobody waits for a dead thread
+                job.finish(Failed(_ended(self.failure)))
+
+    def _warm_up(self) -> None:
+        """One step of every stage, so that the first caller waits for nothing but pictures."""
+        cascade = self._cascades[len(self.configs)]
+        options = SamplingOptions.make(tile=self._tile)
+        settings = [one.model_copy(update={"steps": 1}) for one in options.for_stages(self.configs)]
+        list(stream_groups(cascade, [Wanted("warm", 0)], settings, options, Listener()))
+
+    def _compute(self, jobs: Sequence[Job]) -> None:
+        begun = time.monotonic()
+        for job in jobs:
+            self.metrics.waited.observe(begun - job.arrived)
+        self.metrics.batch.observe(len(jobs))
+        self._make(jobs)
+        seconds = time.monotonic() - begun
+        self.metrics.computed.observe(seconds)
+        self._picture_s = seconds / len(jobs)
+
+    def _make(self, jobs: Sequence[Job]) -> None:
+        """Makes pictures of one kind; if that fails, in halves, until the one is found that does.
+
+        A picture that cannot be computed, as with an absurd guidance, does not take others along,
+        and a batch that memory does not hold is none.
+        """
+        jobs = [job for job in jobs if not job.is_gone]
+        if not jobs:
+            return
+        kind, done = jobs[0].kind, 0
+        options = SamplingOptions.make(negative_prompt=kind.negative_prompt, tile=self._tile)
+
+        def hear(unet: int, step: int, steps: int) -> None:
+            if all(job.is_gone for job in jobs[done:]):
+                raise _NobodyWaitsError
+            for job in jobs:
+                job.hear(Step(unet, step, steps))
+
+        try:
+            for picture in stream_groups(
+                self._cascades[len(kind.settings)], [job.wanted for job in jobs], kind.settings,
+                options, Listener(hear),
+            ):  # fmt: skip
+                jobs[done].finish(Made(picture))
+                self.metrics.pictures.labels("made").inc()
+                done += 1
+        except _NobodyWaitsError:
+            self.metrics.pictures.labels("dropped").inc(len(jobs) - done)
+        except torch.AcceleratorError:  # the card computes nothing any more for this process
+            raise
+        except Exception as error:
+            left = jobs[done:]
+            if len(left) == 1 or getattr(error, "exit_code", 1) == 2:
+                self._fail(left, error)
+            else:
+                self._make(left[: len(left) // 2])
+                self._make(left[len(left) // 2 :])
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        if not isinstance(error, ImagenScaleError):  # a fault of ours: the terminal says where
+            traceback.print_exception(error)
+        self.metrics.pictures.labels("failed").inc(len(jobs))
+        for job in jobs:
+            job.finish(Failed(error))
+
+
+def _ended(failure: BaseException | None) -> Refusal:
+    if failure is None:
+        return Refusal(503, "the server is about to end and takes no more work.", retry_s=1)
+    return Refusal(503, "the server can make no more pictures; its log says why.")
+
+
+def ended_by(failure: BaseException) -> ImagenScaleError:
+    """What ended the thread, for whoever started it."""
+    if isinstance(failure, ImagenScaleError):
+        return failure
+    return EnvironmentProblem(
+        f"the thread that makes pictures ended: {type(failure).__name__}: {failure}; start again."
+    )

@@ -1,0 +1,97 @@
+"""The server over HTTP, from the first stage that loads to the last picture it owes."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from imagen_scale.errors import MissingExtraError
+
+KEY_VARIABLE = "IMAGEN_SCALE_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FAREWELL_S = 30  # how long an answer that is ready may take to be read, once all work is done
+
+
+def require_extra() -> None:
+    """Imports what a server needs.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"serving needs FastAPI, uvicorn and prometheus-client, and this installation lacks "
+            f"{error.name}; run pip install 'imagen-scale[serve]'."
+        ) from None
+    assert fastapi and prometheus_client and uvicorn
+
+
+def api_key() -> str | None:
+    """The key that callers must know; None if the environment holds none."""
+    return os.environ.get(KEY_VARIABLE) or None
+
+
+def hosts_of(host: str) -> list[str] | None:
+    """The names by which a server is addressed that listens at a host; None for any."""
+    return list(LOOPBACK) if host in LOOPBACK else None
+
+
+def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT; what was accepted by then is finished first.
+
+    Meanwhile it still answers, with 503 to new work. A second signal ends it at once.
+
+    Args:
+        engine: An `Engine`, not started yet.
+        app: From `application`.
+        listener: Closed at the end.
+        say: Told when it drains.
+
+    Raises:
+        ImagenScaleError: If the stages cannot be loaded, or the engine came to an end of its own.
+        KeyboardInterrupt: After a second signal.
+    """
+    import uvicorn
+
+    from imagen_scale.serving.engine import ended_by
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=FAREWELL_S,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    signals: list[int] = []
+
+    def drain() -> None:
+        say("finishing what was accepted; a second signal ends it at once")
+        engine.drain()
+        server.should_exit = True
+
+    def handle_exit(number: int, frame: Any) -> None:
+        signals.append(number)
+        if len(signals) == 1:
+            threading.Thread(target=drain, daemon=True).start()
+        else:
+            server.should_exit = server.force_exit = True
+
+    def load() -> None:
+        """Ends the server where there is nothing to serve."""
+        engine.loaded.wait()
+        if engine.failure is not None:
+            server.should_exit = True
+
+    server.handle_exit = handle_exit
+    engine.start()
+    threading.Thread(target=load, daemon=True).start()
+    with closing(listener):
+        server.run(sockets=[listener])
+    if len(signals) > 1:
+        raise KeyboardInterrupt
+    if engine.failure is not None:
+        raise ended_by(engine.failure)
