@@ -77,6 +77,11 @@ class Engine:
             return "draining"
         return "ready" if self.loaded.is_set() else "loading"
 
+    @property
+    def is_started(self) -> bool:
+        """Whether its thread was begun."""
+        return self._thread.ident is not None
+
     def start(self) -> None:
         """Begins to load the stages, and then to work."""
         self._thread.start()
