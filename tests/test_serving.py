@@ -28,7 +28,7 @@ from imagen_scale.sampling.stages import TrainedStages
 from imagen_scale.serving.limits import Limits
 
 PROMPTS = ("sun", "key", "red heart", "a pizza on the house")
-LONG = " ".join(["rocket"] * 30)  # more than max_text_len
+LONG = " ".join(["rocket"] * 20)  # more than max_text_len
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def server(run):
 
 @pytest.fixture(scope="module")
 def cascade(run):
-    with Cascade.load(run, runtime="torch") as one:
+    with Cascade.load(run, runtime="torch", say=print) as one:
         yield one
 
 
@@ -199,7 +199,7 @@ def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade):
 
 def test_two_hundred_callers_get_each_their_own(run, cascade):
     each = 50
-    expected = iter(cascade.sample(PROMPTS, num=each, steps=2))
+    expected = iter(cascade.sample(PROMPTS, num=each, steps=[2, 1]))
 
     async def all_of_them(server):
         async with openai.AsyncOpenAI(
@@ -207,7 +207,7 @@ def test_two_hundred_callers_get_each_their_own(run, cascade):
             http_client=httpx.AsyncClient(trust_env=False, timeout=300),
         ) as client:  # fmt: skip
             return await asyncio.gather(*(
-                client.images.generate(prompt=prompt, extra_body={"seed": seed, "steps": 2})
+                client.images.generate(prompt=prompt, extra_body={"seed": seed, "steps": [2, 1]})
                 for prompt in PROMPTS for seed in range(each)
             ))  # fmt: skip
 
@@ -351,7 +351,7 @@ def test_a_key_is_asked_for_where_there_is_one(run):
     with served(run, works=False, key="right") as server:
         with client_of(server, "right") as client:
             assert [model.id for model in client.models.list()] == ["tiny"]
-        for wrong in ("wrong", "", "rightx", "ключ"):
+        for wrong in ("wrong", "r", "rightx", "ключ"):
             header = {"authorization": f"Bearer {wrong}".encode()}
             for path in ("/v1/images/generations", "/v1/models", "/metrics"):
                 answer = httpx.request(
