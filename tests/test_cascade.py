@@ -162,6 +162,43 @@ def cli(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def test_shards_of_a_list_are_the_list(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sun\nkey\npizza")
+
+    def made(folder, *flags):
+        out = tmp_path / folder
+        done = cli("sample", "--run", run, "--from-file", prompts, "--out", out, "--steps", 1,
+                   "--seed", 7, "--num", 2, "--unet-limit", 1, *flags)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    def pictures(folder):
+        for path in (tmp_path / folder).glob("0*.json"):
+            facts = json.loads(path.read_text())
+            image = Image.open(path.with_suffix(".png"))
+            yield facts["prompt"], facts["seed"], np.asarray(image).astype(int)
+
+    made("whole")
+    for shard in ("2/2", "1/2"):
+        made("shards", "--shard", shard)
+    assert "none of the 3 prompts is left" in made("shards", "--shard", "4/4")
+    whole, shards = (sorted(pictures(folder), key=lambda one: one[:2])
+                     for folder in ("whole", "shards"))  # fmt: skip
+    assert [one[:2] for one in whole] == [one[:2] for one in shards] and len(whole) == 6
+    for (*_, one), (*_, other) in zip(whole, shards, strict=True):
+        assert np.abs(one - other).max() <= 1
+    names = sorted(path.name[:5] for path in (tmp_path / "shards").glob("0*.png"))
+    assert names == [f"{number:05d}" for number in range(1, 7)]
+    assert len(list((tmp_path / "shards").glob("grid_*.png"))) == 2
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3", "1/ 2"])
+def test_a_shard_that_is_none_is_refused(run, shard):
+    done = cli("sample", "sun", "--run", run, f"--shard={shard}")
+    assert done.exit_code == 2 and f"--shard {shard}: it should be I/N" in done.output
+
+
 def test_command_writes_pictures_facts_and_a_grid(run, tmp_path):
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"

@@ -17,11 +17,14 @@ from imagen_scale.errors import UsageError
 from imagen_scale.models.unet import TextCond
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.groups import Wanted, stream_groups
 from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime, load_unet
+from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
@@ -112,6 +115,21 @@ def test_an_export_takes_it_and_draws_the_same_as_torch(exported):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=1 / 255, rtol=0)
         assert (ours[0] - plain[0]).abs().max() > 1 / 255
+
+
+def test_guidance_may_differ_from_picture_to_picture(exported):
+    scales = ((3.0, 1.0), (1.5, 2.0), (1.0, 0.0))
+    wanted = [Wanted("sun", seed, scale) for seed, scale in enumerate(scales)]
+    for runtime, negative in (("torch", "pizza"), ("onnx", None)):
+        cascade = TrainedStages.load(exported, runtime=RuntimeOptions(runtime=runtime))
+        cascade.residents, cascade.remembered = Residents(CPU), {}
+        options = make(steps=2, negative_prompt=negative)
+        settings = cascade.settings(options)
+        together = stream_groups(cascade, wanted, settings, options, Listener())
+        for one, picture in zip(wanted, together, strict=True):
+            own = options.changed(seed=one.seed, cond_scale=list(one.cond_scales))
+            for ours, alone in zip(picture.stages, cascade.sample(["sun"], own), strict=True):
+                torch.testing.assert_close(ours, alone[0], atol=1 / 255, rtol=0)
 
 
 def test_in_a_graph_each_image_is_led_away_from_its_own_text(exported):

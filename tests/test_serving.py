@@ -197,9 +197,10 @@ def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade):
         assert_alike(answer.json()["data"][0]["b64_json"], image)
 
 
-def test_two_hundred_callers_get_each_their_own(run, cascade):
+def test_two_hundred_callers_get_each_their_own(run):
     each = 50
-    expected = iter(cascade.sample(PROMPTS, num=each, steps=[2, 1]))
+    with Cascade.load(run, unet_limit=1, runtime="torch") as cascade:
+        expected = iter(cascade.sample(PROMPTS, num=each, steps=2))
 
     async def all_of_them(server):
         async with openai.AsyncOpenAI(
@@ -207,7 +208,9 @@ def test_two_hundred_callers_get_each_their_own(run, cascade):
             http_client=httpx.AsyncClient(trust_env=False, timeout=300),
         ) as client:  # fmt: skip
             return await asyncio.gather(*(
-                client.images.generate(prompt=prompt, extra_body={"seed": seed, "steps": [2, 1]})
+                client.images.generate(
+                    prompt=prompt, size="16x16", extra_body={"seed": seed, "steps": 2}
+                )
                 for prompt in PROMPTS for seed in range(each)
             ))  # fmt: skip
 
@@ -428,7 +431,7 @@ def test_told_to_end_it_finishes_what_it_accepted(tmp_path):
         seen = []
         with httpx.Client(base_url=address, trust_env=False, timeout=120) as caller:
             until(lambda: caller.get("/readyz").status_code == 200)
-            body = {"prompt": "sun", "stream": True, "steps": 100, "cond_scale": [3, 3]}
+            body = {"prompt": "sun", "stream": True, "steps": 40}
             with caller.stream("POST", "/v1/images/generations", json=body) as answer:
                 for told in answer.iter_lines():
                     if told.startswith("event") and not seen:

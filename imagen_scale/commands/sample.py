@@ -1,5 +1,6 @@
 """`imagen-scale sample`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from imagen_scale.sampling.runtimes.options import RuntimeOptions
 @click.argument("prompts", nargs=-1, type=Prompt())
 @run_option
 @click.option("--from-file", type=click.Path(), help="One prompt per line.")
+@click.option("--shard", help="I/N: only the I-th of every N prompts, for N commands side by side.")
 @click.option("--out", help="Folder for the pictures; default samples/ in the run.")
 @unet_limit_option
 @unfinished_option
@@ -33,6 +35,7 @@ def sample(
     prompts: tuple[str, ...],
     run: str | None,
     from_file: str | None,
+    shard: str | None,
     out: str | None,
     unet_limit: int | None,
     allow_unfinished: bool,
@@ -44,10 +47,17 @@ def sample(
     \b
         imagen-scale sample "red heart" "grinning cat" --cond-scale 3 --steps 25,10
         imagen-scale sample "red heart" --negative-prompt "black outline"
+        imagen-scale sample --from-file prompts.txt --shard 1/4
     """
     all_prompts = [*prompts, *(_read_prompts(from_file) if from_file else [])]
     if not all_prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
+    if shard:
+        own = _shard(all_prompts, shard)
+        if not own:  # one job of many more than there are prompts has not failed
+            say(f"--shard {shard}: none of the {len(all_prompts)} prompts is left for it")
+            return
+        all_prompts = own
     from imagen_scale.runs.folders import find_run, samples_dir
 
     run_dir = find_run(run)
@@ -94,6 +104,14 @@ def sample(
         raise
     which = "all of them" if len(shown) == made.written else f"the first {len(shown)}"
     click.echo(f"{made.written} pictures in {folder}, {which} in {made.grid}")
+
+
+def _shard(prompts: list[str], shard: str) -> list[str]:
+    """The prompts of one command of several; their seeds are those of the whole list."""
+    found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UsageError(f"--shard {shard}: it should be I/N with I from 1 to N, like 1/4.")
+    return prompts[int(found[1]) - 1 :: int(found[2])]
 
 
 def _read_prompts(path: str) -> list[str]:
