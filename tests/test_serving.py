@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ import openai
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from support import ROOT
+from support.doc_commands import BLOCK
 from support.serving import served, until
 from support.tiny import write_run, write_stage
 
@@ -144,6 +147,28 @@ def test_steps_are_told_in_order_and_then_the_pictures(client, cascade):
 def test_an_error_in_a_stream_is_openais(client):
     with pytest.raises(openai.APIError, match="numbers that are not finite"):
         list(client.images.generate(prompt="sun", stream=True, extra_body={"cond_scale": 1e38}))
+
+
+def test_the_document_works_as_it_is_written(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = text.replace("http://127.0.0.1:8000", server.address)
+    lines = [line for language, body in BLOCK.findall(text) if language == "bash"
+             for line in body.splitlines() if line.startswith("curl")]  # fmt: skip
+    told = [subprocess.run([*shlex.split(line), "--noproxy", "*"], check=True, capture_output=True,
+                           text=True).stdout for line in lines]  # fmt: skip
+    assert len(json.loads((tmp_path / "answer.json").read_text())["data"]) == 2
+    models, events, health, ready, metrics, with_key = told[1:]
+    assert json.loads(models) == json.loads(with_key) and "tiny" in models
+    assert events.count("image_generation.progress") == 100 and events.endswith("[DONE]\n\n")
+    assert "ok" in health and "ready" in ready and "imagen_scale_queue_pictures 0.0" in metrics
+    for language, body in BLOCK.findall(text):
+        if language == "python":
+            exec(body, {})
+    assert {path.name for path in tmp_path.glob("*.png")} == {"5.png", "6.png"}
+    assert "0 1 1 25\n" in capsys.readouterr().out
+    told_metrics = set(re.findall(r"^\| `(imagen_scale_\w+)", text, re.M))
+    assert told_metrics <= set(re.findall(r"^(imagen_scale_\w+?)(?:_bucket)?[{ ]", metrics, re.M))
 
 
 # Company -----------------------------------------------------------------------------------------
