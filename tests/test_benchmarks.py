@@ -13,12 +13,13 @@ import click
 import gpu_memory
 import peers
 import pytest
+import serving
 import torch
 import training_memory
 from card_parts import machine, pages, switches, ways
 from card_parts.measurement import Measurement
 from card_parts.processes import Processes
-from report import table, write_between_marks
+from report import split_at_marks, table, write_between_marks
 from support import ROOT
 from support.environment import LAUNCHER_VARIABLES
 from training_memory import MINIMAGEN, NETWORKS, OURS, PLAIN, Measured, Whole
@@ -418,3 +419,43 @@ def test_the_document_about_cards_has_the_marks():
 def test_parts_that_do_not_exist_are_refused(parts):
     with pytest.raises(click.UsageError, match="--parts"):
         card.parts_of(parts)
+
+
+# --------------------------------------------------------------------------------------- serving
+
+
+def test_percentiles_are_values_that_were_measured():
+    values = [float(value) for value in range(100, 0, -1)]
+    assert [serving.percentile(values, p) for p in (0, 50, 99, 100)] == [1, 50, 99, 100]
+    assert serving.percentile([3.0], 99) == 3.0
+
+
+def test_what_a_caller_waits_for_counts_from_the_question():
+    """Three callers, one at a time: the last has waited for the others too."""
+    asked = []
+    measured = serving.measured(3, 1, 1, asked.append)
+    assert asked == [0, 1, 2] and measured.waits == sorted(measured.waits)
+    assert measured.seconds >= measured.waits[-1]
+    asked.clear()
+    assert len(serving.measured(2, 2, 3, asked.append).waits) == 6
+    assert sorted(asked) == list(range(6))
+
+
+def test_the_document_about_serving_has_the_marks():
+    split_at_marks(ROOT / "docs" / "serving.md", serving.MARK)
+
+
+@pytest.mark.slow
+def test_serve_is_measured_beside_the_command(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text("<!-- serving: begin -->\n<!-- serving: end -->\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "serving.py", "--callers", "1", "--callers", "2",
+         "--each", "2", "--steps", "2,1", "--write", document],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [cells(line) for line in document.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["1", "2"]
+    assert all(float(cell.removesuffix(" s")) > 0 for row in rows[2:] for cell in row)
+    assert "torch" in done.stdout and "uvicorn" in done.stdout
