@@ -206,7 +206,7 @@ def test_no_batch_is_larger_than_asked(run):
         assert server.metric('batch_pictures_bucket{le="2.0"}') == 3
 
 
-def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade):
+def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade, capsys):
     scales = (3.0, 1e38, 2.0, 1.5)
     with served(run, works=False) as server, ThreadPoolExecutor() as callers:
         answers = [callers.submit(ask, server, prompt="sun", seed=0, steps=2, cond_scale=scale)
@@ -214,6 +214,7 @@ def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade):
         until(lambda: len(server.engine.waiting) == len(scales))
         server.engine.start()
         first, poisoned, *others = [answer.result() for answer in answers]
+        assert "error: U-Net 1: torch fp32" in capsys.readouterr().err
         assert poisoned.status_code == 500 and "not finite" in poisoned.json()["error"]["message"]
         assert server.metric('pictures_total{outcome="failed"}') == 1
         assert server.metric("batch_pictures_count") == 1
@@ -341,6 +342,9 @@ def test_a_caller_who_leaves_in_the_middle_ends_the_work(server):
         ({"prompt": "sun", "response_format": "url"}, 400, "response_format", "'b64_json'"),
         ({"prompt": "sun", "sampler": "euler"}, 400, "sampler", "'ddim'"),
         ({"prompt": "sun", "eta": 0.5}, 400, "eta", "goes with sampler ddim"),
+        (b'{"prompt": "sun", "n": 1' + b"0" * 4000 + b"}", 400, "n", "at most 4"),
+        ({"prompt": "sun", "cond_scale": 10**400}, 400, "cond_scale", "cond_scale"),
+        ({"prompt": "sun", "eta": 10**400}, 400, "eta", "eta"),
         ({"prompt": "sun", "seed": -1}, 400, "seed", "greater than or equal to 0"),
         ({"prompt": "sun", "cond_scale": 1, "negative_prompt": "key"}, 400, "negative_prompt",
          "every cond_scale is 1"),
@@ -371,8 +375,9 @@ def test_other_addresses_and_ways_are_openais_errors(server):
     ):  # fmt: skip
         assert answer.status_code == status and "message" in answer.json()["error"]
     # A page elsewhere whose name points here is not answered.
-    elsewhere = {"host": "elsewhere.example"}
-    assert httpx.get(server.address + "/healthz", headers=elsewhere).status_code == 400
+    for host, status in (("elsewhere.example", 400), ("localhost:80", 200), ("[::1]:80", 200)):
+        answer = httpx.get(f"{server.address}/healthz", headers={"host": host}, trust_env=False)
+        assert answer.status_code == status, host
 
 
 def test_a_key_is_asked_for_where_there_is_one(run):

@@ -38,7 +38,7 @@ class Call:
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs = [
-            Job(wanted, asked.kind, self._teller(index))
+            Job(wanted, asked.kind, self._teller(index), asked.streams)
             for index, wanted in enumerate(asked.wanted)
         ]
         engine.submit(self._jobs)
@@ -51,7 +51,7 @@ class Call:
         return tell
 
     async def events(self, receive: Receive) -> AsyncGenerator[tuple[int, Step | Made], None]:
-        """What happens to each picture, by its index, until all are made.
+        """What happens to each picture, by its index, until all are made; steps if it streams.
 
         Args:
             receive: ASGI's, with the body read: it tells when the caller goes away.

@@ -1,6 +1,7 @@
 """The one thread that has the cascade: takes what waits, computes it, tells whoever waits."""
 
 import math
+import sys
 import threading
 import time
 import traceback
@@ -9,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from imagen_scale.errors import EnvironmentProblem, ImagenScaleError
+from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError
 from imagen_scale.sampling.groups import Wanted, stream_groups
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.residents import Residents
@@ -131,6 +132,7 @@ class Engine:
         finally:
             self.loaded.set()
             for job in [*self._current, *self.waiting.end()]:  # nobody waits for a dead thread
+                self.metrics.pictures.labels("failed").inc(not job.is_finished)
                 job.finish(Failed(_ended(self.failure)))
 
     def _warm_up(self) -> None:
@@ -156,7 +158,8 @@ class Engine:
         A picture that cannot be computed, as with an absurd guidance, does not take others along,
         and a batch that memory does not hold is none.
         """
-        jobs = [job for job in jobs if not job.is_gone]
+        begun, jobs = len(jobs), [job for job in jobs if not job.is_gone]
+        self.metrics.pictures.labels("dropped").inc(begun - len(jobs))
         if not jobs:
             return
         kind, done = jobs[0].kind, 0
@@ -182,15 +185,17 @@ class Engine:
             raise
         except Exception as error:
             left = jobs[done:]
-            if len(left) == 1 or getattr(error, "exit_code", 1) == 2:
+            if len(left) == 1 or isinstance(error, UsageError):
                 self._fail(left, error)
             else:
                 self._make(left[: len(left) // 2])
                 self._make(left[len(left) // 2 :])
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        if not isinstance(error, ImagenScaleError):  # a fault of ours: the terminal says where
+        if not isinstance(error, ImagenScaleError):  # a fault of ours: the log says where
             traceback.print_exception(error)
+        elif not isinstance(error, UsageError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         self.metrics.pictures.labels("failed").inc(len(jobs))
         for job in jobs:
             job.finish(Failed(error))

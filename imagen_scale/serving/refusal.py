@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from imagen_scale.errors import ImagenScaleError, spelled
+from imagen_scale.errors import ImagenScaleError, UsageError, spelled
 
 MOST_SAID = 1000  # characters: what was sent is not sent back whole
 NOT_A_RESULT = "the server could not make this picture; its log says why."
@@ -67,6 +67,6 @@ def refusal_of(error: BaseException) -> Refusal:
         return name
 
     message = spelled(error.marked, spell)
-    if error.exit_code == 2:
+    if isinstance(error, UsageError):
         return Refusal(400, message, param=named[0] if named else None, code="invalid_value")
     return Refusal(500, message)

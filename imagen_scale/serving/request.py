@@ -138,4 +138,4 @@ def _check_text(name: str, text: str, most: int) -> None:
 
 def _check_most(name: str, value: int, most: int) -> None:
     if value > most:
-        raise UsageError(f"{option(name)} {value}: at most {most} here.")
+        raise UsageError(f"{option(name)} {str(value)[:20]}: at most {most} here.")

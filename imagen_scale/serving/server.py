@@ -11,6 +11,7 @@ from imagen_scale.errors import MissingExtraError
 
 KEY_VARIABLE = "IMAGEN_SCALE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAMES = ["127.0.0.1", "localhost", "[::1]"]  # of it, as a request spells them
 FAREWELL_S = 30  # how long an answer that is ready may take to be read, once all work is done
 
 
@@ -39,7 +40,7 @@ def api_key() -> str | None:
 
 def hosts_of(host: str) -> list[str] | None:
     """The names by which a server is addressed that listens at a host; None for any."""
-    return list(LOOPBACK) if host in LOOPBACK else None
+    return NAMES if host in LOOPBACK else None
 
 
 def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str], None]) -> None:

@@ -57,17 +57,19 @@ class Job:
     wanted: Wanted
     kind: Kind
     tell: Callable[[Event], None]  # from the worker's thread
+    wants_steps: bool = True  # to be told of each
     arrived: float = field(default_factory=time.monotonic)
     is_gone: bool = False  # nobody waits any more
     is_finished: bool = False
     _last: tuple[int, int] = (0, 0)
 
     def hear(self, told: Step) -> None:
-        """Tells of a step, unless it was told of a later one.
+        """Tells of a step where that is wanted, unless it was told of a later one.
 
         Where a batch is computed in parts, each part begins at the first step again.
         """
-        if (told.unet, told.step) > self._last and not self.is_finished:
+        is_news = (told.unet, told.step) > self._last
+        if self.wants_steps and is_news and not self.is_finished:
             self._last = told.unet, told.step
             self.tell(told)
 
