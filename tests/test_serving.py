@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -479,13 +478,20 @@ def test_told_to_end_it_finishes_what_it_accepted(tmp_path):
         process.communicate()
 
 
-def test_stages_that_cannot_be_loaded_end_it_in_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [("127.0.0.1", "", False), ("0.0.0.0", "", True), ("0.0.0.0", "right", False)],
+)
+def test_stages_that_cannot_be_loaded_end_it_in_one_sentence(tmp_path, host, key, warns):
     for number in (1, 2):
         write_stage(tmp_path / "run", number, fingerprint="of another encoder")
-    done = CliRunner().invoke(main, ["serve", str(tmp_path / "run"), "--port", "0"])
+    done = CliRunner(env={"IMAGEN_SCALE_API_KEY": key}).invoke(
+        main, ["serve", str(tmp_path / "run"), "--host", host, "--port", "0"]
+    )
     assert done.exit_code == 1, done.output
     assert "trained with another version of the text encoder" in done.output
-    assert "Traceback" not in done.output and threading.active_count() < 50
+    assert "Traceback" not in done.output and "right" not in done.output
+    assert ("warning: whoever reaches 0.0.0.0 may use this server" in done.output) == warns
 
 
 def test_without_the_extra_the_remedy_is_said(run, monkeypatch):
