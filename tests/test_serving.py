@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -308,6 +309,24 @@ def test_a_caller_who_leaves_in_the_middle_ends_the_work(server):
     assert ask(server, prompt="sun", steps=1).status_code == 200
 
 
+def test_a_body_that_breaks_off_is_a_caller_who_left(server, capsys):
+    before = left_in_the_middle(server)
+    line = socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])))
+    line.sendall(
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        b'application/json\r\nContent-Length: 99\r\n\r\n{"prompt": '
+    )
+    line.close()
+    until(lambda: left_in_the_middle(server) == before + 1)
+    assert capsys.readouterr().err == ""
+
+
+def left_in_the_middle(server):
+    with suppress(KeyError):
+        return server.metric('requests_total{status="499"}')
+    return 0
+
+
 # What is refused ---------------------------------------------------------------------------------
 
 
@@ -435,6 +454,22 @@ def test_a_dead_worker_is_seen_and_nobody_hangs(run, monkeypatch, capsys):
         assert (ready.status_code, ready.json()) == (503, {"status": "ended"})
         assert httpx.get(f"{server.address}/healthz", trust_env=False).status_code == 200
     assert "SystemExit: gone" in capsys.readouterr().err
+
+
+def test_told_to_give_up_it_does_so_after_the_step_it_is_at(run):
+    with served(run, max_batch=1) as server, ThreadPoolExecutor() as callers:
+        until(lambda: server.engine.state == "ready")
+        line = send(server, prompt="sun", stream=True, steps=100)
+        waiting = callers.submit(ask, server, prompt="key")
+        until(lambda: len(server.engine.waiting) == 1)
+        server.engine.stop()
+        assert waiting.result().status_code == 503
+        told = b""
+        while not told.endswith(b"0\r\n\r\n"):  # the end of what is sent in pieces
+            told += line.recv(4096)
+        line.close()
+        assert b"event: error" in told and b"completed" not in told
+        assert server.metric('pictures_total{outcome="made"}') == 0
 
 
 def raising(error):

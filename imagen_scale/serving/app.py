@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from imagen_scale.errors import ImagenScaleError
 from imagen_scale.serving.calls import Call, GoneError, datum
@@ -80,7 +81,10 @@ class _Answers:
             )
 
     async def images(self, request: Request) -> Response:
-        body = await _body(request, self.limits.body)
+        try:
+            body = await _body(request, self.limits.body)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
         asked = read_request(body, self.engine.configs, self.model, self.limits)
         call = Call(self.engine, asked)
         if asked.streams:

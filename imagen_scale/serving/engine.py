@@ -53,7 +53,7 @@ class Engine:
         self.metrics = Metrics(lambda: len(self.waiting))
         self.failure: BaseException | None = None  # what ended the thread
         self.loaded = threading.Event()  # set when the stages are, or cannot be
-        self._tile, self._is_draining = tile, False
+        self._tile, self._is_draining, self._is_stopped = tile, False, False
         residents = Residents(stages.device)
         # A request may end the cascade at any stage. Prompts are no business of the log.
         self._cascades = {
@@ -93,6 +93,11 @@ class Engine:
         self.waiting.close()
         self._thread.join()
 
+    def stop(self) -> None:
+        """Gives up what waits, and what is computed after the step that it is at."""
+        self._is_draining = self._is_stopped = True
+        self._give_up(self.waiting.end())
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Accepts pictures, all or none.
 
@@ -131,9 +136,9 @@ class Engine:
                 traceback.print_exc()
         finally:
             self.loaded.set()
-            for job in [*self._current, *self.waiting.end()]:  # nobody waits for a dead thread
-                self.metrics.pictures.labels("failed").inc(not job.is_finished)
-                job.finish(Failed(_ended(self.failure)))
+            left = [job for job in self._current if not job.is_finished] + self.waiting.end()
+            self.metrics.pictures.labels("failed").inc(len(left))
+            self._give_up(left)  # nobody waits for a dead thread
 
     def _warm_up(self) -> None:
         """One step of every stage, so that the first caller waits for nothing but pictures."""
@@ -166,7 +171,7 @@ class Engine:
         options = SamplingOptions.make(negative_prompt=kind.negative_prompt, tile=self._tile)
 
         def hear(unet: int, step: int, steps: int) -> None:
-            if all(job.is_gone for job in jobs[done:]):
+            if self._is_stopped or all(job.is_gone for job in jobs[done:]):
                 raise _NobodyWaitsError
             for job in jobs:
                 job.hear(Step(unet, step, steps))
@@ -181,6 +186,7 @@ class Engine:
                 done += 1
         except _NobodyWaitsError:
             self.metrics.pictures.labels("dropped").inc(len(jobs) - done)
+            self._give_up(jobs[done:])
         except torch.AcceleratorError:  # the card computes nothing any more for this process
             raise
         except Exception as error:
@@ -190,6 +196,10 @@ class Engine:
             else:
                 self._make(left[: len(left) // 2])
                 self._make(left[len(left) // 2 :])
+
+    def _give_up(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.finish(Failed(_ended(self.failure)))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         if not isinstance(error, ImagenScaleError):  # a fault of ours: the log says where

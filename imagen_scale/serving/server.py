@@ -46,7 +46,7 @@ def hosts_of(host: str) -> list[str] | None:
 def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT; what was accepted by then is finished first.
 
-    Meanwhile it still answers, with 503 to new work. A second signal ends it at once.
+    Meanwhile it still answers, with 503 to new work. A second signal gives up what is not finished.
 
     Args:
         engine: An `Engine`, not started yet.
@@ -70,7 +70,7 @@ def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str]
     signals: list[int] = []
 
     def drain() -> None:
-        say("finishing what was accepted; a second signal ends it at once")
+        say("finishing what was accepted; a second signal gives it up")
         engine.drain()
         server.should_exit = True
 
@@ -79,7 +79,7 @@ def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str]
         if len(signals) == 1:
             threading.Thread(target=drain, daemon=True).start()
         else:
-            server.should_exit = server.force_exit = True
+            threading.Thread(target=engine.stop, daemon=True).start()  # then `drain` is done
 
     def load() -> None:
         """Ends the server where there is nothing to serve."""
