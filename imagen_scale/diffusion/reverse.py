@@ -1,11 +1,14 @@
-"""The reverse process over arrays of any library: torch's and numpy's take the same steps."""
+"""The reverse process over arrays of any library: torch's and numpy's take the same steps.
+
+Imports are relative here and beside: imagen-scale-runtime carries the same files.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from imagen_scale.diffusion.names import Sampler
-from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
+from .names import Sampler
+from .solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
 
 if TYPE_CHECKING:
     from torch import Tensor
