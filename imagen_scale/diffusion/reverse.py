@@ -5,13 +5,9 @@ Imports are relative here and beside: imagen-scale-runtime carries the same file
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from .names import Sampler
+from .names import Array, Sampler
 from .solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def num_evaluations(sampler: Sampler, steps: int) -> int:
@@ -23,15 +19,15 @@ def num_evaluations(sampler: Sampler, steps: int) -> int:
 
 
 def reverse(
-    predict: "Callable[[Tensor, Level], Tensor]",
-    x_t: "Tensor",
+    predict: Callable[[Array, Level], Array],
+    x_t: Array,
     levels: Sequence[Level],
     *,
     sampler: Sampler,
     eta: float,
-    draw_noise: "Callable[[], Tensor]",
-    on_step: "Callable[[int, Tensor], None] | None" = None,
-) -> "Tensor":
+    draw_noise: Callable[[], Array],
+    on_step: Callable[[int, Array], None] | None = None,
+) -> Array:
     """Runs the reverse process; the arguments that are not here are `sampler.sample`'s.
 
     Args:

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ShapeError
-
-Array = Any  # of any library
+from .names import Array
 
 
 class Tile(NamedTuple):

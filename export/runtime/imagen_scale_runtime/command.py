@@ -95,8 +95,9 @@ def _run(asked: argparse.Namespace) -> None:
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     count = 0
-    for count, sample in enumerate(made, start=1):
+    for sample in made:
         _write(asked.out, sample, facts)
+        count += 1
     print(f"{count} pictures in {asked.out}")
 
 

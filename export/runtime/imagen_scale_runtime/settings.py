@@ -49,7 +49,7 @@ def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Set
                 f"stage, or a single one."
             )
     return [
-        _of_stage(stage, {name: columns[name][i] for name in PER_STAGE}, asked)
+        _of_stage(stage, {name: columns[name][i] for name in PER_STAGE})
         for i, stage in enumerate(stages)
     ]
 
@@ -67,7 +67,7 @@ def check_negative(settings: Sequence[Settings]) -> None:
         )
 
 
-def _of_stage(stage: StageFacts, asked: dict[str, Any], call: dict[str, Any]) -> Settings:
+def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
     own = {**stage["settings"], "threshold": None}
     chosen = {name: own[name] if asked[name] is None else asked[name] for name in PER_STAGE}
     if chosen["spacing"] == "auto":
@@ -75,10 +75,8 @@ def _of_stage(stage: StageFacts, asked: dict[str, Any], call: dict[str, Any]) ->
     _check(chosen)
     if stage["few_steps"]:
         for name in PER_STAGE:
-            if name == "cond_scale" and not isinstance(call.get(name), (list, tuple)):
-                allowed = (own[name], 0, call.get(name) if stage.is_super_resolution else own[name])
-            else:
-                allowed = (own[name], 0) if name == "cond_scale" else (own[name],)
+            # Without text it may be sampled too.
+            allowed: tuple[Any, ...] = (own[name], 0) if name == "cond_scale" else (own[name],)
             if chosen[name] not in allowed:
                 raise UsageError(
                     f"{option(name)} {chosen[name]}: {stage.name} learned to take few steps in "
