@@ -95,6 +95,15 @@ def process_group(private_folders):
 
 
 @pytest.fixture(scope="session")
+def bundled(private_folders, tmp_path_factory):
+    """A bundle of `exported`; copy before changing it."""
+    from support.exported import bundled_run
+
+    kept = bundled_run(private_folders)
+    return shutil.copytree(kept.parent, tmp_path_factory.mktemp("bundled") / "kept") / kept.name
+
+
+@pytest.fixture(scope="session")
 def exported(private_folders, tmp_path_factory):
     """A run with ONNX exports of both stages in fp32 and fp16; copy before changing it."""
     from support.exported import exported_run

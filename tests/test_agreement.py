@@ -94,6 +94,15 @@ def test_another_configuration_is_refused_before_anything_is_written(outputs, tm
 
 
 @pytest.mark.distributed
+def test_it_is_said_once_where_the_other_rank_hears_of_it_late(machines, outputs):
+    """Rank 0 has said it and could end, while rank 1, which failed first, still waits for that."""
+    hooks = another_machine.that_fails_late, another_machine.that_looks_seldom
+    first = [functools.partial(hook, folder) for hook, folder in zip(hooks, machines, strict=True)]
+    found = outputs(first=first, rank_1=("--set", "training.lr=0.1"))
+    refused(*found, "has training.lr 0.1, rank 0 (host ")
+
+
+@pytest.mark.distributed
 def test_other_pictures_and_other_captions_are_refused(machines, outputs, tmp_path):
     (machines[1] / "pictures" / "3.txt").write_text("another square")
     refused(*outputs(), "has names and captions ")

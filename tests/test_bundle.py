@@ -28,52 +28,41 @@ def export(*arguments):
     return CliRunner().invoke(main, ["export", "--bundle", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
-def bundle(exported, tmp_path_factory):
-    """Of the exported run, whose exports it takes."""
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = export("--run", exported, "--out", folder)
-    assert done.exit_code == 0, done.output
-    assert done.output.count(": takes ") == 2 and "tracing the fp32 graph" not in done.output
-    assert f"{folder}: 2 stages of 16 to 32 px, fp32, text encoder minilm" in done.output
-    return folder
-
-
-def facts_of(bundle):
-    return json.loads((bundle / "bundle.json").read_text())
+def facts_of(bundled):
+    return json.loads((bundled / "bundle.json").read_text())
 
 
 def run_graph(path, feed):
     return onnxruntime.InferenceSession(path).run(None, feed)
 
 
-def conditioned(bundle, prompt):
+def conditioned(bundled, prompt):
     """Tokens and pooled text of the first stage, as docs/export.md says."""
-    text, stage = facts_of(bundle)["text"], facts_of(bundle)["stages"][0]
-    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    text, stage = facts_of(bundled)["text"], facts_of(bundled)["stages"][0]
+    tokenizer = Tokenizer.from_file(str(bundled / "tokenizer.json"))
     tokenizer.enable_truncation(text["max_tokens"])
     ids = np.array([tokenizer.encode(prompt).ids])
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    (features,) = run_graph(bundle / "text_encoder.onnx", feed)
+    (features,) = run_graph(bundled / "text_encoder.onnx", feed)
     length = stage["max_text_len"]
     kept = features[:, :length]
     embeds = np.zeros((1, length, text["embed_dim"]), np.float32)
     embeds[:, : kept.shape[1]] = kept
     mask = np.arange(length)[None] < kept.shape[1]
-    path = bundle / stage["folder"] / "conditioner.onnx"
+    path = bundled / stage["folder"] / "conditioner.onnx"
     return run_graph(path, {"text_embeds": embeds, "text_mask": mask})
 
 
-def test_numbers_and_graphs_alone_give_the_picture_of_the_run(exported, bundle):
+def test_numbers_and_graphs_alone_give_the_picture_of_the_run(exported, bundled):
     """DDIM at the times of the bundle from the run's own start: nothing else of the program."""
-    stage, cond_scale = facts_of(bundle)["stages"][0], 3.0
-    folder = bundle / stage["folder"]
+    stage, cond_scale = facts_of(bundled)["stages"][0], 3.0
+    folder = bundled / stage["folder"]
     schedule, null = (json.loads((folder / f"{name}.json").read_text())
                       for name in ("schedule", "null_text"))  # fmt: skip
     np.testing.assert_allclose(
         np.cumprod(1 - np.array(schedule["betas"])), schedule["abar"], rtol=1e-9
     )
-    tokens, hidden = conditioned(bundle, "sun")
+    tokens, hidden = conditioned(bundled, "sun")
     session = onnxruntime.InferenceSession(folder / "denoiser.onnx")
     cascade, options = TrainedStages.load(exported), SamplingOptions(sampler="ddim", num=1)
     x = noise_source("sample", cascade.configs[0], [0], (3, 16, 16), CPU)().numpy()
@@ -99,9 +88,15 @@ def test_numbers_and_graphs_alone_give_the_picture_of_the_run(exported, bundle):
     assert np.abs(x_0 - theirs.numpy()).max() < 1 / 255
 
 
-def test_every_file_is_listed_with_its_hash_and_every_port_is_the_graphs_own(bundle):
-    facts = facts_of(bundle)
-    found = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*")
+def test_exports_that_are_there_are_taken_as_they_are(bundled):
+    said = (bundled.parent / "said.txt").read_text()
+    assert said.count(": takes ") == 2 and "tracing the fp32 graph" not in said
+    assert "2 stages of 16 to 32 px, fp32, text encoder minilm" in said
+
+
+def test_every_file_is_listed_with_its_hash_and_every_port_is_the_graphs_own(bundled):
+    facts = facts_of(bundled)
+    found = {path.relative_to(bundled).as_posix(): path for path in bundled.rglob("*")
              if path.is_file() and path.name != "bundle.json"}  # fmt: skip
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()} \
         == {name: file["sha256"] for name, file in facts["files"].items()}  # fmt: skip
@@ -118,7 +113,7 @@ def test_every_file_is_listed_with_its_hash_and_every_port_is_the_graphs_own(bun
                 (value.name, list(value.shape)) for value in values
             ]
     assert {"licences/LICENSE", "licences/THIRD_PARTY.md"} <= set(found)
-    Bundle.model_validate_json((bundle / "bundle.json").read_text())
+    Bundle.model_validate_json((bundled / "bundle.json").read_text())
     assert [stage["lowres_time"] for stage in facts["stages"]] == [None, 20]
     assert [stage["settings"]["cond_scale"] for stage in facts["stages"]] == [3.0, 1.0]
 
@@ -135,8 +130,8 @@ def test_what_goes_not_with_a_bundle_is_said(exported, arguments, message):
     assert (done.exit_code, message in done.output) == (2, True), done.output
 
 
-def test_a_bundle_is_replaced_by_force_and_another_folder_never(exported, bundle, tmp_path):
-    done = export("--run", exported, "--out", bundle)
+def test_a_bundle_is_replaced_by_force_and_another_folder_never(exported, bundled, tmp_path):
+    done = export("--run", exported, "--out", bundled)
     assert done.exit_code == 2 and "exists already; add --force" in done.output
     (tmp_path / "mine").mkdir()
     done = export("--run", exported, "--out", tmp_path / "mine", "--force")

@@ -23,7 +23,9 @@ from imagen_scale.data.encoder import TextEncoder
 from imagen_scale.diffusion.names import Sampler
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import next_number, save_sample, to_uint8
+from imagen_scale.files.numbers import next_number
+from imagen_scale.files.picture_files import save_sample
+from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import find_run, inference_path
 from imagen_scale.runs.inference import load_weights, read_inference
 from imagen_scale.sampling.options import SamplingOptions

@@ -14,7 +14,7 @@ from PIL import Image
 from imagen_scale.commands.main import main
 from imagen_scale.errors import of_system
 from imagen_scale.files.atomic import write_atomically
-from imagen_scale.files.pictures import save_sample
+from imagen_scale.files.picture_files import save_sample
 from imagen_scale.sampling.folder import SampleFolder
 
 FACTS_FIT = 1800  # bytes: the facts of a tiny picture do, its PNG file does not

@@ -22,7 +22,8 @@ from imagen_scale.data.sources import skipped
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.evaluation import measurement
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import save_grid, save_sample
+from imagen_scale.files.picture_files import save_sample
+from imagen_scale.files.pictures import save_grid
 from imagen_scale.planning import setup
 from imagen_scale.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, thin
 from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids

@@ -9,7 +9,7 @@ from support.tiny import TINY
 
 from imagen_scale.config import parse_config
 from imagen_scale.errors import MissingExtraError
-from imagen_scale.files.pictures import save_png
+from imagen_scale.files.picture_files import save_png
 from imagen_scale.runs.folders import metrics_path, tensorboard_dir
 from imagen_scale.training.telemetry import Telemetry
 

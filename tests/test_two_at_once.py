@@ -14,13 +14,8 @@ from PIL import Image
 from imagen_scale.commands.main import main
 from imagen_scale.errors import UsageError
 from imagen_scale.files.locks import locked
-from imagen_scale.files.pictures import (
-    next_number,
-    save_new_picture,
-    save_png,
-    save_sample,
-    taken_number,
-)
+from imagen_scale.files.numbers import next_number, taken_number
+from imagen_scale.files.picture_files import save_new_picture, save_png, save_sample
 from imagen_scale.sampling.folder import SampleFolder
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes import built_here

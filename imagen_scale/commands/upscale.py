@@ -53,7 +53,8 @@ def upscale(
     from imagen_scale.sampling.upscale import Upscaler, read_picture
 
     picture = read_picture(Path(file))
-    from imagen_scale.files.pictures import save_new_picture, to_uint8
+    from imagen_scale.files.picture_files import save_new_picture
+    from imagen_scale.files.pictures import to_uint8
     from imagen_scale.sampling.stage import Listener
 
     upscaler = Upscaler(run_dir, number, runtime, allow_unfinished=allow_unfinished, say=say)

@@ -1,9 +1,8 @@
 """Classifier-free guidance."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from .names import Array
 
 Branch = Literal["text", "null"]
 
@@ -15,7 +14,7 @@ def branches(cond_scale: float) -> frozenset[Branch]:
     return frozenset({"null"}) if cond_scale == 0 else frozenset({"text", "null"})
 
 
-def guide(cond: "Tensor", null: "Tensor", cond_scale: "float | Tensor") -> "Tensor":
+def guide(cond: Array, null: Array, cond_scale: float | Array) -> Array:
     """Extrapolates from the unconditional to the conditional prediction.
 
     It is linear, so it may be done to the noise, to v or to the clean picture.

@@ -1,6 +1,8 @@
-"""Names of samplers and spacings; needs no torch, so that command lines can offer them."""
+"""Names of samplers and spacings, and of what they work on; needs no torch."""
 
-from typing import Literal
+from typing import Any, Literal, TypeAlias
+
+Array: TypeAlias = Any  # of any library: torch's tensors and NumPy's arrays alike
 
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"]
 Spacing = Literal["linear", "trailing", "logsnr", "karras"]

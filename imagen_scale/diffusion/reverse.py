@@ -1,14 +1,13 @@
-"""The reverse process over arrays of any library: torch's and numpy's take the same steps."""
+"""The reverse process over arrays of any library: torch's and numpy's take the same steps.
+
+Imports are relative here and beside: imagen-scale-runtime carries the same files.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from imagen_scale.diffusion.names import Sampler
-from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .names import Array, Sampler
+from .solvers import Level, Past, ddim_step, dpmpp_2m_step, heun_step
 
 
 def num_evaluations(sampler: Sampler, steps: int) -> int:
@@ -20,15 +19,15 @@ def num_evaluations(sampler: Sampler, steps: int) -> int:
 
 
 def reverse(
-    predict: "Callable[[Tensor, Level], Tensor]",
-    x_t: "Tensor",
+    predict: Callable[[Array, Level], Array],
+    x_t: Array,
     levels: Sequence[Level],
     *,
     sampler: Sampler,
     eta: float,
-    draw_noise: "Callable[[], Tensor]",
-    on_step: "Callable[[int, Tensor], None] | None" = None,
-) -> "Tensor":
+    draw_noise: Callable[[], Array],
+    on_step: Callable[[int, Array], None] | None = None,
+) -> Array:
     """Runs the reverse process; the arguments that are not here are `sampler.sample`'s.
 
     Args:

@@ -7,10 +7,9 @@ of any library.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from .names import Array
 
 
 class Level(NamedTuple):
@@ -33,18 +32,18 @@ class Past(NamedTuple):
     """What a multistep solver remembers of the step before."""
 
     level: Level
-    x_0: "Tensor"
+    x_0: Array
 
 
 def ddim_step(
-    x_t: "Tensor",
-    x_0: "Tensor",
+    x_t: Array,
+    x_0: Array,
     level: Level,
     lower: Level,
     *,
     eta: float,
-    noise: "Tensor | None",
-) -> "Tensor":
+    noise: Array | None,
+) -> Array:
     """DDIM; with eta = 1 the DDPM posterior of the two levels. First order.
 
     Args:
@@ -66,14 +65,14 @@ def ddim_step(
 
 
 def dpmpp_2m_step(
-    x_t: "Tensor",
-    x_0: "Tensor",
+    x_t: Array,
+    x_0: Array,
     level: Level,
     lower: Level,
     *,
     past: Past | None,
-    noise: "Tensor | None",
-) -> "Tensor":
+    noise: Array | None,
+) -> Array:
     """DPM-Solver++(2M), or its SDE form where noise is given. Second order.
 
     Without a past it is first order: DDIM, and with noise the DDPM posterior. So it is for the two
@@ -102,13 +101,13 @@ def dpmpp_2m_step(
 
 
 def heun_step(
-    x_t: "Tensor",
-    x_0: "Tensor",
+    x_t: Array,
+    x_0: Array,
     level: Level,
     lower: Level,
     *,
-    predict: "Callable[[Tensor, Level], Tensor]",
-) -> "Tensor":
+    predict: Callable[[Array, Level], Array],
+) -> Array:
     """Heun's step of EDM's ODE, with a second evaluation at the lower level. Second order.
 
     EDM adds noise to a picture of unit scale, z = x_0 + s eps, and solves dz/ds = (z - x_0) / s;

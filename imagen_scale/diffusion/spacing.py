@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from imagen_scale.diffusion.names import Spacing
+from .names import Spacing
 
 KARRAS_RHO = 7.0
 

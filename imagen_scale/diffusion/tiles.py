@@ -11,13 +11,12 @@ fall to zero before a tile ends.
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from imagen_scale.diffusion.denoiser import Denoiser
-from imagen_scale.errors import ShapeError
+from ..errors import ShapeError
+from .names import Array
 
 
 class Tile(NamedTuple):
@@ -26,7 +25,7 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
 
-    def of(self, images: Tensor) -> Tensor:
+    def of(self, images: Array) -> Array:
         """The tile of images (B, C, H, W)."""
         return images[..., self.rows, self.columns]
 
@@ -43,25 +42,33 @@ class TiledDenoiser:
             thousand tiles would fill the memory that tiling saves.
         tile: Side of a tile in pixels, a multiple of `divisor`.
         divisor: Tiles start and end at multiples of it: the network's downsampling.
+        of_numpy: Makes an array of the pictures' library from NumPy's, in the pictures' type.
     """
 
-    def __init__(self, bind: Callable[[Tile], Denoiser], *, tile: int, divisor: int) -> None:
-        self.bind, self.tile, self.divisor = bind, tile, divisor
+    def __init__(
+        self,
+        bind: Callable[[Tile], Callable[[Array, Any], Array]],
+        *,
+        tile: int,
+        divisor: int,
+        of_numpy: Callable[[np.ndarray], Array],
+    ) -> None:
+        self.bind, self.tile, self.divisor, self.of_numpy = bind, tile, divisor, of_numpy
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x_t: Array, t: Any) -> Array:
         """Predicts the clean picture, (B, C, H, W)."""
         height, width = x_t.shape[-2:]
         rows = tile_starts(height, self.tile, self.divisor)
         columns = tile_starts(width, self.tile, self.divisor)
-        row_weights = _weights(rows, self.tile, height, x_t)
-        column_weights = _weights(columns, self.tile, width, x_t)
-        x_0 = torch.zeros_like(x_t)
+        row_weights = map(self.of_numpy, _weights(rows, self.tile, height))
+        column_weights = list(map(self.of_numpy, _weights(columns, self.tile, width)))
+        x_0 = 0 * x_t
         for (row, down), (column, across) in itertools.product(
             zip(rows, row_weights, strict=True), zip(columns, column_weights, strict=True)
         ):
             tile = Tile(slice(row, row + self.tile), slice(column, column + self.tile))
-            prediction = self.bind(tile)(tile.of(x_t).contiguous(), t)
-            tile.of(x_0).add_(prediction * down[:, None] * across)
+            prediction = self.bind(tile)(tile.of(x_t), t)
+            x_0[..., tile.rows, tile.columns] += prediction * down[:, None] * across
         return x_0
 
 
@@ -87,21 +94,17 @@ def tile_starts(side: int, tile: int, divisor: int) -> list[int]:
     return [round(i * units / gaps) * divisor for i in range(gaps + 1)] if gaps else [0]
 
 
-def _weights(starts: list[int], tile: int, side: int, like: Tensor) -> list[Tensor]:
+def _weights(starts: list[int], tile: int, side: int) -> list[np.ndarray]:
     """Weights of each tile along one dimension, (tile,); where tiles overlap they sum to one."""
-    weights = torch.zeros(len(starts), side, dtype=torch.float64)
+    weights = np.zeros((len(starts), side))
     for weight, start in zip(weights, starts, strict=True):
         weight[start : start + tile] = 1
     for i, (left, right) in enumerate(itertools.pairwise(starts)):
         overlap = left + tile - right
         margin = overlap // 4
-        places = (torch.arange(overlap, dtype=torch.float64) + 0.5 - margin) / (
-            overlap - 2 * margin
-        )
-        rising = (places.clamp(0, 1) * math.pi / 2).sin().square()
+        places = (np.arange(overlap) + 0.5 - margin) / (overlap - 2 * margin)
+        rising = np.sin(places.clip(0, 1) * math.pi / 2) ** 2
         weights[i + 1, right : right + overlap] *= rising
         weights[i, right : right + overlap] *= 1 - rising
     weights /= weights.sum(0)  # where three tiles overlap
-    return [
-        weight[start : start + tile].to(like) for weight, start in zip(weights, starts, strict=True)
-    ]
+    return [weight[start : start + tile] for weight, start in zip(weights, starts, strict=True)]

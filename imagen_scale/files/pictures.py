@@ -1,11 +1,6 @@
-"""Writing pictures: single PNG files and captioned grids."""
+"""Pictures as numbers, and many of them as one captioned grid."""
 
-import hashlib
-import itertools
-import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from imagen_scale.files import lettering
-from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.labels import fit_labels
+from imagen_scale.files.picture_files import save_image
 
 
 def from_uint8(pictures: Tensor) -> Tensor:
@@ -38,116 +33,6 @@ MAX_COLUMNS = 8
 GRID_LIMIT = 64  # pictures in the grid of a command; each is also a file of its own
 MAX_CELL = 512  # larger pictures are shrunk here
 MIN_CELL = 128  # small pictures are enlarged, pixel by pixel, so that a person can see them
-
-
-def save_png(path: Path, image: Any) -> None:
-    """Writes one picture.
-
-    Args:
-        path: The PNG file.
-        image: (H, W, 3) uint8.
-    """
-    _save(path, Image.fromarray(image))
-
-
-@contextmanager
-def taken_number(folder: Path, least: int = 1) -> Iterator[int]:
-    """A number for a picture that nobody else takes, whoever writes into the folder meanwhile.
-
-    Args:
-        folder: Where the picture is written while the number is held.
-        least: The first that comes into question.
-    """
-    number = max(least, next_number(folder))
-    while True:
-        claim = folder / f".{number:05d}"
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-            continue
-        try:
-            free = next_number(folder)
-            if free <= number:  # else somebody wrote one of this number before it was claimed
-                yield number
-                return
-            number = free
-        finally:
-            claim.unlink(missing_ok=True)
-
-
-def save_sample(folder: Path, number: int, image: Any, facts: dict[str, Any]) -> Path:
-    """Writes a picture and, beside it, what it was made from.
-
-    The name holds a number and a hash of the facts, never the prompt: prompts may hold anything.
-
-    Args:
-        folder: Where to.
-        number: First part of the name.
-        image: (H, W, 3) uint8.
-        facts: Prompt, seed, settings, model.
-
-    Returns:
-        The PNG file; it is written last, so it never stands without its facts.
-    """
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{number:05d}_{digest[:8]}.png"
-    save_picture(path, image, facts)
-    return path
-
-
-def save_picture(path: Path, image: Any, facts: dict[str, Any]) -> None:
-    """`save_sample` under a name of the caller's; both files, or neither."""
-    text, beside = json.dumps(facts, ensure_ascii=False, indent=1) + "\n", path.with_suffix(".json")
-    write_atomically(beside, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    try:
-        save_png(path, image)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def save_new_picture(path: Path, image: Any, facts: dict[str, Any]) -> Path:
-    """`save_picture` where nothing is overwritten, whoever has written there meanwhile.
-
-    Args:
-        path: The PNG file that is wanted; where it is taken, a number is added to its name.
-        image: (H, W, 3) uint8.
-        facts: What it was made from.
-
-    Returns:
-        The PNG file.
-    """
-    for number in itertools.count(2):
-        taken = list[Path]()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for one in (path, path.with_suffix(".json")):
-                one.touch(exist_ok=False)
-                taken.append(one)
-            save_picture(path, image, facts)
-            return path
-        except FileExistsError:
-            _remove(taken)
-            stem = path.stem if number == 2 else path.stem.rpartition("_")[0]
-            path = path.with_stem(f"{stem}_{number}")
-        except BaseException:
-            _remove(taken)
-            raise
-    raise AssertionError("numbers have no end")
-
-
-def _remove(files: Sequence[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
-
-
-def next_number(folder: Path) -> int:
-    """One above the highest picture number in a folder, so that nothing is overwritten."""
-    found = (
-        re.match(r"(?:grid_|sheet_)?(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir()
-    )
-    return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def save_grid(
@@ -184,8 +69,4 @@ def save_grid(
                 (cell, cell), Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
             )
             grid.paste(picture, (x, y + label_height + MARGIN + r * (cell + MARGIN)))
-    _save(path, grid)
-
-
-def _save(path: Path, image: Image.Image) -> None:
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    save_image(path, grid)

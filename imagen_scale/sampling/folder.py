@@ -4,7 +4,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import save_sample, taken_number, to_uint8
+from imagen_scale.files.numbers import taken_number
+from imagen_scale.files.picture_files import save_sample
+from imagen_scale.files.pictures import to_uint8
 from imagen_scale.sampling.groups import Picture
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stages import TrainedStages

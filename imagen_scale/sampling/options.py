@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from imagen_scale.config import StageConfig
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.config.section import PerUnet
-from imagen_scale.data.sources.captions import is_blank
+from imagen_scale.data.blank import is_blank
 from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel

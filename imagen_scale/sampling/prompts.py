@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from imagen_scale.data.blank import is_blank
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import (
     MAX_TOKENS,
@@ -15,7 +16,6 @@ from imagen_scale.data.encoder import (
     encoder_fingerprint,
     encoder_folder,
 )
-from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Say, Text

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from imagen_scale.errors import UsageError, option
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.pictures import save_new_picture, save_picture, taken_number, to_uint8
+from imagen_scale.files.numbers import taken_number
+from imagen_scale.files.picture_files import save_new_picture, save_picture
+from imagen_scale.files.pictures import to_uint8
 from imagen_scale.files.sheets import draw_sheet
 from imagen_scale.runs.checkpoint_average import averaged_at, check_step
 from imagen_scale.runs.folders import samples_dir

@@ -322,9 +322,13 @@ def denoiser_of(
             None if images is None else window.of(images).contiguous()
             for images in (cond.lowres_img, cond.base)
         )
-        return stage.runtime.bind(cond._replace(lowres_img=lowres, base=base))
+        denoiser = stage.runtime.bind(cond._replace(lowres_img=lowres, base=base))
+        return lambda x_t, t: denoiser(x_t.contiguous(), t)
 
-    return TiledDenoiser(bind, tile=tile, divisor=stage.divisor)
+    return TiledDenoiser(
+        bind, tile=tile, divisor=stage.divisor,
+        of_numpy=lambda weights: torch.from_numpy(weights).to(stage.device, torch.float32),
+    )  # fmt: skip
 
 
 def thresholding(stage: StageConfig, percentile: float | None) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.data.sources.captions import is_blank
+from imagen_scale.data.blank import is_blank
 from imagen_scale.data.sources.images import load_whole_picture
 from imagen_scale.errors import DataError, UsageError, option
 from imagen_scale.files.pictures import from_uint8

@@ -46,6 +46,7 @@ class Beat(NamedTuple):
     reason: str = ""  # of "failed"; of "left" what another rank did
     exit_code: int = 1  # of "failed" and "left"
     number: int = 0  # of this beat
+    has_left: bool = False  # it reads nothing any more
 
     def to_json(self) -> str:
         """For the store."""

@@ -96,8 +96,12 @@ class Circle:
             try:
                 self._store.set(_key(rank()), beat.to_json())
                 self._read()
-                if is_leaving and self._has_spoken() and (rank() != 0 or self._is_last()):
-                    return
+                if is_leaving and self._has_spoken():
+                    if rank() != 0:
+                        self._store.set(_key(rank()), beat._replace(has_left=True).to_json())
+                        return
+                    if self._is_last():
+                        return
             except RuntimeError:  # all of torch's errors are
                 self.is_store_lost = True
                 return
@@ -123,7 +127,7 @@ class Circle:
     def _is_last(self) -> bool:
         """Whether every other rank has left, or cannot hear why this one leaves."""
         return all(
-            seen.beat.state not in PRESENT
+            seen.beat.has_left  # one that failed may not know yet that its word was said
             or self.is_gone(seen.beat)
             or self._silent[number] > DEAF_S
             for number, seen in self.seen.items()

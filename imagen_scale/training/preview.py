@@ -10,10 +10,10 @@ from torch import Tensor
 
 from imagen_scale.config import StageConfig
 from imagen_scale.config.distillation import FewSteps
+from imagen_scale.data.blank import is_blank
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
-from imagen_scale.data.sources.captions import is_blank
 from imagen_scale.data.split import split
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.files.pictures import save_grid, to_uint8

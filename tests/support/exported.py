@@ -10,8 +10,11 @@ from pathlib import Path
 import filelock
 import grimp
 import pytest
+from click.testing import CliRunner
+from imagen_scale_export.bundle import export_bundle
 from imagen_scale_export.exporter import ExportOptions, export_unet
 
+from imagen_scale.commands.main import main
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from support import tiny
@@ -39,8 +42,29 @@ def engines_run(cache: Path) -> Path:
     return _kept(cache, "engines", _engines)
 
 
-def _kept(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
-    run = cache / name / _state() / "tiny"
+def bundled_run(cache: Path) -> Path:
+    """The exported run's bundle; beside it, in `said.txt`, what the command said that made it.
+
+    Args:
+        cache: As for `exported_run`.
+    """
+    run = exported_run(cache)
+
+    def bundle(folder: Path) -> None:
+        folder.parent.mkdir(parents=True)
+        done = CliRunner().invoke(
+            main, ["export", "--bundle", "--run", str(run), "--out", str(folder)]
+        )
+        assert done.exit_code == 0, done.output
+        folder.with_name("said.txt").write_text(done.output)
+
+    return _kept(cache, "bundled", bundle, export_bundle.__module__)
+
+
+def _kept(
+    cache: Path, name: str, make: Callable[[Path], None], entry: str = export_unet.__module__
+) -> Path:
+    run = cache / name / _state(entry) / "tiny"
     with filelock.FileLock(cache / f"{name}.lock"):
         if not run.parent.is_dir():
             making = run.parent.with_name("making") / "tiny"
@@ -50,14 +74,13 @@ def _kept(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     return run
 
 
-def _state() -> str:
+def _state(entry: str) -> str:
     """A hash of everything that decides what is exported.
 
-    Those are the exporter and whatever it imports, directly or not, wherever it lies: an edit
-    elsewhere exports nothing anew, and none of these goes unnoticed.
+    Those are the exporter, the module `entry`, and whatever it imports, directly or not, wherever
+    it lies: an edit elsewhere exports nothing anew, and none of these goes unnoticed.
     """
     graph = grimp.build_graph("imagen_scale", "imagen_scale_export", cache_dir=None)
-    entry = export_unet.__module__
     modules = graph.find_upstream_modules(entry) | {entry}
     files = [Path(find_spec(name).origin) for name in sorted(modules)]
     digest = hashlib.sha256()

@@ -3,6 +3,7 @@
 import unicodedata
 from typing import Any
 
+from imagen_scale.data.blank import is_blank
 from imagen_scale.errors import DataError
 
 
@@ -36,12 +37,6 @@ def clean_caption(caption: Any) -> str:
     if is_blank(text):
         raise DataError("the caption is empty; write one or remove the picture.")
     return text
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has no visible character."""
-    kinds = [unicodedata.category(c) for c in text]
-    return all(kind[0] in "CZ" and kind != "Cs" for kind in kinds)  # Cs: of another encoding
 
 
 def _is_control(character: str) -> bool:

@@ -1,0 +1,5 @@
+"""python -m imagen_scale_runtime."""
+
+from .command import main
+
+main()

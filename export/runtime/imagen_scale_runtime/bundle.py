@@ -1,0 +1,141 @@
+"""What a bundle says of itself: `bundle.json` and the numbers beside the graphs.
+
+The main package's docs/bundle.md is the contract.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .diffusion.solvers import Level
+from .errors import ExportError
+from .files.atomic import sha256
+
+BUNDLE = "bundle.json"
+SCHEMA = 1  # of bundles that this version reads
+
+
+class Conditioned(NamedTuple):
+    """What denoisers take as text, for B pictures."""
+
+    tokens: np.ndarray  # (B, max_text_len, cond_dim) float32
+    hidden: np.ndarray  # (B, time_cond_dim) float32
+
+
+class Schedule:
+    """A stage's noise schedule: T times, of which T - 1 is all noise.
+
+    Args:
+        abar: alpha² of each time.
+    """
+
+    def __init__(self, abar: list[float]) -> None:
+        self.signal = abar
+
+    @property
+    def timesteps(self) -> int:
+        """Number of diffusion steps T."""
+        return len(self.signal)
+
+    def level(self, time: int) -> Level:
+        """The noise level of a time, to double precision."""
+        abar = self.signal[time]
+        return Level(time, abar**0.5, (1 - abar) ** 0.5)
+
+
+class StageFacts:
+    """One stage: its entry in `bundle.json`, and its folder.
+
+    Args:
+        folder: The bundle's.
+        facts: The entry.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder / facts["folder"]
+        self.facts = facts
+        self.number: int = facts["unet"]
+        self.size: int = facts["image_size"]
+        self.is_super_resolution = facts["lowres_time"] is not None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.facts[name]
+
+    @property
+    def name(self) -> str:
+        """For a sentence."""
+        return f"U-Net {self.number} ({self.size} px)"
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Its noise schedule."""
+        return Schedule(_read(self.folder / "schedule.json")["abar"])
+
+    @cached_property
+    def null_text(self) -> Conditioned:
+        """What the branch without text is given, for one picture."""
+        found = _read(self.folder / "null_text.json")
+        return Conditioned(
+            np.array([found["tokens"]], np.float32), np.array([found["hidden"]], np.float32)
+        )
+
+
+class Bundle:
+    """A bundle's folder, opened.
+
+    Args:
+        folder: With `bundle.json` in it.
+        check: Whether every file's hash is compared with the one that was noted.
+
+    Raises:
+        ExportError: If it is no bundle, not whole, or of another version.
+    """
+
+    def __init__(self, folder: Path, *, check: bool = True) -> None:
+        self.folder, path = folder, folder / BUNDLE
+        if not path.is_file():
+            raise ExportError(
+                f"{folder}: holds no {BUNDLE}. Give a folder that `imagen-scale export --bundle` "
+                f"has written."
+            )
+        facts = _read(path)
+        schema = facts.get("schema_version")
+        if schema != SCHEMA:
+            raise ExportError(
+                f"{path}: is of schema {schema}, and this imagen-scale-runtime reads {SCHEMA}. "
+                f"Take the runtime of imagen-scale {facts.get('project_version', '?')}."
+            )
+        try:
+            _check_files(folder, facts["files"], with_hash=check)
+            self.text: dict[str, Any] = facts["text"]
+            self.stages = [StageFacts(folder, stage) for stage in facts["stages"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ExportError(f"{path}: is damaged ({error!r}); export the bundle again.") from None
+        self.facts = facts
+
+
+def _check_files(folder: Path, files: dict[str, Any], *, with_hash: bool) -> None:
+    for name, record in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ExportError(f"{folder / BUNDLE}: names {name!r}, which is outside of the bundle.")
+        if not path.is_file():
+            raise ExportError(f"{path}: is missing. Copy the bundle again, or export it again.")
+        is_same = path.stat().st_size == record["bytes"]
+        if not is_same or (with_hash and sha256(path) != record["sha256"]):
+            raise ExportError(
+                f"{path}: is not what was exported. Copy the bundle again, or export it again."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read ({error}); export the bundle again.") from None
+    if not isinstance(found, dict):
+        raise ExportError(f"{path}: is damaged; export the bundle again.")
+    return found

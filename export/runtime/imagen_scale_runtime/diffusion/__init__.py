@@ -1,0 +1,1 @@
+"""The mathematics of sampling, the same files as the main package's."""

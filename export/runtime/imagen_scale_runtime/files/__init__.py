@@ -1,0 +1,1 @@
+"""Writing pictures, the same files as the main package's."""

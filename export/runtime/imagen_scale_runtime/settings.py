@@ -1,0 +1,110 @@
+"""How each stage is sampled: what the bundle says, changed by what the caller asks for."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
+
+from .bundle import StageFacts
+from .diffusion.guidance import branches
+from .diffusion.names import Sampler, Spacing, SpacingChoice
+from .errors import UsageError, option
+
+PER_STAGE = ("steps", "cond_scale", "sampler", "spacing", "eta", "threshold")
+
+
+class Settings(NamedTuple):
+    """How one stage is sampled; see the main package's `SamplingOptions` for their meaning."""
+
+    steps: int
+    cond_scale: float
+    sampler: Sampler
+    spacing: Spacing
+    eta: float
+    threshold: float | None  # percentile of dynamic thresholding; None: the stage's own way
+
+
+def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Settings]:
+    """The settings of each stage.
+
+    Args:
+        stages: In order.
+        asked: By name; None, a value for all stages, or a list with one for each. A single
+            `cond_scale` is the base stage's, and the others take 1.
+
+    Raises:
+        UsageError: Naming the option that is wrong.
+    """
+    columns: dict[str, list[Any]] = {}
+    for name in PER_STAGE:
+        value = asked.get(name)
+        if not isinstance(value, (list, tuple)):
+            columns[name] = [value] * len(stages)
+            if name == "cond_scale" and value is not None:  # the smaller picture says what to draw
+                columns[name][1:] = [1.0] * (len(stages) - 1)
+        elif len(value) == len(stages):
+            columns[name] = list(value)
+        else:
+            raise UsageError(
+                f"{option(name)}: {len(value)} values for {len(stages)} stage(s). Give one per "
+                f"stage, or a single one."
+            )
+    return [
+        _of_stage(stage, {name: columns[name][i] for name in PER_STAGE})
+        for i, stage in enumerate(stages)
+    ]
+
+
+def check_negative(settings: Sequence[Settings]) -> None:
+    """Refuses a negative prompt where no stage is guided.
+
+    Raises:
+        UsageError: With what to do instead.
+    """
+    if not any("null" in branches(of_stage.cond_scale) for of_stage in settings):
+        raise UsageError(
+            f"{option('negative_prompt')}: acts through guidance, and every "
+            f"{option('cond_scale')} is 1, which is none."
+        )
+
+
+def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
+    own = {**stage["settings"], "threshold": None}
+    chosen = {name: own[name] if asked[name] is None else asked[name] for name in PER_STAGE}
+    if chosen["spacing"] == "auto":
+        chosen["spacing"] = own["spacing"]
+    _check(chosen)
+    if stage["few_steps"]:
+        for name in PER_STAGE:
+            # Without text it may be sampled too.
+            allowed: tuple[Any, ...] = (own[name], 0) if name == "cond_scale" else (own[name],)
+            if chosen[name] not in allowed:
+                raise UsageError(
+                    f"{option(name)} {chosen[name]}: {stage.name} learned to take few steps in "
+                    f"its own way; leave {option(name)} out."
+                )
+    return Settings(**chosen)
+
+
+def _check(chosen: dict[str, Any]) -> None:
+    steps, eta, threshold = chosen["steps"], chosen["eta"], chosen["threshold"]
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"{option('steps')} {steps!r}: must be a whole number from 1 on.")
+    for name, names in (("sampler", Sampler), ("spacing", SpacingChoice)):
+        if chosen[name] not in get_args(names):
+            raise UsageError(
+                f"{option(name)} {chosen[name]!r}: take one of {', '.join(get_args(names))}."
+            )
+    if not _is_number(chosen["cond_scale"]):
+        raise UsageError(f"{option('cond_scale')} {chosen['cond_scale']!r}: must be a number.")
+    if not _is_number(eta) or not 0 <= eta <= 1:
+        raise UsageError(f"{option('eta')} {eta!r}: must be from 0 to 1.")
+    if eta and chosen["sampler"] != "ddim":
+        raise UsageError(
+            f"{option('eta')} {eta}: goes with {option('sampler')} ddim, not {chosen['sampler']}."
+        )
+    if threshold is not None and (not _is_number(threshold) or not 0 < threshold <= 1):
+        raise UsageError(f"{option('threshold')} {threshold!r}: must be above 0 and at most 1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
