@@ -16,79 +16,35 @@ MOST = Limits()
 
 @click.command(short_help="Answer requests for pictures over HTTP.")
 @click.argument("run", required=False)
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Where to listen; others than this machine want a key.",
-)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="0 takes any that is free.",
-)
-@click.option(
-    "--max-batch",
-    type=COUNT,
-    default=16,
-    show_default=True,
-    help="Pictures computed together at most.",
-)
-@click.option(
-    "--max-wait-ms",
-    type=click.IntRange(min=0),
-    default=20,
-    show_default=True,
-    help="How long a picture waits for company at most.",
-)
-@click.option(
-    "--queue",
-    type=COUNT,
-    default=256,
-    show_default=True,
-    help="Pictures that may wait; more are refused with 429.",
-)
-@click.option(
-    "--max-n", type=COUNT, default=MOST.pictures, show_default=True, help="Pictures of one request."
-)
-@click.option(
-    "--max-steps", type=COUNT, default=MOST.steps, show_default=True, help="Steps of a stage."
-)
-@click.option(
-    "--max-prompt",
-    type=COUNT,
-    default=MOST.prompt,
-    show_default=True,
-    help="Characters of a prompt.",
-)
-@click.option(
-    "--max-body", type=COUNT, default=MOST.body, show_default=True, help="Bytes of a request."
-)
-@click.option(
-    "--tile", type=COUNT, help="Compute stages larger than this in tiles of this side, in pixels."
-)
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Where to listen; others than this machine want a key.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+              help="0 takes any that is free.")  # fmt: skip
+@click.option("--max-batch", type=COUNT, default=16, show_default=True,
+              help="Pictures computed together at most.")  # fmt: skip
+@click.option("--max-wait-ms", type=click.IntRange(min=0), default=20, show_default=True,
+              help="How long a picture waits for company at most.")  # fmt: skip
+@click.option("--queue", type=COUNT, default=256, show_default=True,
+              help="Pictures that may wait; more are refused with 429.")  # fmt: skip
+@click.option("--max-n", type=COUNT, default=MOST.pictures, show_default=True,
+              help="Pictures of one request.")  # fmt: skip
+@click.option("--max-steps", type=COUNT, default=MOST.steps, show_default=True,
+              help="Steps of a stage.")  # fmt: skip
+@click.option("--max-prompt", type=COUNT, default=MOST.prompt, show_default=True,
+              help="Characters of a prompt.")  # fmt: skip
+@click.option("--max-body", type=COUNT, default=MOST.body, show_default=True,
+              help="Bytes of a request.")  # fmt: skip
+@click.option("--tile", type=COUNT,
+              help="Compute stages larger than this in tiles of this side, in pixels.")  # fmt: skip
 @unet_limit_option
 @unfinished_option
 @user_errors
 @runtime_options
 def serve(
-    run: str | None,
-    host: str,
-    port: int,
-    max_batch: int,
-    max_wait_ms: int,
-    queue: int,
-    max_n: int,
-    max_steps: int,
-    max_prompt: int,
-    max_body: int,
-    tile: int | None,
-    unet_limit: int | None,
-    allow_unfinished: bool,
-    runtime: RuntimeOptions,
-) -> None:
+    run: str | None, host: str, port: int, max_batch: int, max_wait_ms: int, queue: int,
+    max_n: int, max_steps: int, max_prompt: int, max_body: int, tile: int | None,
+    unet_limit: int | None, allow_unfinished: bool, runtime: RuntimeOptions,
+) -> None:  # fmt: skip
     """Hold a trained run, and answer requests for images as OpenAI's client sends them.
 
     RUN is the run's folder; by default the newest under runs/. Requests of several callers are
@@ -120,7 +76,8 @@ def serve(
         stages, max_batch=max_batch, patience_s=max_wait_ms / 1000, queue=queue, tile=tile
     )
     limits = Limits(max_n, max_steps, max_prompt, max_body)
-    app = application(engine, folder.name, limits=limits, key=key, hosts=hosts_of(host))
+    model = folder.resolve().name
+    app = application(engine, model, limits=limits, key=key, hosts=hosts_of(host))
     listener = listen(host, port)
     if host not in LOOPBACK and key is None:
         say(f"warning: whoever reaches {host} may use this server; set {KEY_VARIABLE} to ask "

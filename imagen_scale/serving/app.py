@@ -74,7 +74,7 @@ class _Answers:
         if self.key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode(), self.key.encode())
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode())
         if scheme.lower() != "bearer" or not is_right:
             raise Refusal(
                 401, "a key is needed: send Authorization: Bearer with it.", code="invalid_api_key"

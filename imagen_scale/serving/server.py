@@ -5,9 +5,12 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagen_scale.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from imagen_scale.serving.engine import Engine
 
 KEY_VARIABLE = "IMAGEN_SCALE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,13 +46,15 @@ def hosts_of(host: str) -> list[str] | None:
     return NAMES if host in LOOPBACK else None
 
 
-def serve(engine: Any, app: Any, listener: socket.socket, *, say: Callable[[str], None]) -> None:
+def serve(
+    engine: "Engine", app: Any, listener: socket.socket, *, say: Callable[[str], None]
+) -> None:
     """Serves until SIGTERM or SIGINT; what was accepted by then is finished first.
 
     Meanwhile it still answers, with 503 to new work. A second signal gives up what is not finished.
 
     Args:
-        engine: An `Engine`, not started yet.
+        engine: Not started yet.
         app: From `application`.
         listener: Closed at the end.
         say: Told when it drains.
