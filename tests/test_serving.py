@@ -223,6 +223,14 @@ def test_one_that_cannot_be_computed_takes_no_other_along(run, cascade, capsys):
         assert_alike(answer.json()["data"][0]["b64_json"], image)
 
 
+def test_large_stages_are_computed_in_tiles_where_the_server_says_so(run, cascade):
+    with served(run, tile=16) as server:
+        (made,) = ask(server, prompt="sun", seed=0, steps=2).json()["data"]
+    (tiled,), (whole,) = (cascade.sample("sun", steps=2, tile=tile) for tile in (16, None))
+    np.testing.assert_array_equal(pixels(made["b64_json"]), np.asarray(tiled))
+    assert (np.asarray(tiled) != np.asarray(whole)).any()
+
+
 def test_two_hundred_callers_get_each_their_own(run):
     each = 50
     with Cascade.load(run, unet_limit=1, runtime="torch") as cascade:
