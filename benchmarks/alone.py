@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import click
 from packaging.requirements import Requirement
-from report import machine, table
+from report import machine, split_at_marks, table, write_between_marks
 
+MARK = "alone"
 ROOT = Path(__file__).resolve().parent.parent
 # The runtime's own pyproject.toml says so; it need not be installed here.
 OF_RUNTIME = ("numpy", "onnxruntime", "pillow", "tokenizers")
@@ -83,8 +84,11 @@ def installed_mb(names: tuple[str, ...]) -> float:
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-def main(run: Path, bundle: Path, rounds: int) -> None:
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+def main(run: Path, bundle: Path, rounds: int, write: Path | None) -> None:
     """See the module."""
+    if write is not None:
+        split_at_marks(write, MARK)  # refused before the work
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "imagen-scale sample --runtime onnx": [
@@ -109,8 +113,13 @@ def main(run: Path, bundle: Path, rounds: int) -> None:
         rows.append([name, f"{middle.seconds:.1f}", f"{middle.cpu_s:.1f}",
                      f"{middle.peak_mb:.0f}", f"{size:.0f}"])  # fmt: skip
     columns = ("", "seconds", "CPU s", "memory at most, MB", "packages on disk, MB")
-    click.echo(table(columns, rows))
-    click.echo(f"\n{rounds} processes each, in turn, medians; {machine('torch', 'onnxruntime')}")
+    text = (
+        f"{table(columns, rows)}\n\n"
+        f"{rounds} processes each, in turn, medians; {machine('torch', 'onnxruntime')}"
+    )
+    click.echo(text)
+    if write is not None:
+        write_between_marks(write, MARK, text)
 
 
 if __name__ == "__main__":
