@@ -180,3 +180,31 @@ def test_a_t5_is_exported_too_and_compared_with_the_original(t5, tmp_path):
         encoder.network.encoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
     with pytest.raises(ParityError, match="the text encoder differs by"):
         verify_text_encoder(encoder, graph, tokenizer)
+
+
+def test_triton_gets_every_graph_with_its_ports_and_weights(bundled, tmp_path):
+    done = CliRunner().invoke(
+        main, ["export", "triton", str(bundled), "--out", str(tmp_path / "models")]
+    )
+    assert done.exit_code == 0, done.output
+    names = {path.name for path in (tmp_path / "models").iterdir()}
+    graphs = ("conditioner", "denoiser", "denoiser_unguided")
+    assert names == {"text_encoder", *(f"unet{n}_{graph}" for n in (1, 2) for graph in graphs)}
+    types = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(bool)": "BOOL"}
+    for name in names:
+        folder = tmp_path / "models" / name
+        config = (folder / "config.pbtxt").read_text()
+        assert f'name: "{name}"\nbackend: "onnxruntime"\n' in config
+        assert "max_batch_size: 8\n" in config and "dynamic_batching { }" in config
+        (graph,) = (folder / "1").glob("*.onnx")
+        assert f'default_model_filename: "{graph.name}"' in config
+        session = onnxruntime.InferenceSession(graph)  # its weights are there
+        for port in (*session.get_inputs(), *session.get_outputs()):
+            _, *sides = [side if isinstance(side, int) else -1 for side in port.shape]
+            dims = f"dims: {sides} }}" if sides else "dims: [1], reshape: { shape: [] } }"
+            assert f'{{ name: "{port.name}", data_type: TYPE_{types[port.type]}, {dims}' in config
+    again = ["export", "triton", str(bundled), "--out", str(tmp_path / "models")]
+    done = CliRunner().invoke(main, again)
+    assert done.exit_code == 2 and "models: exists already" in done.output
+    done = CliRunner().invoke(main, ["export", "triton", str(tmp_path), "--out", "x"])
+    assert done.exit_code == 1 and "is no bundle" in done.output

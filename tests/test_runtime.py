@@ -311,3 +311,14 @@ def test_graphs_are_freed_when_they_are_not_kept(bundled):
     assert kept._reader._graphs and not freed._reader._graphs
     kept.close()
     assert not kept._reader._graphs and kept.sample("sun", steps=1)
+
+
+@pytest.mark.slow
+def test_a_process_without_torch_is_measured_beside_one_with_it(exported, bundled):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "alone.py", exported, bundled, "--rounds", "1"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if "imagen" in line]
+    (_, _, cpu_s, peak, _), (_, _, own_cpu_s, own_peak, _) = rows
+    assert float(own_cpu_s) < float(cpu_s) and float(own_peak) < float(peak)

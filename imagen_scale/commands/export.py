@@ -192,6 +192,29 @@ def export_verify(folder: Path, run: str | None) -> None:
     _print_verification(verify_export(folder, file))
 
 
+@export.command("triton")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new repository.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Pictures that a model takes at once.",
+)
+@user_errors
+def export_triton(bundle: Path, out: Path, max_batch: int) -> None:
+    """Lay the graphs of BUNDLE out as models of NVIDIA's Triton server.
+
+    \b
+        imagen-scale export triton runs/NAME/export/bundle-fp32 --out models
+    """  # fmt: skip
+    from imagen_scale_export.triton import write_repository
+
+    names = write_repository(bundle, out, max_batch)
+    click.echo(f"{out}: {', '.join(names)}")
+
+
 def _inference_file(folder: Path, run: str | None, manifest: "Manifest") -> "InferenceFile":
     from imagen_scale.runs.folders import inference_path
     from imagen_scale.runs.inference import read_inference
