@@ -101,6 +101,8 @@ def same(theirs, ours, prompts, **options):
         {"steps": 3, "cond_scale": 1.0, "at_once": 1, "num": 3, "seed": 5},
         {"steps": 3, "negative_prompt": "pizza"},
         {"steps": 3, "tile": 16},
+        {"steps": 4, "guidance_interval": "0.5:1"},
+        {"steps": 4, "cond_scale": (3, 2), "guidance_interval": ("0:0.5", "0.2:0.6"), "tile": 16},
     ],
 )
 def test_pictures_are_the_runs(cascades, options):
@@ -114,7 +116,7 @@ def test_every_option_shows(cascades):
         for name, options in {
             "plain": {}, "seed": {"seed": 1}, "guidance": {"cond_scale": 9.0},
             "negative": {"negative_prompt": "pizza"}, "tile": {"tile": 16},
-            "threshold": {"threshold": 0.5}, "spacing": {"spacing": "linear"},
+            "interval": {"guidance_interval": "0.5:1"}, "threshold": {"threshold": 0.5}, "spacing": {"spacing": "linear"},
         }.items()
     }  # fmt: skip
     plain = of.pop("plain")
@@ -223,6 +225,7 @@ def test_installed_alone_the_command_draws_the_runs_picture(wheel, exported, bun
         (["sun", "--sampler", "euler"], "--sampler 'euler': take one of ddpm, ddim"),
         (["sun", "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim, not dpmpp_2m"),
         (["sun", "--threshold", "2"], "--threshold 2.0: must be above 0 and at most 1"),
+        (["sun", "--guidance-interval", "1:0"], "--guidance-interval 1:0: it should be FROM:UNTIL"),
         (["sun", "--tile", "7"], "--tile 7: U-Net 2 (32 px) takes tiles in multiples of"),
         (["sun", "--seed", "-1"], "--seed -1: must be a whole number from 0 on"),
         (["sun", "--provider", "CUDA"], "--provider CUDA: this ONNX Runtime has "),

@@ -1,5 +1,6 @@
 """Classifier-free guidance."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from .names import Array
@@ -28,3 +29,31 @@ def guide(cond: Array, null: Array, cond_scale: float | Array) -> Array:
     Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6, with cond_scale = 1 + w.
     """
     return null + (cond - null) * cond_scale
+
+
+def shares(interval: str) -> tuple[float, float]:
+    """From which share of the steps on guidance acts, and until which, of "FROM:UNTIL".
+
+    Raises:
+        ValueError: If it is not 0 <= FROM < UNTIL <= 1.
+    """
+    start, end = map(float, interval.split(":"))
+    if not 0 <= start < end <= 1:
+        raise ValueError(interval)
+    return start, end
+
+
+def guided_times(times: Sequence[int], interval: str) -> frozenset[int]:
+    """The times at which guidance acts: those of the steps whose share is in the interval.
+
+    Step i of n has the share i / n; step 0 begins with noise. At the other times the branch with
+    the text stands alone, for half the work.
+
+    Args:
+        times: That are visited, falling.
+        interval: "FROM:UNTIL", see `shares`.
+
+    Source: Kynkäänniemi et al. 2024, arXiv:2404.07724, equation 5, which counts in sigma.
+    """
+    start, end = shares(interval)
+    return frozenset(time for i, time in enumerate(times) if start <= i / len(times) < end)

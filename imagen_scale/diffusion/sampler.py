@@ -24,6 +24,7 @@ def sample(
     threshold: Callable[[Tensor], Tensor],
     draw_noise: Callable[[], Tensor],
     on_step: Callable[[int, Tensor], None] | None = None,
+    denoiser_at: Callable[[int], Denoiser] | None = None,
 ) -> Tensor:
     """Runs the reverse process.
 
@@ -41,6 +42,7 @@ def sample(
         draw_noise: Gives the next standard normal tensor of x_t's shape; called by "ddpm",
             "dpmpp_2m_sde" and, with eta above 0, "ddim".
         on_step: Called with the number of steps done and the predicted clean images.
+        denoiser_at: Gives another denoiser for each time, in place of `denoiser`.
 
     Returns:
         Images in [-1, 1], (B, C, H, W).
@@ -48,7 +50,8 @@ def sample(
 
     def predict(x: Tensor, level: Level) -> Tensor:
         t = torch.full((len(x),), level.time, device=x.device, dtype=torch.int64)
-        return threshold(denoiser(x, t))
+        asked = denoiser if denoiser_at is None else denoiser_at(level.time)
+        return threshold(asked(x, t))
 
     x_0 = reverse(
         predict,

@@ -13,6 +13,7 @@ from imagen_scale.config import StageConfig
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.config.section import PerUnet
 from imagen_scale.data.blank import is_blank
+from imagen_scale.diffusion.guidance import shares
 from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
@@ -31,6 +32,7 @@ class StageSettings(BaseModel):
     spacing: Spacing = "trailing"
     eta: float = 0.0
     threshold: float | None = None  # None: the stage's own; see `Stage`
+    guidance_interval: str | None = None  # "FROM:UNTIL"; None: guidance acts in every step
 
 
 class SamplingOptions(OptionModel):
@@ -64,6 +66,11 @@ class SamplingOptions(OptionModel):
         None,
         description="Percentile of dynamic thresholding, above 0 and at most 1; by default the "
         "configuration's, and none for stages of `lowres_residual`, which are clamped.",
+    )
+    guidance_interval: PerUnet[str | None] = Field(
+        None,
+        description="Shares of the steps, FROM:UNTIL in 0 to 1, in which guidance acts, as 0.2:1; "
+        "the others take half the work. By default it acts in all.",
     )
     tile: Positive | None = Field(
         None, description="Compute stages larger than this in tiles of this side, in pixels."
@@ -118,6 +125,7 @@ class SamplingOptions(OptionModel):
             for row in zip(*columns.values(), strict=True)
         ]
         for of_stage in settings:
+            _check_interval(of_stage.guidance_interval)
             if of_stage.eta and of_stage.sampler != "ddim":
                 raise UsageError(
                     f"{option('eta')} {of_stage.eta}: goes with {option('sampler')} ddim, not "
@@ -142,6 +150,21 @@ class SamplingOptions(OptionModel):
                     f"built in, and nothing else; leave {option(name)} out, or sample its teacher "
                     f"{few.teacher}."
                 )
+
+
+def _check_interval(interval: str | None) -> None:
+    """Refuses an interval that is none.
+
+    Raises:
+        UsageError: Saying how one is written.
+    """
+    try:
+        shares(interval or "0:1")
+    except ValueError:
+        raise UsageError(
+            f"{option('guidance_interval')} {interval}: it should be FROM:UNTIL with 0 <= FROM < "
+            f"UNTIL <= 1, like 0.2:1."
+        ) from None
 
 
 def learned_settings(few: FewSteps) -> StageSettings:

@@ -11,6 +11,7 @@ from torch import Tensor
 from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
 from imagen_scale.diffusion.denoiser import Denoiser
+from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.lowres import enlarge
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
@@ -241,9 +242,15 @@ class Stage:
         draw_noise = noise_source("sample", self.config, inputs.seeds, shape, self.device)
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
+        denoiser, denoiser_at = denoiser_of(self, cond, sides, tile), None
+        if settings.guidance_interval and len(cond.branches) == 2:
+            plain = denoiser_of(self, cond.unguided, sides, tile)
+            guided = guided_times(times, settings.guidance_interval)
+            denoiser_at = lambda time: denoiser if time in guided else plain  # noqa: E731
         return solved(
-            self, denoiser_of(self, cond, sides, tile), draw_noise(), times, settings, draw_noise,
+            self, denoiser, draw_noise(), times, settings, draw_noise,
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
+            denoiser_at=denoiser_at,
         )  # fmt: skip
 
 
@@ -255,6 +262,7 @@ def solved(
     settings: StageSettings,
     draw_noise: Callable[[], Tensor],
     on_step: Callable[[int, Tensor], None] | None = None,
+    denoiser_at: Callable[[int], Denoiser] | None = None,
 ) -> Tensor:
     """Runs a stage's reverse process; see `sample`.
 
@@ -274,6 +282,7 @@ def solved(
         threshold=thresholding(stage.config, settings.threshold),
         draw_noise=draw_noise,
         on_step=on_step,
+        denoiser_at=denoiser_at,
     ).cpu()
     if not made.isfinite().all():  # it would be drawn black, without a word
         raise EnvironmentProblem(

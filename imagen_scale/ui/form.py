@@ -140,7 +140,8 @@ def _folded(facts: OptionFacts) -> Any:
             list(facts.choices), value=facts.default, label=facts.label, min_width=110,
             elem_id=facts.name,
         )  # fmt: skip
-    return gr.Number(
+    kind = gr.Textbox if facts.kind is str else gr.Number
+    return kind(
         facts.default, label=facts.label, info=facts.description, min_width=110,
         elem_id=facts.name,
     )  # fmt: skip

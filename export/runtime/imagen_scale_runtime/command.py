@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spacing", type=_per_stage(str), help="Which times are visited.")
     parser.add_argument("--eta", type=_per_stage(float), help="Share of DDPM's noise, for ddim.")
     parser.add_argument("--threshold", type=_per_stage(float), help="Percentile.")
+    parser.add_argument(
+        "--guidance-interval", type=_per_stage(str), metavar="FROM:UNTIL[,FROM:UNTIL...]",
+        help="Shares of the steps in which guidance acts.",
+    )  # fmt: skip
     parser.add_argument("--tile", type=int, help="Compute larger stages in tiles of this side.")
     parser.add_argument("--at-once", type=int, help="Pictures computed together.")
     parser.add_argument("--runtime", default="onnx", help="onnx or openvino.")
@@ -75,7 +79,7 @@ def _run(asked: argparse.Namespace) -> None:
     if not prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
     names = ("seed", "num", "negative_prompt", "steps", "cond_scale", "sampler", "spacing", "eta",
-             "threshold", "tile", "at_once")  # fmt: skip
+             "threshold", "guidance_interval", "tile", "at_once")  # fmt: skip
     options = {name: getattr(asked, name) for name in names}
     cascade = Cascade(
         asked.bundle, runtime=asked.runtime, provider=asked.provider, threads=asked.threads,

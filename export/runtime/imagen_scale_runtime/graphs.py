@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -98,7 +99,7 @@ class Engine(NamedTuple):
             )
 
         def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-            with _Computing(path):
+            with _computing(path):
                 outputs: list[np.ndarray] = session.run(None, dict(inputs))
                 return outputs
 
@@ -113,32 +114,26 @@ class Engine(NamedTuple):
         compiled = openvino.Core().compile_model(str(path), "CPU", config)
 
         def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-            with _Computing(path):
+            with _computing(path):
                 found = compiled(dict(inputs))
                 return [np.array(found[port]) for port in compiled.outputs]
 
         return run
 
 
-class _Computing:
-    """Makes the runtimes' errors ours, while they compute."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, Exception):
-            return
+@contextmanager
+def _computing(path: Path) -> Iterator[None]:
+    """Makes the runtimes' errors ours."""
+    try:
+        yield
+    except Exception as error:
         reason = _first_line(error)
         if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", reason, re.I):
             raise EnvironmentProblem(
-                f"{self.path}: memory is too small ({reason}). Make fewer pictures at once "
+                f"{path}: memory is too small ({reason}). Make fewer pictures at once "
                 f"({option('at_once')} 1)."
             ) from None
-        raise ExportError(f"{self.path}: cannot be computed: {reason}") from None
+        raise ExportError(f"{path}: cannot be computed: {reason}") from None
 
 
 def _onnxruntime() -> Any:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 from .bundle import StageFacts
-from .diffusion.guidance import branches
+from .diffusion.guidance import branches, shares
 from .diffusion.names import Sampler, Spacing, SpacingChoice
 from .errors import UsageError, option
 
-PER_STAGE = ("steps", "cond_scale", "sampler", "spacing", "eta", "threshold")
+PER_STAGE = (
+    "steps", "cond_scale", "sampler", "spacing", "eta", "threshold", "guidance_interval",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -21,6 +23,7 @@ class Settings(NamedTuple):
     spacing: Spacing
     eta: float
     threshold: float | None  # percentile of dynamic thresholding; None: the stage's own way
+    guidance_interval: str | None  # "FROM:UNTIL", shares of the steps; None: guidance in all
 
 
 def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Settings]:
@@ -68,7 +71,7 @@ def check_negative(settings: Sequence[Settings]) -> None:
 
 
 def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
-    own = {**stage["settings"], "threshold": None}
+    own = {**stage["settings"], "threshold": None, "guidance_interval": None}
     chosen = {name: own[name] if asked[name] is None else asked[name] for name in PER_STAGE}
     if chosen["spacing"] == "auto":
         chosen["spacing"] = own["spacing"]
@@ -102,6 +105,13 @@ def _check(chosen: dict[str, Any]) -> None:
         raise UsageError(
             f"{option('eta')} {eta}: goes with {option('sampler')} ddim, not {chosen['sampler']}."
         )
+    try:
+        shares(chosen["guidance_interval"] or "0:1")
+    except (ValueError, AttributeError):
+        raise UsageError(
+            f"{option('guidance_interval')} {chosen['guidance_interval']}: it should be FROM:UNTIL "
+            f"with 0 <= FROM < UNTIL <= 1, like 0.2:1."
+        ) from None
     if threshold is not None and (not _is_number(threshold) or not 0 < threshold <= 1):
         raise UsageError(f"{option('threshold')} {threshold!r}: must be above 0 and at most 1.")
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .bundle import Conditioned, StageFacts
-from .diffusion.guidance import branches
+from .diffusion.guidance import branches, guided_times
 from .diffusion.reverse import reverse
 from .diffusion.solvers import Level
 from .diffusion.spacing import visited_times
@@ -104,20 +104,29 @@ class Stage:
             level = schedule.level(facts["lowres_time"])
             lowres = enlarge(inputs.lowres, facts.size, facts.size)
             noised = np.float32(level.alpha) * lowres + np.float32(level.sigma) * draw_noise()
-        whole = self._denoiser(inputs, settings.cond_scale, lowres, noised)
-        if tile is not None and lowres is not None and noised is not None:
+
+        def denoiser(cond_scale: float) -> Callable[[np.ndarray, Level], np.ndarray]:
+            if tile is None or lowres is None or noised is None:
+                return self._denoiser(inputs, cond_scale, lowres, noised)
 
             def bind(window: Tile) -> Callable[[np.ndarray, Level], np.ndarray]:
                 parts = (np.ascontiguousarray(window.of(images)) for images in (lowres, noised))
-                return self._denoiser(inputs, settings.cond_scale, *parts)
+                return self._denoiser(inputs, cond_scale, *parts)
 
-            whole = TiledDenoiser(
+            return TiledDenoiser(
                 bind, tile=tile, divisor=facts["size_divisor"],
                 of_numpy=lambda weights: weights.astype(np.float32),
             )  # fmt: skip
+
         times = visited_times(schedule, settings.steps, settings.spacing)
+        guided = guided_times(times, settings.guidance_interval or "0:1")
+        scales = {True: settings.cond_scale, False: min(settings.cond_scale, 1.0)}
+        # The plain one is loaded only where there are steps for it.
+        denoisers = {acts: denoiser(scales[acts]) for acts in {time in guided for time in times}}
         made: np.ndarray = reverse(
-            lambda x_t, level: self._thresholded(whole(x_t, level), settings.threshold),
+            lambda x_t, level: self._thresholded(
+                denoisers[level.time in guided](x_t, level), settings.threshold
+            ),
             draw_noise(),
             [schedule.level(time) for time in times],
             sampler=settings.sampler,

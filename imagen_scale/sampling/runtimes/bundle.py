@@ -46,7 +46,7 @@ class DefaultSettings(Section):
     @classmethod
     def of(cls, settings: StageSettings, times: list[int]) -> "DefaultSettings":
         """Of resolved settings."""
-        values = settings.model_dump(exclude={"threshold"})
+        values = settings.model_dump(exclude={"threshold", "guidance_interval"})
         return cls(**values, times=tuple(times))
 
 

@@ -46,6 +46,14 @@ class Conditioning(NamedTuple):
             return frozenset({"text", "null"})
         return branches(self.cond_scale)
 
+    @property
+    def unguided(self) -> "Conditioning":
+        """The same where guidance does not act: what is above 1 is 1."""
+        if isinstance(self.cond_scale, Tensor):
+            scale = self.cond_scale.clamp(max=1)
+            return self._replace(cond_scale=1.0 if (scale == 1).all() else scale)
+        return self._replace(cond_scale=min(self.cond_scale, 1.0))
+
     def check(self, stage: StageConfig) -> None:
         """Refuses low-resolution pictures that a stage does not take, and misses those it does.
 
