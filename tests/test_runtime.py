@@ -116,7 +116,8 @@ def test_every_option_shows(cascades):
         for name, options in {
             "plain": {}, "seed": {"seed": 1}, "guidance": {"cond_scale": 9.0},
             "negative": {"negative_prompt": "pizza"}, "tile": {"tile": 16},
-            "interval": {"guidance_interval": "0.5:1"}, "threshold": {"threshold": 0.5}, "spacing": {"spacing": "linear"},
+            "interval": {"guidance_interval": "0.5:1"}, "threshold": {"threshold": 0.5},
+            "spacing": {"spacing": "linear"},
         }.items()
     }  # fmt: skip
     plain = of.pop("plain")
@@ -240,6 +241,14 @@ def test_wrong_use_is_one_sentence(bundled, tmp_path, capsys, arguments, message
     said = capsys.readouterr().err
     assert (ended.value.code, said.startswith("error: ")) == (2, True)
     assert message in said and said.count("\n") == 1
+
+
+def test_what_was_made_before_a_fault_is_told(bundled, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sun", "\udcff", "--bundle", str(bundled), "--out", str(tmp_path), "--steps", "1"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "is not UTF-8 text" in said
+    assert said.startswith(f"0 of 2 pictures are in {tmp_path}\n")  # all are read before the first
 
 
 def damaged(folder, what):

@@ -85,10 +85,8 @@ def _run(asked: argparse.Namespace) -> None:
         asked.bundle, runtime=asked.runtime, provider=asked.provider, threads=asked.threads,
         keep=False, say=_say,
     )  # fmt: skip
-    made, settings = (
-        cascade.stream(prompts, on_step=_progress(), **options),
-        cascade.settings(**options),
-    )
+    settings = cascade.settings(**options)
+    made = cascade.stream(prompts, on_step=_progress(), **options)
     facts = {
         "negative_prompt": asked.negative_prompt,
         "tile": asked.tile,
@@ -98,11 +96,15 @@ def _run(asked: argparse.Namespace) -> None:
         "version": __version__,
     }
     asked.out.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for sample in made:
-        _write(asked.out, sample, facts)
-        count += 1
-    print(f"{count} pictures in {asked.out}")
+    total, written = len(prompts) * asked.num, 0
+    try:
+        for sample in made:
+            _write(asked.out, sample, facts)
+            written += 1
+    except BaseException:
+        print(f"{written} of {total} pictures are in {asked.out}", file=sys.stderr)
+        raise
+    print(f"{written} pictures in {asked.out}")
 
 
 def _write(folder: Path, sample: Sample, facts: dict[str, Any]) -> None:
