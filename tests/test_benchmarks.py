@@ -253,6 +253,7 @@ def run_card(*options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rehearsal_measures_something_of_every_part(tmp_path):
     document, out = tmp_path / "cards.md", tmp_path / "out"
