@@ -389,8 +389,11 @@ def page(tmp_path_factory):
         yield one
 
 
-def values(prompt="sun", *, negative="", seed=0, steps=(3, 2), scales=(3.0, 1.0)):
-    return (prompt, "torch", negative, *steps, *scales, seed, "dpmpp_2m", "trailing", 0.0, None)
+def values(
+    prompt="sun", *, negative="", seed=0, steps=(3, 2), scales=(3.0, 1.0), interval=""
+):  # fmt: skip
+    folded = ("dpmpp_2m", "trailing", 0.0, None, interval)
+    return (prompt, "torch", negative, *steps, *scales, seed, *folded)
 
 
 @pytest.fixture
@@ -404,7 +407,8 @@ def client(page):
 
 def test_a_picture_is_made_over_http(page, client):
     before = len(page.pictures)
-    job = client.submit(*values(negative="pizza", seed=3), api_name="/generate")
+    asked = values(negative="pizza", seed=3, interval="0.5:1")
+    job = client.submit(*asked, api_name="/generate")
     job.result(timeout=120)
     told = [str(output) for output in job.outputs()]
     assert all(any(f'data-unet="{unet}" data-done="{last}"' in one for one in told)
@@ -413,6 +417,7 @@ def test_a_picture_is_made_over_http(page, client):
     assert len(page.pictures) == before + 1
     facts = json.loads(page.pictures[-1].with_suffix(".json").read_text())
     assert (facts["prompt"], facts["negative_prompt"], facts["seed"]) == ("sun", "pizza", 3)
+    assert facts["stages"][0]["guidance_interval"] == "0.5:1"
 
 
 def test_a_sheet_is_made_over_http(page, client):

@@ -91,7 +91,7 @@ class Form:
         for name, fields in self.options.items():
             own, rest = rest[: len(fields)], rest[len(fields) :]
             # A field that is left as it is asks for nothing: few steps are taken in one way only.
-            if name in (*FIRST, "seed") or own[0] != OPTIONS[name].default:
+            if name in (*FIRST, "seed") or own[0] not in (OPTIONS[name].default, ""):
                 options[name] = own if name in FIRST else own[0]
         options["negative_prompt"] = (options.get("negative_prompt") or "").strip()
         return Request((prompt or "").strip(), options, runtime)
