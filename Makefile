@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PROMPTS := "red heart" "sun" "strawberry" "pizza" "rocket" "rainbow" "grinning cat" "snowman"
 
 # Of pytest, on two cores: some tests wait for processes rather than compute.
-WORKERS := 4
+WORKERS := 3
 
 .PHONY: demo demo-fast test test-slow test-hosts lint pytest check-machine clean
 

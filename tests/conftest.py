@@ -49,12 +49,8 @@ def private_folders():
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train or export come first: no long one is left to one worker at the end."""
-    long = {
-        item.path
-        for item in items
-        if item.get_closest_marker("distributed") or item.path.name.startswith("test_export")
-    }
+    """Files that train come first, so that no long one is left to one worker at the end."""
+    long = {item.path for item in items if item.get_closest_marker("distributed")}
     items.sort(key=lambda item: item.path not in long)
 
 

@@ -1,5 +1,6 @@
 """The ONNX files themselves: what they compute, how they are built, what they do not tell."""
 
+import gc
 import json
 from collections import Counter
 
@@ -13,6 +14,7 @@ from imagen_scale_export.to_onnx import (
     example_inputs,
     export_conditioner,
     export_denoisers,
+    export_graph,
     op_census,
 )
 from support import ROOT
@@ -25,7 +27,11 @@ from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.runtimes.onnx_files import data_files
-from imagen_scale.sampling.runtimes.ports import denoiser_inputs
+from imagen_scale.sampling.runtimes.ports import (
+    denoiser_inputs,
+    text_encoder_inputs,
+    text_encoder_output,
+)
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
 
 SIZES = TINY["imagen"]["image_sizes"]
@@ -211,3 +217,19 @@ def test_fp16_is_refused_with_advice_where_it_would_overflow(tmp_path):
     write_stage(tmp_path, 1)
     unet = load_unet(read_inference(inference_path(tmp_path, 1)))
     check_fp16_range(unet, image_size=16, timesteps=100)
+
+
+def test_nothing_is_finalised_while_torch_traces(tmp_path):
+    """Else another library's finaliser, which computes with tensors, is a part of the graph."""
+    seen = []
+
+    class Module(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            seen.append(gc.isenabled())
+            return (input_ids * attention_mask)[..., None].float()
+
+    export_graph(
+        Module(), tmp_path / "graph.onnx", text_encoder_inputs(), [text_encoder_output(1)],
+        opset=21, size=1, divisor=1,
+    )  # fmt: skip
+    assert set(seen) == {False} and gc.isenabled()

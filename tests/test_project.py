@@ -24,7 +24,7 @@ def test_house_rules_are_run_beside_the_tests(command):
     """By `make test`; they take as long as some hundred tests."""
     planned = run("make", "--dry-run", "test", "VENV=venv", "PYTHON=python3").stdout
     assert f"venv/bin/{command}" in planned
-    assert "python -m pytest -n 4 --dist loadfile" in planned
+    assert "python -m pytest -n 3 --dist loadfile" in planned
 
 
 def test_no_test_imports_a_conftest_or_another_test():

@@ -1,10 +1,12 @@
 """A trained U-Net to ONNX files: the denoiser, with guidance and without, and the conditioner."""
 
 import copy
+import gc
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +230,8 @@ def export_graph(
         for port in inputs
     }
     example = example_inputs(inputs, batch=EXAMPLE_BATCH, size=size)
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    quiet = _quiet("torch.onnx", "onnxscript", "onnx_ir")
+    with warnings.catch_warnings(), quiet, _uncollected():
         warnings.simplefilter("ignore")
         # Captured apart from the conversion: torch.onnx.export by itself would silently fix a
         # dimension that the module's code ties down, where this raises.
@@ -247,6 +250,22 @@ def export_graph(
         else:
             exported.save(path, external_data=True)
     _finish(path, inputs, outputs)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Holds Python's collector: what it finalises while torch traces, torch takes into the graph.
+
+    Seen of engines of a training that had ended in the same process.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _save_sharing(model: Any, path: Path, saved: Path) -> None:
