@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from imagen_scale_runtime import Cascade, bundle, noise, pictures
+from imagen_scale_runtime import Cascade, bundle, command, noise, pictures
 from imagen_scale_runtime.command import main
 from imagen_scale_runtime.errors import DataError, ExportError, UsageError
 from imagen_scale_runtime.stage import _clean
@@ -243,12 +243,24 @@ def test_wrong_use_is_one_sentence(bundled, tmp_path, capsys, arguments, message
     assert message in said and said.count("\n") == 1
 
 
-def test_what_was_made_before_a_fault_is_told(bundled, tmp_path, capsys):
+def test_what_was_made_before_a_fault_is_told(bundled, tmp_path, capsys, monkeypatch):
+    write, written = command._write, []
+
+    def full(folder, *others):
+        if written:
+            raise OSError(28, "No space left on device", str(folder))
+        written.append(write(folder, *others))
+
+    monkeypatch.setattr(command, "_write", full)
     with pytest.raises(SystemExit) as ended:
-        main(["sun", "\udcff", "--bundle", str(bundled), "--out", str(tmp_path), "--steps", "1"])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "is not UTF-8 text" in said
-    assert said.startswith(f"0 of 2 pictures are in {tmp_path}\n")  # all are read before the first
+        main(
+            ["sun", "--num", "2", "--bundle", str(bundled), "--out", str(tmp_path), "--steps", "1"]
+        )
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1
+    assert said == [
+        f"1 of 2 pictures are in {tmp_path}", f"error: {tmp_path}: No space left on device"
+    ]  # fmt: skip
 
 
 def damaged(folder, what):

@@ -102,7 +102,8 @@ def _run(asked: argparse.Namespace) -> None:
             _write(asked.out, sample, facts)
             written += 1
     except BaseException:
-        print(f"{written} of {total} pictures are in {asked.out}", file=sys.stderr)
+        if written:
+            print(f"{written} of {total} pictures are in {asked.out}", file=sys.stderr)
         raise
     print(f"{written} pictures in {asked.out}")
 
