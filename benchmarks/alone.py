@@ -57,26 +57,21 @@ def cost_of(argv: list[str]) -> Cost:
 def installed_mb(names: tuple[str, ...]) -> float:
     """Size on disk of packages and of all that they need, in this environment."""
     found: dict[str, int] = {}
-    waiting = [Requirement(name) for name in names]
+    waiting = list(names)
     while waiting:
-        wanted = waiting.pop()
-        if wanted.marker and not any(
-            wanted.marker.evaluate({"extra": extra}) for extra in (wanted.extras or {""})
-        ):
+        name = waiting.pop().lower().replace("_", "-")
+        if name in found:
             continue
-        name = wanted.name.lower().replace("_", "-")
         try:
             package = distribution(name)
         except PackageNotFoundError:
             continue
-        if name in found:
-            continue
         files = [Path(str(package.locate_file(file))) for file in package.files or ()]
         found[name] = sum(file.stat().st_size for file in files if file.is_file())
-        for text in package.requires or ():
-            needed = Requirement(text)
-            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-                waiting.append(needed)
+        needed = map(Requirement, package.requires or ())
+        waiting += [
+            one.name for one in needed if not one.marker or one.marker.evaluate({"extra": ""})
+        ]
     return sum(found.values()) / 1e6
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import machine, table, write_between_marks
+from report import machine, split_at_marks, table, write_between_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "serving"
@@ -173,6 +173,8 @@ def main(
     write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
+    if write is not None:
+        split_at_marks(write, MARK)  # refused before the work
     cores = len(os.sched_getaffinity(0))
     values = [int(value) for value in steps.split(",")]
     rows = []

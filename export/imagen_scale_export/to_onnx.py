@@ -256,7 +256,7 @@ def export_graph(
 def _uncollected() -> Iterator[None]:
     """Holds Python's collector: what it finalises while torch traces, torch takes into the graph.
 
-    Seen of engines of a training that had ended in the same process.
+    Calls that no module makes were found in a graph once, in a process that had trained before.
     """
     was_enabled = gc.isenabled()
     gc.collect()

@@ -10,6 +10,7 @@ from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.sampling.runtimes.bundle import BUNDLE, TEXT_ENCODER, Bundle
 from imagen_scale.sampling.runtimes.manifest import Graph, PortRecord
+from imagen_scale.sampling.runtimes.onnx_files import data_files
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED
 
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL"}
@@ -53,9 +54,8 @@ def write_repository(folder: Path, repository: Path, max_batch: int) -> list[str
     for model in models:
         version = repository / model.name / "1"
         version.mkdir(parents=True)
-        # The graph names the file of its weights, which stands beside it.
-        for file in {model.path, *model.path.parent.glob(f"{_weights_of(model.path)}*")}:
-            _link(file, version / file.name)
+        for name in (model.path.name, *data_files(model.path)):
+            _link(model.path.with_name(name), version / name)
         config = repository / model.name / "config.pbtxt"
         config.write_text(config_of(model, max_batch), encoding="utf-8")
     return [model.name for model in models]
@@ -91,12 +91,6 @@ def _models(folder: Path, bundle: Bundle) -> Iterator[Model]:
             if graph is not None:
                 path = folder / stage.folder / name
                 yield Model(f"{stage.folder}_{path.stem}", graph, path)
-
-
-def _weights_of(path: Path) -> str:
-    """The beginning of the name of the file that holds a graph's weights."""
-    shared = path.with_name(f"{UNGUIDED}.data")
-    return f"{DENOISER}.data" if path.name == UNGUIDED and not shared.exists() else f"{path.name}."
 
 
 def _port(port: PortRecord) -> str:

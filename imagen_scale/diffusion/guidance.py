@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from ..errors import UsageError, option
 from .names import Array
 
 Branch = Literal["text", "null"]
@@ -35,11 +36,17 @@ def shares(interval: str) -> tuple[float, float]:
     """From which share of the steps on guidance acts, and until which, of "FROM:UNTIL".
 
     Raises:
-        ValueError: If it is not 0 <= FROM < UNTIL <= 1.
+        UsageError: If it is not 0 <= FROM < UNTIL <= 1.
     """
-    start, end = map(float, interval.split(":"))
+    try:
+        start, end = map(float, interval.split(":"))
+    except (ValueError, AttributeError):
+        start, end = 0.0, 0.0
     if not 0 <= start < end <= 1:
-        raise ValueError(interval)
+        raise UsageError(
+            f"{option('guidance_interval')} {interval}: it should be FROM:UNTIL with 0 <= FROM < "
+            f"UNTIL <= 1, like 0.2:1."
+        )
     return start, end
 
 

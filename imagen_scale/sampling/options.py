@@ -17,6 +17,7 @@ from imagen_scale.diffusion.guidance import shares
 from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
+from imagen_scale.sampling.per_stage import columns_of
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -93,21 +94,8 @@ class SamplingOptions(OptionModel):
         Raises:
             UsageError: Naming the option that is wrong.
         """
-        columns: dict[str, list[Any]] = {}
-        for name in StageSettings.model_fields:
-            value = getattr(self, name)
-            if not isinstance(value, tuple):
-                columns[name] = [value] * len(stages)
-            elif len(value) == len(stages):
-                columns[name] = list(value)
-            else:
-                raise UsageError(
-                    f"{option(name)}: {len(value)} values for {len(stages)} stage(s). Give one "
-                    f"per stage, or a single one."
-                )
-        if not isinstance(self.cond_scale, tuple):
-            # The low-resolution picture already says what to draw.
-            columns["cond_scale"][1:] = [1.0] * (len(stages) - 1)
+        values = {name: getattr(self, name) for name in StageSettings.model_fields}
+        columns = columns_of(values, len(stages))
         for i, stage in enumerate(stages):
             if stage.few_steps is not None:
                 self._check_few_steps(stage, {name: columns[name][i] for name in columns})
@@ -125,7 +113,8 @@ class SamplingOptions(OptionModel):
             for row in zip(*columns.values(), strict=True)
         ]
         for of_stage in settings:
-            _check_interval(of_stage.guidance_interval)
+            if of_stage.guidance_interval:
+                shares(of_stage.guidance_interval)
             if of_stage.eta and of_stage.sampler != "ddim":
                 raise UsageError(
                     f"{option('eta')} {of_stage.eta}: goes with {option('sampler')} ddim, not "
@@ -150,21 +139,6 @@ class SamplingOptions(OptionModel):
                     f"built in, and nothing else; leave {option(name)} out, or sample its teacher "
                     f"{few.teacher}."
                 )
-
-
-def _check_interval(interval: str | None) -> None:
-    """Refuses an interval that is none.
-
-    Raises:
-        UsageError: Saying how one is written.
-    """
-    try:
-        shares(interval or "0:1")
-    except ValueError:
-        raise UsageError(
-            f"{option('guidance_interval')} {interval}: it should be FROM:UNTIL with 0 <= FROM < "
-            f"UNTIL <= 1, like 0.2:1."
-        ) from None
 
 
 def learned_settings(few: FewSteps) -> StageSettings:

@@ -130,14 +130,16 @@ class Cascade:
         captions = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_call(captions, options)
         settings = self.settings(**options)
+        tiles = [stage.tile_for(options.get("tile")) for stage in self._stages]
         seed, num = options.get("seed") or 0, options.get("num") or 1
         wanted = [(caption, seed + j) for caption in captions for j in range(num)]
-        return self._groups(wanted, settings, options, on_step)
+        return self._groups(wanted, settings, tiles, options, on_step)
 
     def _groups(
         self,
         wanted: list[tuple[str, int]],
         settings: list[Settings],
+        tiles: list[int | None],
         options: dict[str, Any],
         on_step: OnStep | None,
     ) -> Iterator[Sample]:
@@ -155,12 +157,14 @@ class Cascade:
             if not self._keep:
                 self._reader.close()
             made: list[np.ndarray] = []
-            for stage, (text, null), of_stage in zip(self._stages, texts, settings, strict=True):
+            for stage, (text, null), of_stage, tile in zip(
+                self._stages, texts, settings, tiles, strict=True
+            ):
                 lowres = made[-1] if made else None
                 inputs = Inputs(text, null, [seed for _, seed in group], lowres)
                 made.append(
                     stage.sample(
-                        inputs, of_stage, tile=options.get("tile"), at_once=options.get("at_once"),
+                        inputs, of_stage, tile=tile, at_once=options.get("at_once"),
                         on_step=on_step,
                     )
                 )  # fmt: skip

@@ -8,6 +8,7 @@ from .bundle import StageFacts
 from .diffusion.guidance import branches, shares
 from .diffusion.names import Sampler, Spacing, SpacingChoice
 from .errors import UsageError, option
+from .sampling.per_stage import columns_of
 
 PER_STAGE = (
     "steps", "cond_scale", "sampler", "spacing", "eta", "threshold", "guidance_interval",
@@ -37,20 +38,7 @@ def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Set
     Raises:
         UsageError: Naming the option that is wrong.
     """
-    columns: dict[str, list[Any]] = {}
-    for name in PER_STAGE:
-        value = asked.get(name)
-        if not isinstance(value, (list, tuple)):
-            columns[name] = [value] * len(stages)
-            if name == "cond_scale" and value is not None:  # the smaller picture says what to draw
-                columns[name][1:] = [1.0] * (len(stages) - 1)
-        elif len(value) == len(stages):
-            columns[name] = list(value)
-        else:
-            raise UsageError(
-                f"{option(name)}: {len(value)} values for {len(stages)} stage(s). Give one per "
-                f"stage, or a single one."
-            )
+    columns = columns_of({name: asked.get(name) for name in PER_STAGE}, len(stages))
     return [
         _of_stage(stage, {name: columns[name][i] for name in PER_STAGE})
         for i, stage in enumerate(stages)
@@ -105,13 +93,8 @@ def _check(chosen: dict[str, Any]) -> None:
         raise UsageError(
             f"{option('eta')} {eta}: goes with {option('sampler')} ddim, not {chosen['sampler']}."
         )
-    try:
-        shares(chosen["guidance_interval"] or "0:1")
-    except (ValueError, AttributeError):
-        raise UsageError(
-            f"{option('guidance_interval')} {chosen['guidance_interval']}: it should be FROM:UNTIL "
-            f"with 0 <= FROM < UNTIL <= 1, like 0.2:1."
-        ) from None
+    if chosen["guidance_interval"]:
+        shares(chosen["guidance_interval"])
     if threshold is not None and (not _is_number(threshold) or not 0 < threshold <= 1):
         raise UsageError(f"{option('threshold')} {threshold!r}: must be above 0 and at most 1.")
 

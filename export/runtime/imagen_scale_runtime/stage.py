@@ -70,7 +70,7 @@ class Stage:
         Args:
             inputs: What from.
             settings: How.
-            tile: Side of tiles in pixels; None computes whole pictures.
+            tile: From `tile_for`.
             at_once: Pictures computed together; None takes `PIXELS_AT_ONCE`.
             on_step: Told of each step.
 
@@ -78,10 +78,8 @@ class Stage:
             (B, C, size, size) float32 in [-1, 1].
 
         Raises:
-            UsageError: If the tile does not fit.
             EnvironmentProblem: If what was computed is not finite.
         """
-        tile = self._checked(tile)
         count = at_once or max(1, PIXELS_AT_ONCE // self.facts.size**2)
         parts = [
             self._sample_part(inputs.part(start, start + count), settings, tile, on_step)
@@ -179,8 +177,15 @@ class Stage:
             return np.clip(x_0, -1, 1)
         return dynamic_threshold(x_0, percentile or self.facts["percentile"])
 
-    def _checked(self, tile: int | None) -> int | None:
-        """The tile that is taken, if any is."""
+    def tile_for(self, tile: int | None) -> int | None:
+        """The side of the tiles that are taken, in pixels; None where whole pictures are computed.
+
+        Args:
+            tile: As it is asked for.
+
+        Raises:
+            UsageError: If it does not fit the network or its export.
+        """
         if tile is None or tile >= self.facts.size or not self.facts.is_super_resolution:
             return None
         divisor = self.facts["size_divisor"]

@@ -1,0 +1,1 @@
+"""Options of stages, the same file as the main package's."""
