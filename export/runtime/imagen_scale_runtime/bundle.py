@@ -4,6 +4,7 @@ The main package's docs/bundle.md is the contract.
 """
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,14 @@ class Conditioned(NamedTuple):
 
     tokens: np.ndarray  # (B, max_text_len, cond_dim) float32
     hidden: np.ndarray  # (B, time_cond_dim) float32
+
+    def where(self, kept: Sequence[bool], other: "Conditioned") -> "Conditioned":
+        """Each picture's own where it is kept, else the other's."""
+        keep = np.array(kept)
+        return Conditioned(
+            np.where(keep[:, None, None], self.tokens, other.tokens),
+            np.where(keep[:, None], self.hidden, other.hidden),
+        )
 
 
 class Schedule:
