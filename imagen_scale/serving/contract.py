@@ -21,15 +21,17 @@ class Drawn(NamedTuple):
 
 
 class ServedCascade(Protocol):
-    """Stages that stay loaded; used by one thread at a time, but for `settings`.
+    """Stages that stay loaded; `draw` is called by one thread."""
 
-    Attributes:
-        sizes: Side of each stage's square pictures in pixels, from the smallest on.
-        fatal: Exceptions after which it can draw nothing any more.
-    """
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Side of each stage's square pictures in pixels, from the smallest on."""
+        ...
 
-    sizes: Sequence[int]
-    fatal: tuple[type[Exception], ...]
+    @property
+    def fatal(self) -> tuple[type[Exception], ...]:
+        """Exceptions after which it can draw nothing any more."""
+        ...
 
     def settings(self, options: SamplingOptions, stages: int) -> list[StageSettings]:
         """How stages would be sampled, the first so many of them.

@@ -47,7 +47,7 @@ class Served:
 @contextmanager
 def served(
     run: Path, *, works: bool = True, key: str | None = None, limits: Limits = Limits(),  # noqa: B008
-    tile: int | None = None, **options: Any,
+    tile: int | None = None, unet_limit: int | None = None, **options: Any,
 ) -> Iterator[Served]:  # fmt: skip
     """A server until the end of the block.
 
@@ -57,13 +57,16 @@ def served(
         key: As for `application`.
         limits: As for `application`.
         tile: As for `ServedRun`.
+        unet_limit: As for `TrainedStages.load`.
         options: Of the engine.
     """
     cascade: ServedCascade
     if bundle_path(run).is_file():
-        cascade = ServedBundle(run, tile=tile)
+        cascade = ServedBundle(run, tile=tile, unet_limit=unet_limit)
     else:
-        stages = TrainedStages.load(run, runtime=RuntimeOptions(runtime="torch"))
+        stages = TrainedStages.load(
+            run, runtime=RuntimeOptions(runtime="torch"), unet_limit=unet_limit
+        )
         cascade = ServedRun(stages, tile=tile)
     engine = Engine(cascade, **{"max_batch": 16, "patience_s": 0.02, "queue": 256} | options)
     app = application(engine, run.name, limits=limits, key=key, hosts=hosts_of(LOCALHOST))
