@@ -368,9 +368,12 @@ def test_few_steps_are_sampled_as_they_learned_it(bundled, tmp_path):
     cascade = Cascade(folder)
     assert [made.steps for made in cascade.settings()] == [2, 25]
     assert cascade.settings(cond_scale=0)[0].cond_scale == 0
-    for wrong in ({"steps": 5}, {"cond_scale": 3.0}, {"sampler": "heun"}, {"threshold": 0.9}):
-        (name,) = wrong
-        with pytest.raises(UsageError, match=f"{name} .*learned to take few steps"):
+    for wrong in (
+        {"steps": 5}, {"cond_scale": 3.0}, {"sampler": "heun"}, {"threshold": 0.9},
+        {"negative_prompt": "pizza", "cond_scale": [0, 2]},
+    ):  # fmt: skip
+        name, *_ = wrong
+        with pytest.raises(UsageError, match=f"{name}.* learned to take few steps"):
             cascade.settings(**wrong)
 
 

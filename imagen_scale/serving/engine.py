@@ -156,8 +156,8 @@ class Engine:
             for picture in self.cascade.draw(
                 [job.wanted for job in jobs], kind.settings, kind.negative_prompt, hear
             ):
+                self.metrics.pictures.labels("made").inc()  # counted before anybody hears of it
                 jobs[done].finish(Made(picture))
-                self.metrics.pictures.labels("made").inc()
                 done += 1
         except _NobodyWaitsError:
             self.metrics.pictures.labels("dropped").inc(len(jobs) - done)

@@ -103,9 +103,10 @@ class Cascade:
         Raises:
             UsageError: Naming the option that is wrong.
         """
-        settings = settings_of(self._bundle.stages[:stages], options)
+        facts = self._bundle.stages[:stages]
+        settings = settings_of(facts, options)
         if options.get("negative_prompt"):
-            check_negative(settings)
+            check_negative(facts, settings)
         return settings
 
     def sample(

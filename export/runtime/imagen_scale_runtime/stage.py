@@ -125,17 +125,18 @@ class Stage:
         }
         # The plain one is loaded only where there are steps for it.
         denoisers = {acts: denoiser(scales[acts]) for acts in {time in guided for time in times}}
-        made: np.ndarray = reverse(
-            lambda x_t, level: self._thresholded(
-                denoisers[level.time in guided](x_t, level), settings.threshold
-            ),
-            draw_noise(),
-            [schedule.level(time) for time in times],
-            sampler=settings.sampler,
-            eta=settings.eta,
-            draw_noise=draw_noise,
-            on_step=lambda step, _: on_step and on_step(facts.number, step, len(times)),
-        )
+        with np.errstate(all="ignore"):  # what is not finite is refused below, in a sentence
+            made: np.ndarray = reverse(
+                lambda x_t, level: self._thresholded(
+                    denoisers[level.time in guided](x_t, level), settings.threshold
+                ),
+                draw_noise(),
+                [schedule.level(time) for time in times],
+                sampler=settings.sampler,
+                eta=settings.eta,
+                draw_noise=draw_noise,
+                on_step=lambda step, _: on_step and on_step(facts.number, step, len(times)),
+            )
         if not np.isfinite(made).all():
             raise EnvironmentProblem(
                 f"{facts.name}: {self.engine.runtime} computed numbers that are not finite. Export "
