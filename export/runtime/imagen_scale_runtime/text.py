@@ -88,9 +88,8 @@ class TextReader:
     def sentences(self, what: str, prompt: str) -> list[str]:
         """The same of all stages, in words."""
         return [
-            f"{option(what)} {shortened(prompt)!r}: {self.bundle.stages[lost.unet - 1].name} reads "
-            f"the first {lost.read} of {lost.tokens} tokens and not what begins at "
-            f"{shortened(lost.text)!r}."
+            f"{option(what)} {shortened(prompt)!r}: U-Net {lost.unet} reads the first {lost.read} "
+            f"of {lost.tokens} tokens and not what begins at {shortened(lost.text)!r}."
             for lost in self.not_read(what, prompt, len(self.bundle.stages))
         ]
 
