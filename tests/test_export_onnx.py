@@ -8,15 +8,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from imagen_scale_export.to_onnx import (
+from imagen_scale_export.denoisers import (
     Twice,
     check_fp16_range,
-    example_inputs,
     export_conditioner,
     export_denoisers,
-    export_graph,
-    op_census,
 )
+from imagen_scale_export.to_onnx import example_inputs, export_graph, op_census
 from support import ROOT
 from support.tiny import TINY, write_run, write_stage
 from torch import nn

@@ -44,14 +44,13 @@ from imagen_scale.sampling.runtimes.ports import (
 from imagen_scale.sampling.runtimes.tensorrt_library import Library, find_library
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
 from imagen_scale.sampling.runtimes.torch_unet import load_unet
-from imagen_scale_export.staging import check_room, reject, staged
-from imagen_scale_export.to_onnx import (
+from imagen_scale_export.denoisers import (
     check_fp16_range,
     export_conditioner,
     export_denoisers,
-    op_census,
-    require_exporter,
 )
+from imagen_scale_export.staging import check_room, reject, staged
+from imagen_scale_export.to_onnx import op_census, require_exporter
 from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_targets
 from imagen_scale_export.verify import verify, verify_conditioner
 from imagen_scale_export.verify_text import real_text
@@ -122,7 +121,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         export_denoisers(
             unet, folder, image_size=constants.image_size,
             precision=options.precision, dynamic_size=options.dynamic_size,
-            graphs=constants.graphs,
+            guided=True in constants.graphs,
         )  # fmt: skip
         export_conditioner(unet, folder / CONDITIONER)
         engine = profile = None

@@ -7,8 +7,8 @@ from imagen_scale.diffusion.guidance import guide
 from imagen_scale.models.unet import TextCond, UNet
 
 
-class GuidedDenoiser(nn.Module):
-    """Both branches of classifier-free guidance in one batch.
+class PlainDenoiser(nn.Module):
+    """One evaluation of the U-Net: what a guidance scale of 1 takes.
 
     Args:
         unet: In evaluation mode, in the precision to compute in.
@@ -24,36 +24,17 @@ class GuidedDenoiser(nn.Module):
         t: Tensor,
         text_tokens: Tensor,
         text_hidden: Tensor,
-        null_tokens: Tensor,
-        null_hidden: Tensor,
-        cond_scale: Tensor,
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
     ) -> Tensor:
-        """Guided prediction (noise or v), (B, C, H, W) float32; arguments as in `ports`."""
+        """Prediction, (B, C, H, W) float32; arguments as in `ports`."""
         dtype = self.unet.final_conv.weight.dtype
-        text = TextCond(
-            torch.cat((text_tokens, null_tokens)).to(dtype),
-            torch.cat((text_hidden, null_hidden)).to(dtype),
-        )
-        pair = self.unet.denoise(
-            _twice(x_t),
-            _twice(t),
-            text,
-            None if lowres_img is None else _twice(lowres_img),
-            None if lowres_t is None else _twice(lowres_t),
-        )
-        # `chunk` would fix the batch of the exported graph.
-        cond, without_text = pair.float().unflatten(0, (2, -1)).unbind()
-        return guide(cond, without_text, cond_scale[:, None, None, None])
+        text = TextCond(text_tokens.to(dtype), text_hidden.to(dtype))
+        return self.unet.denoise(x_t, t, text, lowres_img, lowres_t).float()
 
 
-class PlainDenoiser(nn.Module):
-    """The conditional branch alone: what a guidance scale of 1 gives, for half the work."""
-
-    def __init__(self, unet: UNet) -> None:
-        super().__init__()
-        self.unet = unet
+class BothBranches(nn.Module):
+    """What the plain denoiser takes for the two branches of guidance, in one batch: text first."""
 
     def forward(
         self,
@@ -61,13 +42,25 @@ class PlainDenoiser(nn.Module):
         t: Tensor,
         text_tokens: Tensor,
         text_hidden: Tensor,
+        null_tokens: Tensor,
+        null_hidden: Tensor,
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
-    ) -> Tensor:
-        """Prediction (noise or v), (B, C, H, W) float32; arguments as in `ports`."""
-        dtype = self.unet.final_conv.weight.dtype
-        text = TextCond(text_tokens.to(dtype), text_hidden.to(dtype))
-        return self.unet.denoise(x_t, t, text, lowres_img, lowres_t).float()
+    ) -> tuple[Tensor, ...]:
+        """The arguments of `PlainDenoiser`, (2 B, ...); arguments as in `ports`."""
+        text = torch.cat((text_tokens, null_tokens)), torch.cat((text_hidden, null_hidden))
+        lowres = () if lowres_img is None or lowres_t is None else (lowres_img, lowres_t)
+        return (_twice(x_t), _twice(t), *text, *map(_twice, lowres))
+
+
+class Guidance(nn.Module):
+    """The prediction for both branches to the one that guidance makes of it."""
+
+    def forward(self, pair: Tensor, cond_scale: Tensor) -> Tensor:
+        """(2 B, C, H, W) and (B,) to (B, C, H, W), float32."""
+        # `chunk` would fix the batch of the exported graph.
+        cond, null = pair.unflatten(0, (2, -1)).unbind()
+        return guide(cond, null, cond_scale[:, None, None, None])
 
 
 class Conditioner(nn.Module):

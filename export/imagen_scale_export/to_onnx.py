@@ -1,8 +1,6 @@
-"""A trained U-Net to ONNX files: the denoiser, with guidance and without, and the conditioner."""
+"""One module to an ONNX file whose ports are named and whose free dimensions are free."""
 
-import copy
 import gc
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,30 +13,9 @@ from torch import Tensor, nn
 
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.errors import ExportError, MissingExtraError
-from imagen_scale.models.unet import UNet
-from imagen_scale.sampling.runtimes.executors import graph_name
-from imagen_scale.sampling.runtimes.ports import (
-    BATCH,
-    HEIGHT,
-    OPSETS,
-    TOKENS,
-    WIDTH,
-    Port,
-    Precision,
-    conditioner_inputs,
-    conditioner_outputs,
-    denoiser_inputs,
-    denoiser_output,
-)
-from imagen_scale_export.graphs import Conditioner, GuidedDenoiser, PlainDenoiser
+from imagen_scale.sampling.runtimes.ports import BATCH, HEIGHT, TOKENS, WIDTH, Port
 
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-# Half of float16's range: what the calibration inputs reach, others may exceed.
-FP16_LIMIT = 3e4
+PAIRS = "pairs"  # images of both branches of guidance: twice the batch
 EXAMPLE_TOKENS = 7
 EXAMPLE_BATCH = 3  # tracing at 1 would take a free batch for a fixed one
 
@@ -54,114 +31,6 @@ def require_exporter() -> None:
         ) from None
 
 
-def export_denoisers(
-    unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool,
-    graphs: Sequence[bool] = (True, False),
-) -> None:  # fmt: skip
-    """Writes the guided denoiser and, over the same weights, the one for a guidance scale of 1.
-
-    Args:
-        unet: float32, in evaluation mode; not changed.
-        folder: Where they and their data file are written.
-        image_size: Side of the stage's pictures in pixels.
-        precision: What the graph computes in; inputs and output stay float32.
-        dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
-        graphs: Which of them: guided or not.
-
-    Raises:
-        ExportError: If a dimension meant to be free came out fixed.
-    """
-    if precision != "fp32":
-        unet = copy.deepcopy(unet).to(DTYPES[precision])
-    if precision == "bf16":
-        unet.apply(_without_resize)
-    config = unet.config
-    output = denoiser_output(config, image_size, dynamic_size=dynamic_size)
-    saved = None  # the first one's weights are the second one's
-    for guided in graphs:
-        module = GuidedDenoiser(unet) if guided else PlainDenoiser(unet)
-        path = folder / graph_name(guided)
-        inputs = denoiser_inputs(config, image_size, dynamic_size=dynamic_size, guided=guided)
-        export_graph(
-            module, path, inputs, [output],
-            opset=OPSETS[precision], size=image_size, divisor=config.size_divisor,
-            weights_of=saved,
-        )  # fmt: skip
-        saved = path
-
-
-class Twice(nn.Module):
-    """Nearest neighbours at twice the side without ONNX's Resize.
-
-    ONNX Runtime computes that on cards in float32 and float16, not in bfloat16
-    (docs/OperatorKernels.md there, CUDAExecutionProvider).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        batch, channels, height, width = x.shape
-        apart = x[:, :, :, None, :, None].expand(batch, channels, height, 2, width, 2)
-        return apart.reshape(batch, channels, 2 * height, 2 * width)
-
-
-def _without_resize(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Upsample):
-            assert (child.scale_factor, child.mode) == (2.0, "nearest")
-            setattr(module, name, Twice())
-
-
-def export_conditioner(unet: UNet, path: Path) -> None:
-    """Writes the text conditioner, in float32 whatever the denoiser's precision: it is small."""
-    export_graph(
-        Conditioner(unet), path,
-        conditioner_inputs(unet.config), conditioner_outputs(unet.config),
-        opset=OPSETS["fp32"], size=1, divisor=1,
-    )  # fmt: skip
-
-
-def check_fp16_range(unet: UNet, *, image_size: int, timesteps: int) -> None:
-    """Refuses networks whose activations come near the end of float16's range.
-
-    Args:
-        unet: float32, in evaluation mode.
-        image_size: Side of the stage's pictures in pixels.
-        timesteps: Diffusion steps T; the first, middle and last time are tried.
-
-    Raises:
-        ExportError: Naming the layer, with what to do instead.
-    """
-    largest: dict[str, float] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                peak = output.abs().max().nan_to_num(nan=float("inf")).item()
-                largest[name] = max(largest.get(name, 0.0), peak)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in unet.named_modules()]
-    ports = denoiser_inputs(unet.config, image_size, dynamic_size=False)
-    inputs = example_inputs(ports, batch=EXAMPLE_BATCH, size=image_size)
-    inputs["t"] = torch.tensor([0.0, timesteps // 2, timesteps - 1])
-    null = unet.null_text(EXAMPLE_BATCH)
-    inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
-    try:
-        with torch.no_grad():
-            GuidedDenoiser(unet)(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    name = max(largest, key=lambda name: largest[name])
-    if largest[name] > FP16_LIMIT:
-        raise ExportError(
-            f"fp16: the activations of layer {name or 'output'!r} reach {largest[name]:.3g}, and "
-            f"float16 ends at 65504 (refused above {FP16_LIMIT:.0f}). Use --precision bf16, which "
-            f"has the range of float32, or --precision fp32."
-        )
-
-
 def example_inputs(
     ports: Sequence[Port], *, batch: int, size: int, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -174,7 +43,9 @@ def example_inputs(
         seed: Same seed, same values.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = {BATCH: batch, HEIGHT: size, WIDTH: size, TOKENS: EXAMPLE_TOKENS}
+    lengths = {
+        BATCH: batch, PAIRS: 2 * batch, HEIGHT: size, WIDTH: size, TOKENS: EXAMPLE_TOKENS
+    }  # fmt: skip
     inputs = {}
     for port in ports:
         shape = [lengths[dim] if isinstance(dim, str) else dim for dim in port.dims]
@@ -200,8 +71,8 @@ def export_graph(
     opset: int,
     size: int,
     divisor: int,
-    weights_of: Path | None = None,
     max_tokens: int = MAX_TOKENS,
+    data: str | None = None,
 ) -> None:
     """Writes one module as an ONNX file.
 
@@ -213,14 +84,35 @@ def export_graph(
         opset: Version of ONNX's operators.
         size: Height and width of the example that is traced, where they are free.
         divisor: What free heights and widths are multiples of.
-        weights_of: A file beside it that holds the same weights already.
         max_tokens: Tokens of a caption, where they are free.
+        data: Name of the file of weights; None is the file's own with `.data`.
 
     Raises:
         ExportError: If a dimension meant to be free came out fixed.
     """
+    import onnx
+    import onnx_ir
+
+    model = trace(module, inputs, opset=opset, size=size, divisor=divisor, max_tokens=max_tokens)
+    # torch's own `save` does nothing else, but for what it holds to be small.
+    onnx_ir.save(model, path, external_data=data or f"{path.name}.data")
+    finish(onnx.load(path, load_external_data=False), path, inputs, outputs)
+
+
+def trace(
+    module: nn.Module,
+    inputs: Sequence[Port],
+    *,
+    opset: int,
+    size: int,
+    divisor: int,
+    max_tokens: int = MAX_TOKENS,
+) -> Any:
+    """One module as an onnx_ir.Model; arguments and errors are those of `export_graph`."""
+    batch = torch.export.Dim(BATCH)
     free: dict[Any, Any] = {
-        BATCH: torch.export.Dim(BATCH),
+        BATCH: batch,
+        PAIRS: 2 * batch,
         TOKENS: torch.export.Dim(TOKENS, max=max_tokens),
         HEIGHT: divisor * torch.export.Dim("rows"),
         WIDTH: divisor * torch.export.Dim("columns"),
@@ -244,12 +136,8 @@ def export_graph(
                 f"the network ties an input dimension to the example's: {error}"
             ) from None
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
-        assert exported is not None  # it is None only when a file name is given
-        if weights_of:
-            _save_sharing(exported.model, path, weights_of)
-        else:
-            exported.save(path, external_data=True)
-    _finish(path, inputs, outputs)
+    assert exported is not None  # it is None only when a file name is given
+    return exported.model
 
 
 @contextmanager
@@ -259,7 +147,6 @@ def _uncollected() -> Iterator[None]:
     Calls that no module makes were found in a graph once, in a process that had trained before.
     """
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -268,33 +155,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _save_sharing(model: Any, path: Path, saved: Path) -> None:
-    """Saves a graph whose weights are references to those beside a saved one."""
-    import onnx_ir
+def finish(model: Any, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+    """Writes an onnx.ModelProto, checked, whose weights lie beside `path` already.
 
-    def content(tensor: Any) -> tuple[Any, ...]:
-        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
-
-    known = {
-        content(value.const_value): value.const_value
-        for value in onnx_ir.load(saved).graph.initializers.values()
-        if isinstance(value.const_value, onnx_ir.ExternalTensor)
-    }
-    for value in model.graph.initializers.values():
-        if same := known.get(content(value.const_value)):
-            value.const_value = onnx_ir.ExternalTensor(
-                same.location, same.offset, same.length, same.dtype,
-                shape=same.shape, name=value.name or "", base_dir=saved.parent,
-            )  # fmt: skip
-    # torch's own `save` would write them once more where they are large.
-    onnx_ir.save(model, path)
-
-
-def _finish(path: Path, inputs: list[Port], outputs: list[Port]) -> None:
-    """Names dimensions and outputs, strips what tells of the exporting machine, checks the file."""
+    Dimensions and outputs are named; what tells of the exporting machine is left out.
+    """
     import onnx
 
-    model = onnx.load(path, load_external_data=False)
     graph = model.graph
     _rename_outputs(graph, [port.name for port in outputs])
     for values, ports in ((graph.input, inputs), (graph.output, outputs)):
