@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -208,6 +210,36 @@ def test_triton_gets_every_graph_with_its_ports_and_weights(bundled, tmp_path):
     assert done.exit_code == 2 and "models: exists already" in done.output
     done = CliRunner().invoke(main, ["export", "triton", str(tmp_path), "--out", "x"])
     assert done.exit_code == 1 and "is no bundle" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files.update({"../x": {"bytes": 0, "sha256": ""}}), "'../x' leads out"),
+        (lambda files: files.pop("unet1/denoiser.onnx.data"), "not list unet1/denoiser.onnx.data"),
+    ],
+)
+def test_triton_gets_what_the_bundle_lists_and_nothing_else(bundled, tmp_path, change, message):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundled, folder)
+    facts = json.loads((folder / "bundle.json").read_text())
+    change(facts["files"])
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    done = CliRunner().invoke(main, ["export", "triton", str(folder), "--out", str(tmp_path / "m")])
+    assert done.exit_code == 1 and message in done.output
+
+
+def test_triton_gets_what_links_lead_to(bundled, tmp_path):
+    """The cache of the Hugging Face hub is made of links."""
+    shutil.copytree(bundled, tmp_path / "blobs")
+    shutil.copytree(tmp_path / "blobs", tmp_path / "linked", copy_function=os.symlink)
+    done = CliRunner().invoke(
+        main, ["export", "triton", str(tmp_path / "linked"), "--out", str(tmp_path / "models")]
+    )
+    assert done.exit_code == 0, done.output
+    shutil.rmtree(tmp_path / "blobs")
+    for graph in (tmp_path / "models").glob("*/1/*.onnx"):
+        onnxruntime.InferenceSession(graph)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,12 @@ def test_what_was_made_before_a_fault_is_told(bundled, tmp_path, capsys, monkeyp
     ]  # fmt: skip
 
 
+def test_a_bundle_of_links_is_a_bundle(bundled, tmp_path):
+    """The cache of the Hugging Face hub is made of them."""
+    shutil.copytree(bundled, tmp_path / "linked", copy_function=os.symlink)
+    assert bundle.Bundle(tmp_path / "linked").stages[1].size == 32
+
+
 def damaged(folder, what):
     facts = json.loads((folder / "bundle.json").read_text())
     if what == "missing":

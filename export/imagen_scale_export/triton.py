@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
+from imagen_scale.files.inside import leads_out
+from imagen_scale.runs.folders import bundle_path
 from imagen_scale.sampling.runtimes.bundle import TEXT_ENCODER, Bundle, read_bundle
 from imagen_scale.sampling.runtimes.manifest import Graph, PortRecord
 from imagen_scale.sampling.runtimes.onnx_files import data_files
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED
+from imagen_scale.sampling.runtimes.reading import damaged
 
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL"}
 
@@ -43,6 +46,8 @@ def write_repository(folder: Path, repository: Path, max_batch: int) -> list[str
     """
     bundle = read_bundle(folder)
     for name, record in bundle.files.items():
+        if leads_out(name):
+            raise damaged(bundle_path(folder), f"the file name {name!r} leads out of the folder")
         if not (folder / name).is_file() or sha256(folder / name) != record.sha256:
             raise ExportError(f"{folder / name}: is not what was exported; export it again.")
     if repository.exists():
@@ -52,6 +57,9 @@ def write_repository(folder: Path, repository: Path, max_batch: int) -> list[str
         version = repository / model.name / "1"
         version.mkdir(parents=True)
         for name in (model.path.name, *data_files(model.path)):
+            of_bundle = model.path.with_name(name).relative_to(folder).as_posix()
+            if of_bundle not in bundle.files:
+                raise damaged(bundle_path(folder), f"it does not list {of_bundle}")
             _link(model.path.with_name(name), version / name)
         config = repository / model.name / "config.pbtxt"
         config.write_text(config_of(model, max_batch), encoding="utf-8")
@@ -99,6 +107,7 @@ def _port(port: PortRecord) -> str:
 
 
 def _link(file: Path, to: Path) -> None:
+    file = file.resolve()
     try:
         os.link(file, to)
     except OSError:  # another file system, or one without links

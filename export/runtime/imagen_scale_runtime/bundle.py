@@ -14,6 +14,7 @@ import numpy as np
 from .diffusion.solvers import Level
 from .errors import ExportError
 from .files.atomic import sha256
+from .files.inside import leads_out
 
 BUNDLE = "bundle.json"
 SCHEMA = 1  # of bundles that this version reads
@@ -160,7 +161,7 @@ def _needed(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _check_files(folder: Path, files: dict[str, Any], *, with_hash: bool) -> None:
     for name, record in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if leads_out(name):
             raise ExportError(f"{folder / BUNDLE}: names {name!r}, which is outside of the bundle.")
         if not path.is_file():
             raise ExportError(f"{path}: is missing. Copy the bundle again, or export it again.")

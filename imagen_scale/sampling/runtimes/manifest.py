@@ -19,6 +19,7 @@ from imagen_scale.config.section import Section
 from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, linear_betas
 from imagen_scale.errors import ExportError
 from imagen_scale.files.atomic import sha256
+from imagen_scale.files.inside import leads_out
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.onnx_files import data_files, describe
 from imagen_scale.sampling.runtimes.ports import (
@@ -291,7 +292,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         raise damaged(folder / MANIFEST, f"it does not list {missing[0]}")
     for name, expected in manifest.files.items():
         path = folder / name
-        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        if leads_out(name) or "/" in name:
             raise damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
         try:
             status = path.stat()

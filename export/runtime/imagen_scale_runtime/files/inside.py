@@ -1,0 +1,1 @@
+../../../../imagen_scale/files/inside.py
