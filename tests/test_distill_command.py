@@ -47,13 +47,14 @@ def planned(*words):
 def test_the_new_run_is_the_teachers_with_a_tenth_of_its_training(teacher):
     data, line = planned("first", "--steps", "4,2", "--cond-scale", "2")
     assert data["distill"] == {
-        "teacher": "runs/first", "steps": [4, 2], "cond_scale": [2.0, 1.0], "teacher_steps": None
+        "teacher": "runs/first", "steps": [4, 2], "cond_scale": [2.0, 1.0], "teacher_steps": None,
+        "spacing": "middle",
     }  # fmt: skip
     own = json.loads((teacher / "config.json").read_text())
     assert {key for key in own if data[key] != own[key]} <= {"distill", "training", "logging"}
     training = data["training"]
     assert (training["steps"], training["lr"]) == ([1, 1], [2.5e-4, 2.5e-4])
-    assert (training["weight_decay"], training["loss_weight"]) == (0, None)
+    assert (training["weight_decay"], training["loss_weight"]) == (0, "v_clipped")
     assert line[line.index("--config") + 1 :][:3] == [
         "runs/first_steps4-2.json", "--run", "runs/first_steps4-2"
     ]  # fmt: skip
@@ -76,7 +77,7 @@ def test_fewer_steps_are_learned_by_the_same_command(teacher):
     data, line = planned("first_steps4-keep", "--steps", "2,keep")
     assert data["distill"] == {
         "teacher": "runs/first_steps4-keep", "steps": [2, None], "cond_scale": [2.0, 1.0],
-        "teacher_steps": None,
+        "teacher_steps": None, "spacing": "trailing",  # its teacher's
     }  # fmt: skip
     assert data["training"]["lr"] == [1e-3, 1e-3]
     assert "runs/first_steps2-keep" in line

@@ -204,6 +204,7 @@ def test_a_student_may_teach_fewer_steps_with_the_guidance_it_has(teacher, tmp_p
         ({"steps": 8}, "distill.steps: 8 for U-Net 1, but its teacher .* takes 4 itself"),
         ({"steps": 3, "teacher_steps": 3}, "smaller number that divides 4"),
         ({"steps": 2, "teacher_steps": 8}, "distill.teacher_steps: .* takes 4 .*; write null"),
+        ({"steps": 2, "spacing": "middle"}, "distill.spacing: middle, .*; write trailing"),
         ({"steps": 2, "cond_scale": 3.0}, "guidance 2 is built into its teacher .*; write 2"),
     ):
         with pytest.raises(ConfigError, match=said):

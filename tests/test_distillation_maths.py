@@ -10,7 +10,9 @@ from imagen_scale.diffusion.sampler import levels_at, sample
 from imagen_scale.diffusion.schedule import NoiseSchedule
 from imagen_scale.diffusion.solvers import ddim_step
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.errors import ConfigError
 
+SPACINGS = ("trailing", "middle")
 MEAN, SPREAD = 0.3, 0.3  # of the data, in every pixel
 SCHEDULES = {
     "linear": NoiseSchedule.linear(1000), "cosine": NoiseSchedule.cosine(1000),
@@ -54,9 +56,9 @@ def student(segments, answer):
     return denoise
 
 
-def sampled(schedule, steps, denoise):
+def sampled(schedule, steps, spacing, denoise):
     x = noise(64, 3, 4, 4)
-    times = visited_times(schedule, steps, "trailing")
+    times = visited_times(schedule, steps, spacing)
     made = sample(denoise, x, schedule, times=times, sampler="ddim",
                   threshold=lambda x_0: x_0, draw_noise=lambda: x)  # fmt: skip
     return made, flow(schedule, x, torch.full((64,), 999)).clamp(-1, 1)
@@ -64,13 +66,14 @@ def sampled(schedule, steps, denoise):
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_what_is_learned_of_an_exact_teacher_is_the_exact_map(kind, steps):
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_what_is_learned_of_an_exact_teacher_is_the_exact_map(kind, steps, spacing):
     """The more steps the teacher takes, the nearer; and its own solver is nearer than DDIM."""
     schedule, errors = SCHEDULES[kind], {}
     for solver, total in itertools.product(("ddim", "dpmpp_2m"), (8, 40, 200)):
-        segments = Segments.of(schedule, steps, total, solver)
+        segments = Segments.of(schedule, steps, total, solver, spacing)
         answer = lambda x, s, segments=segments: segments.answer(exact(schedule), x, s)  # noqa: E731
-        made, wanted = sampled(schedule, steps, student(segments, answer))
+        made, wanted = sampled(schedule, steps, spacing, student(segments, answer))
         errors[solver, total] = (made - wanted).abs().mean().item()
     assert errors["ddim", 200] < errors["ddim", 40] < errors["ddim", 8]
     assert errors["dpmpp_2m", 200] < errors["dpmpp_2m", 40]
@@ -78,10 +81,11 @@ def test_what_is_learned_of_an_exact_teacher_is_the_exact_map(kind, steps):
     assert errors["dpmpp_2m", 200] < 2e-3
 
 
-def test_a_student_that_is_fitted_reaches_the_exact_map():
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_student_that_is_fitted_reaches_the_exact_map(spacing):
     """Of Gaussian data the answer is a straight line in x_t, so least squares find it."""
     schedule, steps = SCHEDULES["cosine"], 4
-    segments = Segments.of(schedule, steps, 200, "dpmpp_2m")
+    segments = Segments.of(schedule, steps, 200, "dpmpp_2m", spacing)
     x_0 = MEAN + SPREAD * noise(4000, 1, 1, 1)
     eps = noise(8000, 1, 1, 1)[4000:]
     segment = torch.arange(4000) % steps
@@ -99,18 +103,19 @@ def test_a_student_that_is_fitted_reaches_the_exact_map():
     def fitted(x, s):
         return slope[s].reshape(-1, 1, 1, 1) * x + offset[s].reshape(-1, 1, 1, 1)
 
-    made, wanted = sampled(schedule, steps, student(segments, fitted))
+    made, wanted = sampled(schedule, steps, spacing, student(segments, fitted))
     assert (made - wanted).abs().mean() < 1e-3
-    few, _ = sampled(schedule, steps, exact(schedule))  # the teacher in as many steps
+    few, _ = sampled(schedule, steps, spacing, exact(schedule))  # the teacher in as many steps
     assert (made - wanted).abs().mean() < 0.1 * (few - wanted).abs().mean()
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_samples_of_all_segments_together_take_the_steps_of_the_sampler(kind, solver):
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_samples_of_all_segments_together_take_the_steps_of_the_sampler(kind, solver, spacing):
     """Each against the solver itself, alone; the DDIM step from its answer ends there too."""
     schedule, steps, m = SCHEDULES[kind], 3, 4
-    segments = Segments.of(schedule, steps, steps * m, solver)
+    segments = Segments.of(schedule, steps, steps * m, solver, spacing)
     x_t, segment = noise(3, 2, 2, 2), torch.arange(3)
     together = segments.answer(exact(schedule), x_t, segment)
     levels = levels_at(schedule, segments.beginnings.tolist())
@@ -142,17 +147,26 @@ def test_a_teacher_of_as_many_steps_answers_with_its_own_prediction():
 
 
 @pytest.mark.parametrize("total", [25, 100, 999, 1000])
-def test_a_students_times_are_those_that_sampling_visits(total):
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_students_times_are_those_that_sampling_visits(total, spacing):
     schedule = NoiseSchedule.cosine(total)
     for steps, m in itertools.product((1, 2, 3, 4, 5, 8), (1, 2, 3, 4)):
         if steps * m > total:
             continue
-        segments = Segments.of(schedule, steps, steps * m, "ddim")
-        assert segments.beginnings.tolist() == visited_times(schedule, steps, "trailing")
+        try:
+            segments = Segments.of(schedule, steps, steps * m, "dpmpp_2m", spacing)
+        except ConfigError as error:
+            assert total < 1000 and "find no times of their own" in str(error)
+            continue
+        times = segments.times.flatten().tolist()
+        assert times == sorted(set(times), reverse=True) and times[-1] >= 0
+        segments = Segments.of(schedule, steps, steps * m, "ddim", spacing)
+        assert segments.beginnings.tolist() == visited_times(schedule, steps, spacing)
         shares = segments.of_time.bincount(minlength=steps)
         assert shares.max() - shares.min() <= 1 and len(shares) == steps
         begins = segments.beginnings[segments.of_time]
-        assert (begins >= torch.arange(total) - 1).all()  # by the rounding of one
+        if spacing == "trailing":
+            assert (begins >= torch.arange(total) - 1).all()  # by the rounding of one
 
 
 def test_weights_are_those_of_the_visited_times_and_leave_no_step_out():

@@ -15,7 +15,7 @@ from imagen_scale.diffusion.reverse import num_evaluations
 from imagen_scale.diffusion.sampler import levels_at, sample
 from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, at_time
 from imagen_scale.diffusion.solvers import ddim_step, dpmpp_2m_step
-from imagen_scale.diffusion.spacing import spaced_times, visited_times
+from imagen_scale.diffusion.spacing import MIDDLE_SNR, spaced_times, visited_times
 
 MEAN = torch.tensor([0.15, -0.07]).double().view(1, 2, 1, 1)
 STD = torch.tensor([0.05, 0.2]).double().view(1, 2, 1, 1)
@@ -220,13 +220,16 @@ def test_the_exact_network_of_any_recipe_gives_the_data(name, pred_type, sampler
     torch.testing.assert_close(spread, STD, atol=limit, rtol=0)
 
 
+TO_THE_END = ("linear", "logsnr", "karras")  # the others' last step goes to the clean picture
+
+
 @given(steps=st.integers(1, 300), spacing=st.sampled_from(get_args(Spacing)))
 def test_spacings_begin_with_noise_alone_where_a_schedule_ends_so(steps, spacing):
     for name, schedule in SCHEDULES.items():
         times = visited_times(schedule, steps, spacing)
         assert len(times) == steps and times[0] == 999
         assert all(a > b for a, b in pairwise(times)), name
-        if spacing != "trailing" and steps > 1:
+        if spacing in TO_THE_END and steps > 1:
             assert times[-1] == 0
     if spacing in ("logsnr", "karras") and steps > 1:  # the others as if it ended just before
         without = NoiseSchedule.of_abar(SCHEDULES["linear to noise"].abar[:-1])
@@ -245,7 +248,7 @@ def test_spacings_visit_distinct_falling_times_from_the_noisiest(timesteps, step
     assert times[0] == timesteps - 1
     assert all(a > b for a, b in pairwise(times))
     assert times[-1] >= 0
-    if spacing != "trailing" and steps > 1:
+    if (spacing in TO_THE_END and steps > 1) or steps >= timesteps:
         assert times[-1] == 0
 
 
@@ -262,4 +265,9 @@ def test_spacings_are_even_in_what_they_say():
     }.items():
         times = visited_times(FINE, 20, spacing)
         assert spread([measure(level) for level in levels_at(FINE, times)]) < 2e-3, spacing
+    half = [level.half_log_snr for level in levels_at(FINE, visited_times(FINE, 20, "middle")[1:])]
+    assert spread(half) < 2e-3
+    gap = (half[-1] - half[0]) / 18
+    for end, snr in zip((half[0] - gap, half[-1] + gap), MIDDLE_SNR, strict=True):
+        assert math.exp(2 * end) == pytest.approx(snr, rel=1e-2)
     assert visited_times(NoiseSchedule.linear(1000), 4, "trailing") == [999, 749, 499, 249]

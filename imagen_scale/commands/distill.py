@@ -196,15 +196,17 @@ def _configuration(
     ]
     learned = [n for n, steps in zip(count, wanted, strict=True) if steps != KEEP]
     longest = max(learned, default=1)
-    is_student = any(file.stage.few_steps for file in files)
+    learned_before = [file.stage.few_steps for file in files]
+    is_student = any(learned_before)
     data["distill"] = {
         "teacher": str(teacher),
         "steps": [None if steps == KEEP else steps for steps in wanted],
         "cond_scale": _guidance(files, wanted, cond_scale),
+        "spacing": next((few.spacing for few in learned_before if few), "middle"),
     }
     data["training"] |= {
         "recipe": None,
-        "loss_weight": None,
+        "loss_weight": "v_clipped",
         "start_from": None,
         "steps": count,
         # A student's teacher was trained at a small rate already.

@@ -1,6 +1,6 @@
 """The section `distill`: stages that learn to take few steps from those of another run."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -8,6 +8,7 @@ from imagen_scale.config.section import PerUnet, PositiveFloat, PositiveInt, Sec
 
 # Steps of a teacher in all, unless they are written: its own solver leaves little to more.
 TEACHER_STEPS = 16
+StudentSpacing = Literal["trailing", "middle"]
 MAX_STEPS = 16  # of a student; with more a solver of second order is as good untaught
 
 
@@ -33,6 +34,12 @@ class DistillConfig(Section):
         description="Steps of the teacher in all, a multiple of `steps`, or one per U-Net. null: "
         "the first multiple from 16 on; those of a teacher that takes few steps itself.",
     )
+    spacing: StudentSpacing = Field(
+        "trailing",
+        description="Where the steps of a student lie: even in time, or in the middle of the noise "
+        "levels, where most is decided, which learns better and is what `imagen-scale distill` "
+        "writes; see `--spacing`. Those of a teacher that takes few steps itself.",
+    )
 
 
 class FewSteps(NamedTuple):
@@ -42,6 +49,7 @@ class FewSteps(NamedTuple):
     steps: int
     cond_scale: float  # guidance that is built in
     teacher_steps: int | None  # as written
+    spacing: StudentSpacing
 
     @property
     def steps_of_ordinary_teacher(self) -> int:

@@ -164,7 +164,8 @@ class StageConfig:
         if steps is None:
             return None
         cond_scale = self._own(self.distill.cond_scale)
-        return FewSteps(teacher, steps, cond_scale, self._own(self.distill.teacher_steps))
+        teacher_steps = self._own(self.distill.teacher_steps)
+        return FewSteps(teacher, steps, cond_scale, teacher_steps, self.distill.spacing)
 
     @property
     def micro_batch(self) -> int | None:

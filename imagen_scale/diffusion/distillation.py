@@ -16,10 +16,12 @@ from torch import Tensor
 
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.loss import LossWeight, x_0_weights
+from imagen_scale.diffusion.names import Spacing
 from imagen_scale.diffusion.sampler import levels_at
 from imagen_scale.diffusion.schedule import NoiseSchedule, PredType
 from imagen_scale.diffusion.solvers import Level, Past, ddim_step, dpmpp_2m_step
 from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.errors import ConfigError
 
 # Of a teacher: DPM-Solver++(2M), begun anew in each segment; DDIM where it is a student itself.
 TeacherSolver = Literal["dpmpp_2m", "ddim"]
@@ -48,8 +50,9 @@ class Segments:
 
     @classmethod
     def of(
-        cls, schedule: NoiseSchedule, steps: int, teacher_steps: int, solver: TeacherSolver
-    ) -> "Segments":
+        cls, schedule: NoiseSchedule, steps: int, teacher_steps: int, solver: TeacherSolver,
+        spacing: Spacing = "trailing",
+    ) -> "Segments":  # fmt: skip
         """Divides a schedule.
 
         Args:
@@ -57,10 +60,16 @@ class Segments:
             steps: K.
             teacher_steps: K m, at most T.
             solver: Of the teacher.
+            spacing: Of the student's steps.
+
+        Raises:
+            ConfigError: If so many steps of the teacher find no times of their own.
         """
-        m, total = teacher_steps // steps, schedule.timesteps
-        levels = levels_at(schedule, visited_times(schedule, teacher_steps, "trailing"))
-        rows = [levels[start : start + m] for start in range(0, teacher_steps, m)]
+        total = schedule.timesteps
+        rows = [
+            levels_at(schedule, times)
+            for times in teacher_times(schedule, steps, teacher_steps, solver, spacing)
+        ]
         ends = [row[0] for row in rows[1:]] + [None]  # the last one ends at the clean picture
         pairs = list(zip(rows, ends, strict=True))
         place = torch.arange(total - 1, -1, -1) * steps // total
@@ -106,6 +115,32 @@ class Segments:
             x, past = of_x * x + of_x_0 * x_0 + of_past * past, x_0
         of_end, of_beginning = (_each(self.inverse[segment, i], x) for i in range(2))
         return of_end * x + of_beginning * x_t
+
+
+def teacher_times(
+    schedule: NoiseSchedule, steps: int, teacher_steps: int, solver: TeacherSolver, spacing: Spacing
+) -> list[list[int]]:
+    """The times that a teacher visits in each of K segments, m each, falling.
+
+    Those of an ordinary teacher are even in t between the student's. One that is a student itself
+    visits those that it learned, if they hold this student's: rounding may have moved them where
+    times are few.
+
+    Raises:
+        ConfigError: If a segment has no m times.
+    """
+    m = teacher_steps // steps
+    begins = visited_times(schedule, steps, spacing)
+    own = visited_times(schedule, teacher_steps, spacing)
+    if solver == "ddim" and own[::m] == begins:
+        return [own[start : start + m] for start in range(0, teacher_steps, m)]
+    pairs = list(zip(begins, [*begins[1:], -1], strict=True))
+    if any(begin - end < m for begin, end in pairs):
+        raise ConfigError(
+            f"distill.teacher_steps: {teacher_steps} find no times of their own among the "
+            f"{schedule.timesteps} of the schedule; take fewer, or more imagen.timesteps."
+        )
+    return [[round(begin - (begin - end) * j / m) for j in range(m)] for begin, end in pairs]
 
 
 def student_factors(

@@ -13,6 +13,7 @@ import numpy as np
 from .names import Spacing
 
 KARRAS_RHO = 7.0
+MIDDLE_SNR = 0.01, 300.0  # alpha² / sigma² between which most of a picture is decided
 
 
 class Levels(Protocol):
@@ -50,9 +51,12 @@ def visited_times(schedule: Levels, steps: int, spacing: Spacing) -> list[int]:
       section 3.4).
     - karras: even in (sigma / alpha)^(1/7), both ends included (Karras et al. 2022,
       arXiv:2206.00364, equation 5).
+    - middle: even in log(alpha / sigma) within `MIDDLE_SNR`, but begun at T - 1; the last step goes
+      straight to the clean picture. For few steps, of which none is left to the ends, where
+      little is decided.
 
-    The last two are infinite where the schedule ends in noise alone: T - 1 is visited in place of
-    T - 2, with which their even steps begin.
+    Where the schedule ends in noise alone, logsnr and karras are infinite there: T - 1 is visited
+    in place of T - 2, with which their even steps begin.
 
     Args:
         schedule: Noise schedule of T times.
@@ -69,6 +73,10 @@ def visited_times(schedule: Levels, steps: int, spacing: Spacing) -> list[int]:
     abar = abar[abar > 0]
     noise = np.sqrt((1 - abar) / abar)  # the standard deviation of the noise where alpha = 1
     share = np.linspace(0, 1, steps)
+    if spacing == "middle":
+        first, last = (-np.log(snr) / 2 for snr in MIDDLE_SNR)
+        wanted = _between(first, last, np.arange(steps) / steps)
+        return _distinct([total - 1.0, *_place(wanted, np.log(noise))[1:]], total)
     if spacing == "logsnr":
         wanted = _between(np.log(noise[-1]), np.log(noise[0]), share)
     else:

@@ -143,7 +143,7 @@ class SamplingOptions(OptionModel):
 
 def learned_settings(few: FewSteps) -> StageSettings:
     """The only way in which a stage of few steps is sampled: as it learned it."""
-    return StageSettings(steps=few.steps, cond_scale=1.0, sampler="ddim", spacing="trailing")
+    return StageSettings(steps=few.steps, cond_scale=1.0, sampler="ddim", spacing=few.spacing)
 
 
 def default_spacing(stage: StageConfig) -> Spacing:

@@ -11,6 +11,7 @@ from imagen_scale.config import Config, StageConfig
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.distillation import Segments
+from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ConfigError
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.planning.setup import Setup
@@ -66,8 +67,16 @@ def segments_of(stage: StageConfig, teacher: StageConfig) -> Segments:
     assert few is not None
     schedule = stage_schedule(stage)
     if own is not None:
-        return Segments.of(schedule, few.steps, own.steps, "ddim")
-    return Segments.of(schedule, few.steps, few.steps_of_ordinary_teacher, "dpmpp_2m")
+        segments = Segments.of(schedule, few.steps, own.steps, "ddim", few.spacing)
+        if segments.times.flatten().tolist() != visited_times(schedule, own.steps, own.spacing):
+            raise ConfigError(
+                f"distill.steps: the times of {few.steps} steps are not among those that its "
+                f"teacher {own.teacher} learned ({own.steps} steps); distill its own teacher "
+                f"{own.teacher} instead."
+            )
+        return segments
+    total = few.steps_of_ordinary_teacher
+    return Segments.of(schedule, few.steps, total, "dpmpp_2m", few.spacing)
 
 
 def find_teacher(config: Config, unet_number: int, run_dir: Path) -> Origin:
@@ -143,6 +152,11 @@ def _too_many_steps(
         )
     if few.teacher_steps not in (None, own.steps):
         yield f"distill.teacher_steps: {run} takes {own.steps} for {stage.name}; write null."
+    if few.spacing != own.spacing:
+        yield (
+            f"distill.spacing: {few.spacing}, but its teacher {run} has learned steps of spacing "
+            f"{own.spacing}; write {own.spacing}."
+        )
     if few.cond_scale != own.cond_scale:
         yield (
             f"distill.cond_scale: {few.cond_scale:g} for {stage.name}, but guidance "
