@@ -19,6 +19,7 @@ from imagen_scale.sampling.runtimes.ports import (
     denoiser_output,
 )
 from imagen_scale_export.graphs import BothBranches, Conditioner, PlainDenoiser
+from imagen_scale_export.group_norm import GROUP_NORM, group_norm_in_parts
 from imagen_scale_export.guided import export_guided
 from imagen_scale_export.to_onnx import EXAMPLE_BATCH, example_inputs, export_graph
 
@@ -33,7 +34,7 @@ FP16_LIMIT = 3e4
 
 def export_denoisers(
     unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool,
-    guided: bool = True,
+    guided: bool = True, whole_norms: bool = False,
 ) -> None:  # fmt: skip
     """Writes the denoiser for a guidance scale of 1 and, over the same weights, the guided one.
 
@@ -44,6 +45,7 @@ def export_denoisers(
         precision: What the graph computes in; inputs and output stay float32.
         dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
         guided: Write the guided one.
+        whole_norms: Keep each GroupNormalization one node: TensorRT has a layer for it.
 
     Raises:
         ExportError: If a dimension meant to be free came out fixed.
@@ -62,7 +64,7 @@ def export_denoisers(
     plain, path = folder / graph_name(False), folder / graph_name(True)
     export_graph(
         PlainDenoiser(unet), plain, takes, [gives], data=f"{graph_name(guided)}.data",
-        **sizes,
+        translations={} if whole_norms else {GROUP_NORM: group_norm_in_parts}, **sizes,
     )  # fmt: skip
     if guided:
         export_guided(plain, path, takes_guided, gives, **sizes)

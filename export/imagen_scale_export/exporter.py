@@ -121,7 +121,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         export_denoisers(
             unet, folder, image_size=constants.image_size,
             precision=options.precision, dynamic_size=options.dynamic_size,
-            guided=True in constants.graphs,
+            guided=True in constants.graphs, whole_norms=library is not None,
         )  # fmt: skip
         export_conditioner(unet, folder / CONDITIONER)
         engine = profile = None
