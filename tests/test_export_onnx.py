@@ -149,7 +149,7 @@ def value_kinds(model):
 # for normalisations and attention its contributed kernels and functions).
 BF16_ON_CARDS = {
     "Add", "Attention", "Cast", "Concat", "Conv", "Expand", "Gemm", "LayerNormalization", "MatMul",
-    "Mul", "Reshape", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Mul", "Reshape", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
 

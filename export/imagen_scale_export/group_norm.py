@@ -32,7 +32,6 @@ def group_norm_in_parts(
 
     is_half = input.dtype != DataType.FLOAT
     x = op.Cast(input, to=DataType.FLOAT) if is_half else input
-    shape = op.Shape(x)
     # What makes groups differ are the channels' own scales, which follow.
     ones, zeros = (
         op.Constant(value=tensor(np.full(num_groups, value, np.float32))) for value in (1, 0)
@@ -41,6 +40,6 @@ def group_norm_in_parts(
     x = op.InstanceNormalization(x, ones, zeros, epsilon=eps)
     if is_half:
         x = op.Cast(x, to=input.dtype)
-    x = op.Reshape(x, shape)
+    x = op.Reshape(x, op.Shape(input))
     of_channels = op.Constant(value_ints=[-1, 1, 1])
     return op.Add(op.Mul(x, op.Reshape(weight, of_channels)), op.Reshape(bias, of_channels))
