@@ -80,7 +80,7 @@ def test_a_stage_is_sampled_as_it_learned_beside_one_that_did_not(run):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 8), ("cond_scale", 3.0), ("sampler", "heun"), ("spacing", "linear"), ("eta", 0.5),
-     ("threshold", 0.9)],
+     ("threshold", 0.9), ("cache_interval", 2)],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_by_name(name, value, run):
     with pytest.raises(UsageError) as caught:

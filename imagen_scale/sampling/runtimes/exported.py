@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from imagen_scale.diffusion.caching import DeepCache
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
@@ -68,9 +69,14 @@ class ExportedRuntime:
         self._schedule = stage_schedule(file.stage).to(self.device)
 
     @torch.no_grad()
-    def bind(self, cond: Conditioning) -> Denoiser:
+    def bind(self, cond: Conditioning, cache: DeepCache | None = None) -> Denoiser:
         """See `Runtime`; the graph without guidance does half the work."""
         cond.check(self._stage)
+        if cache is not None:
+            raise UsageError(
+                f"{option('cache_interval')} {cache.interval}: exports compute every evaluation "
+                f"whole; take {option('runtime')} torch."
+            )
         batch, needed = len(cond.text.embeds), cond.branches
         text, null = self._condition(cond.text), self._conditioner.null_text(batch)
         if cond.negative is not None:
