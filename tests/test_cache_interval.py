@@ -1,24 +1,35 @@
 """Evaluations that take the deeper levels' features from the last whole one."""
 
 import json
+import shutil
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from imagen_scale_export.denoisers import export_denoisers
+from imagen_scale_export.exporter import ExportOptions, export_unet
+from imagen_scale_export.to_onnx import example_inputs, op_census
 from support.networks import make_inputs, make_unet
 from support.tiny import TINY
+from torch import nn
 
 from imagen_scale.config import parse_config
 from imagen_scale.diffusion.guidance import guide
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import ExportError, UsageError
+from imagen_scale.files.pictures import to_uint8
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
+from imagen_scale.sampling.runtimes.exported import export_folder, open_export
+from imagen_scale.sampling.runtimes.onnx_runtime import OnnxCpu
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.runtimes.ports import denoiser_inputs, graph_name
+from imagen_scale.sampling.runtimes.torch_unet import load_unet
 from imagen_scale.sampling.stage import Inputs, Stage
 from imagen_scale.sampling.stages import TrainedStages
 
@@ -174,3 +185,91 @@ def test_a_stage_of_one_level_is_refused():
     assert [of.cache_interval for of in make(cache_interval=[1, 2]).for_stages(stages)] == [1, 2]
     with pytest.raises(UsageError, match="cache_interval 2: U-Net 1 has one level, .* give 1 for"):
         make(cache_interval=2).for_stages(stages)
+
+
+def in_255(images):
+    return to_uint8(images).astype(int)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cond_scale": [3.0, 2.0], "guidance_interval": [None, "0.5:1"], "sampler": "heun"},
+        {"tile": 16, "sampler": "dpmpp_2m_sde"},
+    ],
+)
+def test_an_export_does_the_same(exported, runtime, options):
+    """Of the second stage, which takes any size and was exported with `--cache`."""
+    asked = make(steps=5, cache_interval=[1, 3], **options)
+    theirs, ours, uncached = (
+        TrainedStages.load(
+            exported, runtime=RuntimeOptions(runtime=name, precision="fp32")
+        ).sample(["sun"], how)[1]
+        for name, how in (
+            ("torch", asked), (runtime, asked), (runtime, asked.changed(cache_interval=1)),
+        )
+    )  # fmt: skip
+    assert np.abs(in_255(theirs) - in_255(ours)).max() <= 1
+    assert np.abs(in_255(uncached) - in_255(ours)).max() > 1
+
+
+def test_an_export_without_shallow_graphs_says_how_to_get_them(exported):
+    cascade = TrainedStages.load(exported, runtime=RuntimeOptions(runtime="onnx"))
+    with pytest.raises(UsageError) as caught:
+        cascade.sample(["sun"], make(steps=2, cache_interval=[2, 1]))
+    assert str(caught.value) == (
+        "cache_interval 2: this export of U-Net 1 computes every evaluation whole; export it again "
+        "with `imagen-scale export --unet 1 --cache --force`, or take runtime torch."
+    )
+    file = read_inference(inference_path(exported, 1))
+    with pytest.raises(UsageError, match="cache: engines compute every evaluation whole; export"):
+        export_unet(file, ExportOptions(format="tensorrt", cache=True), print)
+
+
+def test_an_export_that_lacks_a_shallow_graph_is_damaged(exported, tmp_path):
+    file, folder = read_inference(inference_path(exported, 2)), tmp_path / "export"
+    shutil.copytree(export_folder(file, "onnx", "fp32"), folder)
+    open_export(folder, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["denoiser_shallow.onnx"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"damaged: it does not list denoiser_shallow\.onnx"):
+        open_export(folder, file)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_shallow_graph_holds_the_finest_level_alone(exported, guided):
+    folder = export_folder(read_inference(inference_path(exported, 2)), "onnx", "fp32")
+    whole, shallow = (
+        op_census(folder / graph_name(guided, shallow=each)) for each in (False, True)
+    )
+    unet = load_unet(read_inference(inference_path(exported, 2)))
+    below = [unet.downs[1], unet.mid_block1, unet.mid_block2, unet.ups[0], unet.downs[0][4]]
+    convolutions, norms = (
+        sum(isinstance(module, kind) for part in below for module in part.modules())
+        for kind in (nn.Conv2d, nn.GroupNorm)
+    )
+    assert whole["InstanceNormalization"] - shallow["InstanceNormalization"] == norms > 5
+    # A convolution of features beside a skip connection is two in the graph.
+    assert whole["Conv"] - shallow["Conv"] >= convolutions
+
+
+def test_half_precision_and_half_the_side(tmp_path):
+    """The deeper features leave in float32, and of this network at half the picture's side."""
+    unet = make_unet(1, memory_efficient=True).eval().requires_grad_(False)
+    export_denoisers(
+        unet, tmp_path, image_size=16, precision="fp16", dynamic_size=True, shallow=True
+    )
+    for guided in (True, False):
+        ports = denoiser_inputs(unet.config, 16, dynamic_size=True, guided=guided)
+        inputs = example_inputs(ports, batch=2, size=24)
+        whole, shallow = (
+            OnnxCpu(tmp_path / graph_name(guided, shallow=each)) for each in (False, True)
+        )
+        prediction, deep = whole.outputs(inputs)
+        assert deep.shape == (4 if guided else 2, 8, 12, 12)
+        again = shallow(inputs | {"deep": deep})
+        assert (again - prediction).abs().max() < 1e-2 * prediction.abs().max()
+        other = shallow(inputs | {"deep": deep.flip(0)})
+        assert (other - prediction).abs().max() > 1e-1 * prediction.abs().max()

@@ -156,10 +156,12 @@ BF16_ON_CARDS = {
 def test_a_bf16_graph_has_no_operator_that_cards_do_not_compute_in_bf16(tmp_path):
     write_run(tmp_path / "run")
     unet = load_unet(read_inference(inference_path(tmp_path / "run", 2)))
-    export_denoisers(unet, tmp_path, image_size=32, precision="bf16", dynamic_size=True)
+    export_denoisers(
+        unet, tmp_path, image_size=32, precision="bf16", dynamic_size=True, shallow=True
+    )
     assert any(isinstance(module, nn.Upsample) for module in unet.modules())  # the network's own
-    for name in ("denoiser.onnx", "denoiser_unguided.onnx"):
-        model = onnx.load(tmp_path / name)
+    for name in ("denoiser", "denoiser_unguided", "denoiser_shallow", "denoiser_unguided_shallow"):
+        model = onnx.load(tmp_path / f"{name}.onnx")
         kinds = value_kinds(model)
         in_bf16 = {
             node.op_type for node in model.graph.node
@@ -187,7 +189,8 @@ def test_every_input_keeps_a_free_batch(exported, number):
 
 def test_weights_lie_outside_and_nothing_tells_of_the_machine(exported):
     for path in (exported / "export").rglob("*.onnx"):
-        assert data_files(path) == {path.name.replace("_unguided", "") + ".data"}
+        name = path.name.replace("_unguided", "").replace("_shallow", "")
+        assert data_files(path) == {f"{name}.data"}
         content = path.read_bytes()
         for secret in (str(ROOT), "site-packages", ".py", "def forward", "stack_trace"):
             assert secret.encode() not in content, path

@@ -91,6 +91,11 @@ def test_what_it_cannot_do_is_refused_by_name(name, value, run):
     )
 
 
+def test_no_graphs_are_made_that_it_would_not_take(run):
+    with pytest.raises(UsageError, match="cache: U-Net 1 learned few steps, and every evaluation"):
+        export_unet(file_of(run), ExportOptions(cache=True), print)
+
+
 def test_a_negative_prompt_needs_a_stage_that_is_guided(run, both):
     with pytest.raises(UsageError, match="negative_prompt: acts .* few steps is built in; sample"):
         settings(both, negative_prompt="sun")

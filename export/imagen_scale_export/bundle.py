@@ -110,12 +110,13 @@ def _export_of(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path:
         except ExportError as error:
             tell(f"{error.marked.rstrip('.')}: exported anew")
         else:
-            if found.dynamic_size or not options.dynamic_size:
+            is_wide = found.dynamic_size or not options.dynamic_size
+            if is_wide and (found.has_shallow or not options.cache):
                 tell(f"U-Net {file.unet_number}: takes {folder}")
                 return folder
     anew = ExportOptions(
-        precision=options.precision, dynamic_size=options.dynamic_size, check=options.check,
-        force=True,
+        precision=options.precision, dynamic_size=options.dynamic_size, cache=options.cache,
+        check=options.check, force=True,
     )  # fmt: skip
     return export_unet(file, anew, tell)
 

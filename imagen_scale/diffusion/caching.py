@@ -27,7 +27,7 @@ class DeepCache:
         Args:
             guided: Whether it computes both branches of guidance.
         """
-        if not self._left or guided != self._guided:
+        if self._left <= 0 or guided != self._guided:
             self._features = None
         self._left -= 1
         return self._features
