@@ -91,9 +91,13 @@ def test_what_it_cannot_do_is_refused_by_name(name, value, run):
     )
 
 
-def test_no_graphs_are_made_that_it_would_not_take(run):
-    with pytest.raises(UsageError, match="cache: U-Net 1 learned few steps, and every evaluation"):
-        export_unet(file_of(run), ExportOptions(cache=True), print)
+@pytest.mark.parametrize("what", [["--unet", "all"], ["--bundle"]])
+def test_no_graphs_are_made_that_it_would_not_take(run, what):
+    done = CliRunner().invoke(main, ["export", *what, "--cache", "--run", str(run)])
+    assert done.exit_code == 2
+    assert "--cache: U-Net 1 learned few steps, and every evaluation is whole" in done.output
+    assert "Export the others with --unet" in done.output
+    assert not (run / "export").exists()
 
 
 def test_a_negative_prompt_needs_a_stage_that_is_guided(run, both):

@@ -43,7 +43,7 @@ from imagen_scale.sampling.runtimes.ports import (
 )
 from imagen_scale.sampling.stage_schedule import stage_schedule
 from imagen_scale.version import __version__
-from imagen_scale_export.exporter import ExportOptions, export_unet
+from imagen_scale_export.exporter import ExportOptions, check_cache, export_unet
 from imagen_scale_export.staging import staged
 from imagen_scale_export.text_encoder import export_text_encoder, verify_text_encoder
 
@@ -73,6 +73,7 @@ def export_bundle(
         raise UsageError(f"{final}: exists already; add --force to replace it.")
     if final.exists() and not bundle_path(final).is_file():
         raise UsageError(f"{final}: is no bundle, so it is not replaced; name another folder.")
+    check_cache(files, options)
     exports = [_export_of(file, options, tell) for file in files]
     settings = SamplingOptions().for_stages([file.stage for file in files])
     final.parent.mkdir(parents=True, exist_ok=True)

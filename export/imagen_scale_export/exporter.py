@@ -1,6 +1,6 @@
 """One U-Net from its inference file to a folder that runtimes accept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +102,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         EnvironmentProblem: If memory or disk would run out.
         MissingExtraError: If a package is missing.
     """
-    if options.cache:
-        _check_cache(file, options)
+    check_cache([file], options)
     require_exporter()
     _require_checker(options)
     library = find_library() if options.format == "tensorrt" else None
@@ -190,18 +189,28 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
         raise ParityError(f"{error}. Moved to {reject(folder, folder)}.") from None
 
 
-def _check_cache(file: InferenceFile, options: ExportOptions) -> None:
-    """Refuses graphs that no sampling would take.
+def check_cache(files: Sequence[InferenceFile], options: ExportOptions) -> None:
+    """Refuses graphs that no sampling would take, if `cache` asks for them.
+
+    Args:
+        files: Of all that is to be exported.
+        options: How.
 
     Raises:
-        UsageError: Saying why.
+        UsageError: Saying why, and what to do.
     """
-    asked, stage = option("cache"), file.stage
+    if not options.cache:
+        return
+    asked = option("cache")
     if options.format != "onnx":
         raise UsageError(f"{asked}: engines compute every evaluation whole; export to onnx.")
-    if stage.few_steps is not None or stage.unet.num_levels == 1:
-        reason = "learned few steps" if stage.few_steps is not None else "has one level"
-        raise UsageError(f"{asked}: {stage.name} {reason}, and every evaluation is whole there.")
+    for stage in (file.stage for file in files):
+        if stage.few_steps is not None or stage.unet.num_levels == 1:
+            reason = "learned few steps" if stage.few_steps is not None else "has one level"
+            raise UsageError(
+                f"{asked}: {stage.name} {reason}, and every evaluation is whole there. Export the "
+                f"others with {option('unet')}, one by one; a bundle takes them as they are."
+            )
 
 
 def _require_checker(options: ExportOptions) -> None:

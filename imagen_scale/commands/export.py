@@ -97,7 +97,7 @@ def _export(
     from imagen_scale.runs.folders import find_run
 
     run_dir = find_run(run)
-    from imagen_scale_export.exporter import ExportOptions, export_unet
+    from imagen_scale_export.exporter import ExportOptions, check_cache, export_unet
     from imagen_scale_export.to_tensorrt import parse_range
 
     from imagen_scale.runs.inference import read_stage, read_stages
@@ -117,6 +117,7 @@ def _export(
         files = read_stages(run_dir, allow_unfinished)
     else:
         files = [read_stage(run_dir, int(unet), allow_unfinished)]
+    check_cache(files, options)
     for file in files:
         folder = export_unet(file, options, click.echo)
         from imagen_scale.sampling.runtimes.manifest import read_manifest

@@ -162,7 +162,7 @@ class Manifest(Section):
     @property
     def has_shallow(self) -> bool:
         """Whether there are graphs of the finest level alone, for `cache_interval`."""
-        return len(self.denoiser.outputs) > 1
+        return len(self.denoiser.outputs) == 2
 
     @property
     def shallow(self) -> Graph:
