@@ -167,7 +167,7 @@ def test_a_bf16_graph_has_no_operator_that_cards_do_not_compute_in_bf16(tmp_path
             node.op_type for node in model.graph.node
             if any(kinds.get(v) == onnx.TensorProto.BFLOAT16 for v in (*node.input, *node.output))
         }  # fmt: skip
-        assert {"Conv", "LayerNormalization"} < in_bf16 <= BF16_ON_CARDS
+        assert {"Conv", "Gemm"} < in_bf16 <= BF16_ON_CARDS
 
 
 def test_nearest_neighbours_without_resize_are_the_same():
