@@ -131,16 +131,10 @@ class UNet(nn.Module):
         return TextCond(tokens.expand(batch, -1, -1), self.null_text_hidden.expand(batch, -1))
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextCond,
-        lowres_img: Tensor | None = None,
-        lowres_t: Tensor | None = None,
-        *,
-        deep: Tensor | None = None,
-        kept: list[Tensor] | None = None,
-    ) -> Tensor:
+        self, x_t: Tensor, t: Tensor, text: TextCond,
+        lowres_img: Tensor | None = None, lowres_t: Tensor | None = None,
+        *, deep: Tensor | None = None, kept: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The part that depends on the noise level.
 
         Args:
@@ -206,14 +200,10 @@ class UNet(nn.Module):
         return self.final_conv(self.final_res_block(x, cond))
 
     def denoise_cached(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextCond,
-        lowres_img: Tensor | None = None,
-        lowres_t: Tensor | None = None,
+        self, x_t: Tensor, t: Tensor, text: TextCond,
+        lowres_img: Tensor | None = None, lowres_t: Tensor | None = None,
         deep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What `denoise` gives and what it keeps, (B, D, h, w)."""
         kept: list[Tensor] = []
         made = self.denoise(x_t, t, text, lowres_img, lowres_t, deep=deep, kept=kept)
