@@ -13,7 +13,7 @@ class DeepCache:
     Args:
         interval: One evaluation is whole, the `interval` - 1 after it are not.
 
-    Source: Ma et al. 2023 (DeepCache), arXiv:2312.00858, equation 8: uniform 1:N.
+    Source: Ma et al. 2023 (DeepCache), arXiv:2312.00858, its uniform 1:N inference.
     """
 
     def __init__(self, interval: int) -> None:
