@@ -98,7 +98,7 @@ class StageFacts:
     @property
     def has_shallow(self) -> bool:
         """Whether there are graphs of the finest level alone, for `cache_interval`."""
-        return len(self.facts["denoiser_unguided"]["outputs"]) > 1
+        return (self.folder / "denoiser_unguided_shallow.onnx").is_file()
 
     @cached_property
     def schedule(self) -> Schedule:
