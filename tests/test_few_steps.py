@@ -80,7 +80,7 @@ def test_a_stage_is_sampled_as_it_learned_beside_one_that_did_not(run):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 8), ("cond_scale", 3.0), ("sampler", "heun"), ("spacing", "linear"), ("eta", 0.5),
-     ("threshold", 0.9)],
+     ("threshold", 0.9), ("cache_interval", 2)],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_by_name(name, value, run):
     with pytest.raises(UsageError) as caught:
@@ -89,6 +89,15 @@ def test_what_it_cannot_do_is_refused_by_name(name, value, run):
         f"{name} {value}: U-Net 1 learned to take 4 steps with guidance 2 built in, and nothing "
         f"else; leave {name} out, or sample its teacher {TEACHER}."
     )
+
+
+@pytest.mark.parametrize("what", [["--unet", "all"], ["--bundle"]])
+def test_no_graphs_are_made_that_it_would_not_take(run, what):
+    done = CliRunner().invoke(main, ["export", *what, "--cache", "--run", str(run)])
+    assert done.exit_code == 2
+    assert "--cache: U-Net 1 learned few steps, and every evaluation is whole" in done.output
+    assert "Export the others with --unet" in done.output
+    assert not (run / "export").exists()
 
 
 def test_a_negative_prompt_needs_a_stage_that_is_guided(run, both):

@@ -103,6 +103,8 @@ def same(theirs, ours, prompts, **options):
         {"steps": 3, "tile": 16},
         {"steps": 4, "guidance_interval": "0.5:1"},
         {"steps": 4, "cond_scale": (3, 2), "guidance_interval": ("0:0.5", "0.2:0.6"), "tile": 16},
+        {"steps": 5, "cache_interval": (1, 2), "cond_scale": (3, 2)},
+        {"steps": 4, "cache_interval": (1, 3), "tile": 16, "sampler": "heun"},
     ],
 )
 def test_pictures_are_the_runs(cascades, options):
@@ -150,7 +152,7 @@ def test_every_option_shows(cascades):
             "plain": {}, "seed": {"seed": 1}, "guidance": {"cond_scale": 9.0},
             "negative": {"negative_prompt": "pizza"}, "tile": {"tile": 16},
             "interval": {"guidance_interval": "0.5:1"}, "threshold": {"threshold": 0.5},
-            "spacing": {"spacing": "linear"},
+            "spacing": {"spacing": "linear"}, "cache": {"cache_interval": (1, 3)},
         }.items()
     }  # fmt: skip
     plain = of.pop("plain")
@@ -260,6 +262,12 @@ def test_installed_alone_the_command_draws_the_runs_picture(wheel, exported, bun
         (["sun", "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim, not dpmpp_2m"),
         (["sun", "--threshold", "2"], "--threshold 2.0: must be above 0 and at most 1"),
         (["sun", "--guidance-interval", "1:0"], "--guidance-interval 1:0: it should be FROM:UNTIL"),
+        (
+            ["sun", "--cache-interval", "2"],
+            "--cache-interval 2: the graphs of U-Net 1 (16 px) compute every evaluation whole; "
+            "export the bundle with --cache",
+        ),
+        (["sun", "--cache-interval", "1,0"], "--cache-interval 0: must be a whole number from 1"),
         (["sun", "--tile", "7"], "--tile 7: U-Net 2 (32 px) takes tiles in multiples of"),
         (["sun", "--seed", "-1"], "--seed -1: must be a whole number from 0 on"),
         (["sun", "--provider", "CUDA"], "--provider CUDA: this ONNX Runtime has "),

@@ -390,9 +390,9 @@ def page(tmp_path_factory):
 
 
 def values(
-    prompt="sun", *, negative="", seed=0, steps=(3, 2), scales=(3.0, 1.0), interval=""
+    prompt="sun", *, negative="", seed=0, steps=(3, 2), scales=(3.0, 1.0), interval="", cache=1
 ):  # fmt: skip
-    folded = ("dpmpp_2m", "trailing", 0.0, None, interval)
+    folded = ("dpmpp_2m", "trailing", 0.0, None, interval, cache)
     return (prompt, "torch", negative, *steps, *scales, seed, *folded)
 
 
@@ -407,7 +407,7 @@ def client(page):
 
 def test_a_picture_is_made_over_http(page, client):
     before = len(page.pictures)
-    asked = values(negative="pizza", seed=3, interval="0.5:1")
+    asked = values(negative="pizza", seed=3, interval="0.5:1", cache=2)
     job = client.submit(*asked, api_name="/generate")
     job.result(timeout=120)
     told = [str(output) for output in job.outputs()]
@@ -417,7 +417,8 @@ def test_a_picture_is_made_over_http(page, client):
     assert len(page.pictures) == before + 1
     facts = json.loads(page.pictures[-1].with_suffix(".json").read_text())
     assert (facts["prompt"], facts["negative_prompt"], facts["seed"]) == ("sun", "pizza", 3)
-    assert facts["stages"][0]["guidance_interval"] == "0.5:1"
+    first = facts["stages"][0]
+    assert (first["guidance_interval"], first["cache_interval"]) == ("0.5:1", 2)
 
 
 def test_a_sheet_is_made_over_http(page, client):

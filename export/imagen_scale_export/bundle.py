@@ -43,7 +43,7 @@ from imagen_scale.sampling.runtimes.ports import (
 )
 from imagen_scale.sampling.stage_schedule import stage_schedule
 from imagen_scale.version import __version__
-from imagen_scale_export.exporter import ExportOptions, export_unet
+from imagen_scale_export.exporter import ExportOptions, check_cache, export_unet
 from imagen_scale_export.staging import staged
 from imagen_scale_export.text_encoder import export_text_encoder, verify_text_encoder
 
@@ -73,6 +73,7 @@ def export_bundle(
         raise UsageError(f"{final}: exists already; add --force to replace it.")
     if final.exists() and not bundle_path(final).is_file():
         raise UsageError(f"{final}: is no bundle, so it is not replaced; name another folder.")
+    check_cache(files, options)
     exports = [_export_of(file, options, tell) for file in files]
     settings = SamplingOptions().for_stages([file.stage for file in files])
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +111,13 @@ def _export_of(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path:
         except ExportError as error:
             tell(f"{error.marked.rstrip('.')}: exported anew")
         else:
-            if found.dynamic_size or not options.dynamic_size:
+            is_wide = found.dynamic_size or not options.dynamic_size
+            if is_wide and (found.has_shallow or not options.cache):
                 tell(f"U-Net {file.unet_number}: takes {folder}")
                 return folder
     anew = ExportOptions(
-        precision=options.precision, dynamic_size=options.dynamic_size, check=options.check,
-        force=True,
+        precision=options.precision, dynamic_size=options.dynamic_size, cache=options.cache,
+        check=options.check, force=True,
     )  # fmt: skip
     return export_unet(file, anew, tell)
 

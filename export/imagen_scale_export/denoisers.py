@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from imagen_scale.errors import ExportError
 from imagen_scale.models.unet import UNet
-from imagen_scale.sampling.runtimes.executors import graph_name
 from imagen_scale.sampling.runtimes.ports import (
     OPSETS,
     Precision,
     conditioner_inputs,
     conditioner_outputs,
     denoiser_inputs,
-    denoiser_output,
+    denoiser_outputs,
+    graph_name,
 )
 from imagen_scale_export.graphs import BothBranches, Conditioner, PlainDenoiser
+from imagen_scale_export.group_norm import GROUP_NORM, group_norm_in_parts
 from imagen_scale_export.guided import export_guided
+from imagen_scale_export.shallow import export_shallow
 from imagen_scale_export.to_onnx import EXAMPLE_BATCH, example_inputs, export_graph
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -33,7 +35,7 @@ FP16_LIMIT = 3e4
 
 def export_denoisers(
     unet: UNet, folder: Path, *, image_size: int, precision: Precision, dynamic_size: bool,
-    guided: bool = True,
+    guided: bool = True, whole_norms: bool = False, shallow: bool = False,
 ) -> None:  # fmt: skip
     """Writes the denoiser for a guidance scale of 1 and, over the same weights, the guided one.
 
@@ -44,6 +46,8 @@ def export_denoisers(
         precision: What the graph computes in; inputs and output stay float32.
         dynamic_size: Leave height and width free, in multiples of the U-Net's size divisor.
         guided: Write the guided one.
+        whole_norms: Keep each GroupNormalization one node: TensorRT has a layer for it.
+        shallow: Write for each one of the finest level alone, too, over the same weights.
 
     Raises:
         ExportError: If a dimension meant to be free came out fixed.
@@ -58,14 +62,19 @@ def export_denoisers(
         denoiser_inputs(config, image_size, dynamic_size=dynamic_size, guided=each)
         for each in (False, True)
     )
-    gives = denoiser_output(config, image_size, dynamic_size=dynamic_size)
+    gives = denoiser_outputs(config, image_size, dynamic_size=dynamic_size, with_deep=shallow)
     plain, path = folder / graph_name(False), folder / graph_name(True)
     export_graph(
-        PlainDenoiser(unet), plain, takes, [gives], data=f"{graph_name(guided)}.data",
-        **sizes,
+        PlainDenoiser(unet, with_deep=shallow), plain, takes, gives,
+        data=f"{graph_name(guided)}.data",
+        translations={} if whole_norms else {GROUP_NORM: group_norm_in_parts}, **sizes,
     )  # fmt: skip
     if guided:
         export_guided(plain, path, takes_guided, gives, **sizes)
+    if shallow:
+        export_shallow(plain, folder / graph_name(False, shallow=True), precision)
+        if guided:
+            export_shallow(path, folder / graph_name(True, shallow=True), precision)
 
 
 class Twice(nn.Module):

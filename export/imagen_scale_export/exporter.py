@@ -1,19 +1,19 @@
 """One U-Net from its inference file to a folder that runtimes accept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from imagen_scale.config.network import NORM_GROUPS
-from imagen_scale.errors import ExportError, MissingExtraError, ParityError
+from imagen_scale.errors import ExportError, MissingExtraError, ParityError, UsageError, option
 from imagen_scale.files.atomic import sha256
 from imagen_scale.models.unet import UNet
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes import built_here
-from imagen_scale.sampling.runtimes.executors import Backend, graph_name
+from imagen_scale.sampling.runtimes.executors import Backend
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, export_folder, open_export
 from imagen_scale.sampling.runtimes.manifest import (
     ENGINE,
@@ -39,7 +39,8 @@ from imagen_scale.sampling.runtimes.ports import (
     conditioner_inputs,
     conditioner_outputs,
     denoiser_inputs,
-    denoiser_output,
+    denoiser_outputs,
+    graph_name,
 )
 from imagen_scale.sampling.runtimes.tensorrt_library import Library, find_library
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
@@ -68,6 +69,7 @@ class ExportOptions:
         batch: Images at once: least, best served, most; engines only.
         targets: "portable" or SM86,SM89,...; engines only.
         dynamic_size: Leave height and width free.
+        cache: Make the graphs that `cache_interval` takes, too; ONNX files only.
         check: Compare with the torch network before the export counts.
         force: Replace an export that is there.
     """
@@ -77,6 +79,7 @@ class ExportOptions:
     batch: MinOptMax = (1, 2, 8)
     targets: str = "portable"
     dynamic_size: bool = False
+    cache: bool = False
     check: bool = True
     force: bool = False
 
@@ -95,10 +98,11 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
     Raises:
         ParityError: If the result differs from the network; it is kept as `*.rejected`.
         ExportError: If no graph or engine can be made, or the weights change meanwhile.
-        UsageError: If the export exists already.
+        UsageError: If the export exists already, or has no use for `cache`.
         EnvironmentProblem: If memory or disk would run out.
         MissingExtraError: If a package is missing.
     """
+    check_cache([file], options)
     require_exporter()
     _require_checker(options)
     library = find_library() if options.format == "tensorrt" else None
@@ -121,7 +125,7 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
         export_denoisers(
             unet, folder, image_size=constants.image_size,
             precision=options.precision, dynamic_size=options.dynamic_size,
-            guided=True in constants.graphs,
+            guided=True in constants.graphs, whole_norms=library is not None, shallow=options.cache,
         )  # fmt: skip
         export_conditioner(unet, folder / CONDITIONER)
         engine = profile = None
@@ -149,7 +153,9 @@ def export_unet(file: InferenceFile, options: ExportOptions, tell: Tell) -> Path
                 inputs=record(
                     denoiser_inputs(*sizes, dynamic_size=free, guided=constants.graphs[0])
                 ),
-                outputs=record([denoiser_output(*sizes, dynamic_size=free)]),
+                outputs=record(
+                    denoiser_outputs(*sizes, dynamic_size=free, with_deep=options.cache)
+                ),
             ),
             conditioner=Graph(
                 inputs=record(conditioner_inputs(unet.config)),
@@ -171,8 +177,9 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
     """
     manifest = open_export(folder, file)
     options = ExportOptions(
-        format=manifest.format, precision=manifest.precision, dynamic_size=manifest.dynamic_size
-    )
+        format=manifest.format, precision=manifest.precision, dynamic_size=manifest.dynamic_size,
+        cache=manifest.has_shallow,
+    )  # fmt: skip
     try:
         return _verify(
             file, load_unet(file), folder, options, manifest.sampler, manifest.engine,
@@ -180,6 +187,30 @@ def verify_export(folder: Path, file: InferenceFile) -> Verification:
         )  # fmt: skip
     except ParityError as error:
         raise ParityError(f"{error}. Moved to {reject(folder, folder)}.") from None
+
+
+def check_cache(files: Sequence[InferenceFile], options: ExportOptions) -> None:
+    """Refuses graphs that no sampling would take, if `cache` asks for them.
+
+    Args:
+        files: Of all that is to be exported.
+        options: How.
+
+    Raises:
+        UsageError: Saying why, and what to do.
+    """
+    if not options.cache:
+        return
+    asked = option("cache")
+    if options.format != "onnx":
+        raise UsageError(f"{asked}: engines compute every evaluation whole; export to onnx.")
+    for stage in (file.stage for file in files):
+        if stage.few_steps is not None or stage.unet.num_levels == 1:
+            reason = "learned few steps" if stage.few_steps is not None else "has one level"
+            raise UsageError(
+                f"{asked}: {stage.name} {reason}, and every evaluation is whole there. Export the "
+                f"others with {option('unet')}, one by one; a bundle takes them as they are."
+            )
 
 
 def _require_checker(options: ExportOptions) -> None:
@@ -256,7 +287,13 @@ def _verify(
     half = max(divisor, constants.image_size // 2 // divisor * divisor)
     stages = file.config.stages(file.text_embed_dim)
     settings = SamplingOptions().for_stages(stages)[file.unet_number - 1]
-    runtime = ExportedRuntime(file, backend, unet, profile=None, dynamic_size=options.dynamic_size)
+    runs_shallow = options.cache and backend.device.type == "cpu"
+    if options.cache and not runs_shallow:
+        note = "its shallow graphs were not run"
+    runtime = ExportedRuntime(
+        file, backend, unet, profile=None, dynamic_size=options.dynamic_size,
+        has_shallow=runs_shallow,
+    )  # fmt: skip
     try:
         return verify(
             unet, runtime,

@@ -12,11 +12,12 @@ class PlainDenoiser(nn.Module):
 
     Args:
         unet: In evaluation mode, in the precision to compute in.
+        with_deep: Give the deeper levels' features, too, which shallow graphs take.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, *, with_deep: bool = False) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.with_deep = unet, with_deep
 
     def forward(
         self,
@@ -26,11 +27,12 @@ class PlainDenoiser(nn.Module):
         text_hidden: Tensor,
         lowres_img: Tensor | None = None,
         lowres_t: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction, (B, C, H, W) float32; arguments as in `ports`."""
         dtype = self.unet.final_conv.weight.dtype
         text = TextCond(text_tokens.to(dtype), text_hidden.to(dtype))
-        return self.unet.denoise(x_t, t, text, lowres_img, lowres_t).float()
+        prediction, deep = self.unet.denoise_cached(x_t, t, text, lowres_img, lowres_t)
+        return (prediction.float(), deep.float()) if self.with_deep else prediction.float()
 
 
 class BothBranches(nn.Module):

@@ -15,7 +15,7 @@ BEFORE, AFTER = "before/", "after/"
 
 
 def export_guided(
-    plain: Path, path: Path, inputs: Sequence[Port], output: Port,
+    plain: Path, path: Path, inputs: Sequence[Port], outputs: Sequence[Port],
     *, opset: int, size: int, divisor: int,
 ) -> None:  # fmt: skip
     """Writes the guided denoiser over the weights of the plain one.
@@ -24,7 +24,7 @@ def export_guided(
         plain: The plain denoiser's file, in the same folder.
         path: The file to write.
         inputs: What it takes.
-        output: What both give.
+        outputs: What both give; the prediction first.
         opset: As for `export_graph`, as are the next two; the plain one's.
         size: Height and width of the example that is traced, where they are free.
         divisor: What free heights and widths are multiples of.
@@ -33,7 +33,7 @@ def export_guided(
     import onnx_ir
 
     scale = next(port for port in inputs if port.name == "cond_scale")
-    pair = Port("pair", (PAIRS, *output.dims[1:]))
+    pair = Port("pair", (PAIRS, *outputs[0].dims[1:]))
     before, after = (
         onnx_ir.to_proto(trace(module, ports, opset=opset, size=size, divisor=divisor))
         for module, ports in (
@@ -46,7 +46,7 @@ def export_guided(
     ports = sorted(joined.graph.input, key=lambda port: order.index(port.name))
     del joined.graph.input[:]
     joined.graph.input.extend(ports)
-    finish(joined, path, inputs, [output])
+    finish(joined, path, inputs, outputs)
 
 
 def join(before: Any, plain: Any, after: Any) -> Any:
@@ -54,8 +54,8 @@ def join(before: Any, plain: Any, after: Any) -> Any:
 
     Args:
         before: ModelProto that gives the plain graph's inputs, in their order.
-        plain: Likewise, of one output; its weights stay where they are.
-        after: Takes that output first, and what else it needs.
+        plain: Likewise; its weights stay where they are.
+        after: Takes its first output first, and what else it needs; the others are given as well.
     """
     from onnx import ModelProto
     from onnx.compose import merge_graphs
@@ -79,4 +79,7 @@ def join(before: Any, plain: Any, after: Any) -> Any:
     joined = ModelProto()
     joined.CopyFrom(plain)
     joined.graph.CopyFrom(graph)
+    *others, prediction = graph.output
+    del joined.graph.output[:]
+    joined.graph.output.extend([prediction, *others])
     return joined

@@ -3,7 +3,7 @@
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def export_graph(
     divisor: int,
     max_tokens: int = MAX_TOKENS,
     data: str | None = None,
+    translations: Mapping[Any, Any] | None = None,
 ) -> None:
     """Writes one module as an ONNX file.
 
@@ -86,6 +87,7 @@ def export_graph(
         divisor: What free heights and widths are multiples of.
         max_tokens: Tokens of a caption, where they are free.
         data: Name of the file of weights; None is the file's own with `.data`.
+        translations: Operators of torch to what makes their nodes, where it is not torch's way.
 
     Raises:
         ExportError: If a dimension meant to be free came out fixed.
@@ -93,7 +95,10 @@ def export_graph(
     import onnx
     import onnx_ir
 
-    model = trace(module, inputs, opset=opset, size=size, divisor=divisor, max_tokens=max_tokens)
+    model = trace(
+        module, inputs, opset=opset, size=size, divisor=divisor, max_tokens=max_tokens,
+        translations=translations,
+    )  # fmt: skip
     # torch's own `save` does nothing else, but for what it holds to be small.
     onnx_ir.save(model, path, external_data=data or f"{path.name}.data")
     finish(onnx.load(path, load_external_data=False), path, inputs, outputs)
@@ -107,6 +112,7 @@ def trace(
     size: int,
     divisor: int,
     max_tokens: int = MAX_TOKENS,
+    translations: Mapping[Any, Any] | None = None,
 ) -> Any:
     """One module as an onnx_ir.Model; arguments and errors are those of `export_graph`."""
     batch = torch.export.Dim(BATCH)
@@ -135,7 +141,10 @@ def trace(
             raise ExportError(
                 f"the network ties an input dimension to the example's: {error}"
             ) from None
-        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, verbose=False,
+            custom_translation_table=dict(translations or {}),
+        )  # fmt: skip
     assert exported is not None  # it is None only when a file name is given
     return exported.model
 

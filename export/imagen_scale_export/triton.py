@@ -13,7 +13,7 @@ from imagen_scale.runs.folders import bundle_path
 from imagen_scale.sampling.runtimes.bundle import TEXT_ENCODER, Bundle, read_bundle
 from imagen_scale.sampling.runtimes.manifest import Graph, PortRecord
 from imagen_scale.sampling.runtimes.onnx_files import data_files
-from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED
+from imagen_scale.sampling.runtimes.ports import CONDITIONER, DEEP, DENOISER, UNGUIDED
 from imagen_scale.sampling.runtimes.reading import damaged
 
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL"}
@@ -94,8 +94,14 @@ def _models(folder: Path, bundle: Bundle) -> Iterator[Model]:
             (stage.denoiser_unguided, UNGUIDED),
         ):
             if graph is not None:
+                # Without what shallow graphs take: a model's outputs have its inputs' batch.
+                graph = graph.model_copy(update={"outputs": _without_deep(graph)})
                 path = folder / stage.folder / name
                 yield Model(f"{stage.folder}_{path.stem}", graph, path)
+
+
+def _without_deep(graph: Graph) -> tuple[PortRecord, ...]:
+    return tuple(port for port in graph.outputs if port.name != DEEP)
 
 
 def _port(port: PortRecord) -> str:

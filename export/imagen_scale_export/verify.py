@@ -25,7 +25,7 @@ from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime
 from imagen_scale.sampling.runtimes.manifest import SamplerConstants, Verification
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_session
-from imagen_scale.sampling.runtimes.ports import GUIDANCE, Precision, denoiser_inputs
+from imagen_scale.sampling.runtimes.ports import DEEP, GUIDANCE, Precision, denoiser_inputs
 from imagen_scale_export.to_onnx import example_inputs
 
 LOOP_STEPS, LOOP_SCALE = 20, 3.0
@@ -137,17 +137,24 @@ def _single_steps(
             for guided, expected in zip((False, True), _both(unet, inputs), strict=True):
                 if guided not in constants.graphs:
                     continue
-                executor = runtime.executor(guided=guided)
-                found = executor(
-                    {
-                        name: value.to(runtime.device)
-                        for name, value in inputs.items()
-                        if guided or name not in GUIDANCE
-                    }
-                )
-                error = max(error, _relative_error(found.cpu().float(), expected))
-                cosine = min(cosine, _cosine(found.cpu().float(), expected))
+                given = {
+                    name: value.to(runtime.device)
+                    for name, value in inputs.items()
+                    if guided or name not in GUIDANCE
+                }
+                for found in _all_found(runtime, given, guided=guided):
+                    error = max(error, _relative_error(found.cpu().float(), expected))
+                    cosine = min(cosine, _cosine(found.cpu().float(), expected))
     return error, cosine
+
+
+def _all_found(runtime: ExportedRuntime, given: dict[str, Tensor], *, guided: bool) -> list[Tensor]:
+    """The whole graph's prediction, and the shallow one's from what that gave it."""
+    prediction, *deep = runtime.executor(guided=guided).outputs(given)
+    if not runtime.has_shallow:
+        return [prediction]
+    shallow = runtime.executor(guided=guided, shallow=True)
+    return [prediction, shallow({**given, DEEP: deep[0]})]
 
 
 def _away(unet: UNet, negative: Text, batch: int) -> TextCond:

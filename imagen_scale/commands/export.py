@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     help="Cards an engine is for: portable, or a list such as SM86,SM89,SM120.",
 )
 @click.option("--dynamic-size", is_flag=True, help="Leave the picture's size free, for tiles.")
+@click.option(
+    "--cache", is_flag=True, help="Also the graphs that sampling with --cache-interval takes."
+)
 @click.option("--verify/--no-verify", default=True, help="Compare with the torch network.")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option(
@@ -84,6 +87,7 @@ def _export(
     batch: str,
     target: str,
     dynamic_size: bool,
+    cache: bool,
     verify: bool,
     force: bool,
     allow_unfinished: bool,
@@ -93,7 +97,7 @@ def _export(
     from imagen_scale.runs.folders import find_run
 
     run_dir = find_run(run)
-    from imagen_scale_export.exporter import ExportOptions, export_unet
+    from imagen_scale_export.exporter import ExportOptions, check_cache, export_unet
     from imagen_scale_export.to_tensorrt import parse_range
 
     from imagen_scale.runs.inference import read_stage, read_stages
@@ -104,6 +108,7 @@ def _export(
         batch=parse_range(batch),
         targets=target,
         dynamic_size=dynamic_size,
+        cache=cache,
         check=verify,
         force=force,
     )
@@ -112,6 +117,7 @@ def _export(
         files = read_stages(run_dir, allow_unfinished)
     else:
         files = [read_stage(run_dir, int(unet), allow_unfinished)]
+    check_cache(files, options)
     for file in files:
         folder = export_unet(file, options, click.echo)
         from imagen_scale.sampling.runtimes.manifest import read_manifest
@@ -126,6 +132,7 @@ def _bundle(
     precision: Any,
     run: str | None,
     dynamic_size: bool,
+    cache: bool,
     verify: bool,
     force: bool,
     allow_unfinished: bool,
@@ -145,8 +152,9 @@ def _bundle(
     from imagen_scale.runs.inference import read_stages
 
     options = ExportOptions(
-        precision=precision or "fp32", dynamic_size=dynamic_size, check=verify, force=force
-    )
+        precision=precision or "fp32", dynamic_size=dynamic_size, cache=cache, check=verify,
+        force=force,
+    )  # fmt: skip
     files = read_stages(run_dir, allow_unfinished)
     folder = Path(out) if out else bundle_dir(run_dir, options.precision)
     bundle = export_bundle(files, folder, options, click.echo)
@@ -167,7 +175,8 @@ def export_inspect(folder: Path) -> None:
     \b
         imagen-scale export inspect runs/NAME/export/unet1/onnx-fp32
     """
-    from imagen_scale.sampling.runtimes.manifest import check_files, read_manifest
+    from imagen_scale.sampling.runtimes.checks import check_files
+    from imagen_scale.sampling.runtimes.manifest import read_manifest
 
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -229,8 +238,9 @@ def _print_export(folder: Path, manifest: "Manifest") -> None:
     click.echo(
         f"{folder}: U-Net {manifest.unet_number}, {manifest.format}, {manifest.precision}, opset "
         f"{manifest.opset}, {manifest.sampler.image_size} px"
-        f"{' and other sizes' if manifest.dynamic_size else ''}, {size / 2**20:.1f} MiB, from step "
-        f"{manifest.checkpoint_step}"
+        f"{' and other sizes' if manifest.dynamic_size else ''}"
+        f"{', with shallow graphs' if manifest.has_shallow else ''}, {size / 2**20:.1f} MiB, from "
+        f"step {manifest.checkpoint_step}"
     )
     if manifest.engine and manifest.profile:
         click.echo(

@@ -131,13 +131,10 @@ class UNet(nn.Module):
         return TextCond(tokens.expand(batch, -1, -1), self.null_text_hidden.expand(batch, -1))
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextCond,
-        lowres_img: Tensor | None = None,
-        lowres_t: Tensor | None = None,
-    ) -> Tensor:
+        self, x_t: Tensor, t: Tensor, text: TextCond,
+        lowres_img: Tensor | None = None, lowres_t: Tensor | None = None,
+        *, deep: Tensor | None = None, kept: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The part that depends on the noise level.
 
         Args:
@@ -147,6 +144,9 @@ class UNet(nn.Module):
             lowres_img: Low-resolution images enlarged to (B, C, H, W) and noised;
                 super-resolution only.
             lowres_t: Their noise times, (B,); super-resolution only.
+            deep: What the finest level takes from those below it, which are left out then:
+                `kept` of another evaluation.
+            kept: Is given that of this one, (B, D, h, w), at the finest level's side.
 
         Returns:
             What `pred_type` says, (B, C, H, W).
@@ -176,22 +176,38 @@ class UNet(nn.Module):
                 skips.append(x)
             x = attention(x)
             skips.append(x)
+            if deep is not None:
+                break
             if after is not None:
                 x = after(x)
 
-        x = self.mid_block1(x, cond, tokens)
-        if self.mid_attn is not None:
-            x = self.mid_attn(x)
-        x = self.mid_block2(x, cond, tokens)
-
         levels = self.ups
+        if deep is None:
+            x = self.mid_block1(x, cond, tokens)
+            if self.mid_attn is not None:
+                x = self.mid_attn(x)
+            x = self.mid_block2(x, cond, tokens)
+        else:
+            x, levels = deep, levels[-1:]
         for first, blocks, attention, grow in levels:
+            if kept is not None:
+                kept[:] = [x]  # the last level's stays
             x = first(x, cond, tokens, skip=skips.pop())
             for block in blocks:
                 x = block(x, cond, skip=skips.pop())
             x = grow(attention(x))
 
         return self.final_conv(self.final_res_block(x, cond))
+
+    def denoise_cached(
+        self, x_t: Tensor, t: Tensor, text: TextCond,
+        lowres_img: Tensor | None = None, lowres_t: Tensor | None = None,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `denoise` gives and what it keeps, (B, D, h, w)."""
+        kept: list[Tensor] = []
+        made = self.denoise(x_t, t, text, lowres_img, lowres_t, deep=deep, kept=kept)
+        return made, kept[0]
 
     def forward(
         self,

@@ -34,6 +34,7 @@ class StageSettings(BaseModel):
     eta: float = 0.0
     threshold: float | None = None  # None: the stage's own; see `Stage`
     guidance_interval: str | None = None  # "FROM:UNTIL"; None: guidance acts in every step
+    cache_interval: int = 1  # one evaluation of so many is whole
 
 
 class SamplingOptions(OptionModel):
@@ -72,6 +73,11 @@ class SamplingOptions(OptionModel):
         None,
         description="Shares of the steps, FROM:UNTIL in 0 to 1, in which guidance acts, as 0.2:1; "
         "the others take half the work. By default it acts in all.",
+    )
+    cache_interval: PerUnet[Positive] = Field(
+        1,
+        description="One evaluation of so many is whole; those after it compute the U-Net's finest "
+        "level alone and take the rest from it (DeepCache). 1 computes all.",
     )
     tile: Positive | None = Field(
         None, description="Compute stages larger than this in tiles of this side, in pixels."
@@ -112,7 +118,12 @@ class SamplingOptions(OptionModel):
             StageSettings(**dict(zip(columns, row, strict=True)))
             for row in zip(*columns.values(), strict=True)
         ]
-        for of_stage in settings:
+        for of_stage, stage in zip(settings, stages, strict=True):
+            if of_stage.cache_interval > 1 and stage.unet.num_levels == 1:
+                raise UsageError(
+                    f"{option('cache_interval')} {of_stage.cache_interval}: {stage.name} has one "
+                    f"level, and nothing below it to keep; give 1 for it."
+                )
             if of_stage.guidance_interval:
                 shares(of_stage.guidance_interval)
             if of_stage.eta and of_stage.sampler != "ddim":

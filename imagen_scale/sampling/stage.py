@@ -1,7 +1,9 @@
 """One trained U-Net, sampled."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from imagen_scale.config import StageConfig
 from imagen_scale.data.seeds import seeded
+from imagen_scale.diffusion.caching import DeepCache
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.lowres import enlarge
@@ -30,6 +33,9 @@ OnStep = Callable[[int, int, int], None]
 # Told the U-Net's number, steps done, steps in all, and the clean pictures that the step predicts:
 # (B, 3, H, W) in [-1, 1] on the CPU, the listener's own. The last step's are the result.
 OnEstimate = Callable[[int, int, int, Tensor], None]
+
+# Of one set of pictures, by the first row and column of each tile.
+Caches = defaultdict[tuple[int, int], DeepCache]
 
 # Pixels computed at once unless the caller says otherwise: 64 pictures of 64 px, one of 1024.
 PIXELS_AT_ONCE = 2**18
@@ -242,9 +248,12 @@ class Stage:
         draw_noise = noise_source("sample", self.config, inputs.seeds, shape, self.device)
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
-        denoiser, denoiser_at = denoiser_of(self, cond, sides, tile), None
+        caches = None
+        if settings.cache_interval > 1:
+            caches = Caches(partial(DeepCache, settings.cache_interval))
+        denoiser, denoiser_at = denoiser_of(self, cond, sides, tile, caches), None
         if settings.guidance_interval and len(cond.branches) == 2:
-            plain = denoiser_of(self, cond.unguided, sides, tile)
+            plain = denoiser_of(self, cond.unguided, sides, tile, caches)
             guided = guided_times(times, settings.guidance_interval)
             denoiser_at = lambda time: denoiser if time in guided else plain  # noqa: E731
         return solved(
@@ -320,18 +329,23 @@ def noise_source(
 
 
 def denoiser_of(
-    stage: Stage, cond: Conditioning, sides: tuple[int, int], tile: int | None = None
+    stage: Stage,
+    cond: Conditioning,
+    sides: tuple[int, int],
+    tile: int | None = None,
+    caches: Caches | None = None,
 ) -> Denoiser:
     """The stage's network with its conditioning, in tiles where pictures are larger than one."""
     if tile is None or cond.lowres_img is None or max(sides) <= tile:
-        return stage.runtime.bind(cond)
+        return stage.runtime.bind(cond, None if caches is None else caches[0, 0])
 
     def bind(window: Tile) -> Denoiser:
         lowres, base = (
             None if images is None else window.of(images).contiguous()
             for images in (cond.lowres_img, cond.base)
         )
-        denoiser = stage.runtime.bind(cond._replace(lowres_img=lowres, base=base))
+        cache = None if caches is None else caches[window.rows.start, window.columns.start]
+        denoiser = stage.runtime.bind(cond._replace(lowres_img=lowres, base=base), cache)
         return lambda x_t, t: denoiser(x_t.contiguous(), t)
 
     return TiledDenoiser(

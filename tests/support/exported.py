@@ -97,9 +97,10 @@ def _graphs(run: Path) -> None:
         for number in (1, 2):
             tiny.write_stage(run, number)
             for precision in ("fp32", "fp16"):
-                # The second stage in fp32 takes other sizes as well.
-                any_size = number == 2 and precision == "fp32"
-                _export(run, number, ExportOptions(precision=precision, dynamic_size=any_size))
+                # The second stage in fp32 takes other sizes, and has shallow graphs as well.
+                more = number == 2 and precision == "fp32"
+                options = ExportOptions(precision=precision, dynamic_size=more, cache=more)
+                _export(run, number, options)
 
 
 def _engines(run: Path) -> None:

@@ -95,6 +95,11 @@ class StageFacts:
         """For a sentence."""
         return f"U-Net {self.number} ({self.size} px)"
 
+    @property
+    def has_shallow(self) -> bool:
+        """Whether there are graphs of the finest level alone, for `cache_interval`."""
+        return (self.folder / "denoiser_unguided_shallow.onnx").is_file()
+
     @cached_property
     def schedule(self) -> Schedule:
         """Its noise schedule."""

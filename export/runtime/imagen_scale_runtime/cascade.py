@@ -120,7 +120,7 @@ class Cascade:
             options: `seed` (0; the j-th picture of a prompt uses seed + j), `num` (1),
                 `negative_prompt`, `tile`, `at_once`; and of stages, one value or a list, by default
                 the bundle's: `steps`, `cond_scale`, `sampler`, `spacing`, `eta`, `threshold`,
-                `guidance_interval`.
+                `guidance_interval`, `cache_interval`.
 
         Returns:
             P * num RGB pictures of the last stage; those of one prompt stand together.

@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-interval", type=_per_stage(str), metavar="FROM:UNTIL[,FROM:UNTIL...]",
         help="Shares of the steps in which guidance acts.",
     )  # fmt: skip
+    parser.add_argument(
+        "--cache-interval", type=_per_stage(int), help="One evaluation of so many is whole."
+    )
     parser.add_argument("--tile", type=int, help="Compute larger stages in tiles of this side.")
     parser.add_argument("--at-once", type=int, help="Pictures computed together.")
     parser.add_argument("--runtime", default="onnx", help="onnx or openvino.")
@@ -79,7 +82,7 @@ def _run(asked: argparse.Namespace) -> None:
     if not prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
     names = ("seed", "num", "negative_prompt", "steps", "cond_scale", "sampler", "spacing", "eta",
-             "threshold", "guidance_interval", "tile", "at_once")  # fmt: skip
+             "threshold", "guidance_interval", "cache_interval", "tile", "at_once")  # fmt: skip
     options = {name: getattr(asked, name) for name in names}
     cascade = Cascade(
         asked.bundle, runtime=asked.runtime, provider=asked.provider, threads=asked.threads,

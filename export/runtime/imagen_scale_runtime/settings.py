@@ -12,6 +12,7 @@ from .sampling.per_stage import columns_of
 
 PER_STAGE = (
     "steps", "cond_scale", "sampler", "spacing", "eta", "threshold", "guidance_interval",
+    "cache_interval",
 )  # fmt: skip
 
 
@@ -25,6 +26,7 @@ class Settings(NamedTuple):
     eta: float
     threshold: float | None  # percentile of dynamic thresholding; None: the stage's own way
     guidance_interval: str | None  # "FROM:UNTIL", shares of the steps; None: guidance in all
+    cache_interval: int  # one evaluation of so many is whole
 
 
 def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Settings]:
@@ -66,7 +68,9 @@ def check_negative(stages: Sequence[StageFacts], settings: Sequence[Settings]) -
 
 
 def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
-    own = {**stage["settings"], "threshold": None, "guidance_interval": None}
+    own = {
+        **stage["settings"], "threshold": None, "guidance_interval": None, "cache_interval": 1
+    }  # fmt: skip
     chosen = {name: own[name] if asked[name] is None else asked[name] for name in PER_STAGE}
     if chosen["spacing"] == "auto":
         chosen["spacing"] = own["spacing"]
@@ -80,13 +84,19 @@ def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
                     f"{option(name)} {chosen[name]}: {stage.name} learned to take few steps in "
                     f"its own way; leave {option(name)} out."
                 )
+    if chosen["cache_interval"] > 1 and not stage.has_shallow:
+        raise UsageError(
+            f"{option('cache_interval')} {chosen['cache_interval']}: the graphs of {stage.name} "
+            f"compute every evaluation whole; export the bundle with --cache, or give 1 for it."
+        )
     return Settings(**chosen)
 
 
 def _check(chosen: dict[str, Any]) -> None:
-    steps, eta, threshold = chosen["steps"], chosen["eta"], chosen["threshold"]
-    if not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"{option('steps')} {steps!r}: must be a whole number from 1 on.")
+    eta, threshold = chosen["eta"], chosen["threshold"]
+    for name in ("steps", "cache_interval"):
+        if not isinstance(chosen[name], int) or chosen[name] < 1:
+            raise UsageError(f"{option(name)} {chosen[name]!r}: must be a whole number from 1 on.")
     for name, names in (("sampler", Sampler), ("spacing", SpacingChoice)):
         if chosen[name] not in get_args(names):
             raise UsageError(

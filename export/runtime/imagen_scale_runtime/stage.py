@@ -1,11 +1,14 @@
 """One stage of a bundle, sampled."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from .bundle import Conditioned, StageFacts
+from .diffusion.caching import DeepCache
 from .diffusion.guidance import branches, guided_times
 from .diffusion.reverse import reverse
 from .diffusion.solvers import Level
@@ -104,13 +107,19 @@ class Stage:
             lowres = enlarge(inputs.lowres, facts.size, facts.size)
             noised = np.float32(level.alpha) * lowres + np.float32(level.sigma) * draw_noise()
 
+        # By the first row and column of each tile; with an interval of 1 all is whole.
+        caches: dict[tuple[int, int], DeepCache] = defaultdict(
+            partial(DeepCache, settings.cache_interval)
+        )
+
         def denoiser(cond_scales: Sequence[float]) -> Callable[[np.ndarray, Level], np.ndarray]:
             if tile is None or lowres is None or noised is None:
-                return self._denoiser(inputs, cond_scales, lowres, noised)
+                return self._denoiser(inputs, cond_scales, caches[0, 0], lowres, noised)
 
             def bind(window: Tile) -> Callable[[np.ndarray, Level], np.ndarray]:
                 parts = (np.ascontiguousarray(window.of(images)) for images in (lowres, noised))
-                return self._denoiser(inputs, cond_scales, *parts)
+                cache = caches[window.rows.start, window.columns.start]
+                return self._denoiser(inputs, cond_scales, cache, *parts)
 
             return TiledDenoiser(
                 bind, tile=tile, divisor=facts["size_divisor"],
@@ -148,6 +157,7 @@ class Stage:
         self,
         inputs: Inputs,
         cond_scales: Sequence[float],
+        cache: DeepCache,
         lowres: np.ndarray | None,
         noised: np.ndarray | None,
     ) -> Callable[[np.ndarray, Level], np.ndarray]:
@@ -166,11 +176,19 @@ class Stage:
         if noised is not None:
             lowres_t = np.full(count, self.facts["lowres_time"], np.float32)
             feed |= {"lowres_img": noised, "lowres_t": lowres_t}
-        graph = self._graph("denoiser.onnx" if is_guided else "denoiser_unguided.onnx")
+        name = "denoiser" if is_guided else "denoiser_unguided"
+        graph = self._graph(f"{name}.onnx")
 
         def denoise(x_t: np.ndarray, level: Level) -> np.ndarray:
             t = np.full(count, level.time, np.float32)
-            (prediction,) = graph({"x_t": np.ascontiguousarray(x_t), "t": t, **feed})
+            given = {"x_t": np.ascontiguousarray(x_t), "t": t, **feed}
+            deep = cache.take(guided=is_guided)
+            if deep is None:
+                prediction, *features = graph(given)
+                if features and cache.interval > 1:
+                    cache.keep(features[0], guided=is_guided)
+            else:
+                (prediction,) = self._graph(f"{name}_shallow.onnx")({**given, "deep": deep})
             x_0 = _clean(self.facts["pred_type"], x_t, level, prediction)
             return x_0 + lowres if self.facts["lowres_residual"] else x_0
 

@@ -49,7 +49,7 @@ class DefaultSettings(Section):
     @classmethod
     def of(cls, settings: StageSettings, times: list[int]) -> "DefaultSettings":
         """Of resolved settings."""
-        values = settings.model_dump(exclude={"threshold", "guidance_interval"})
+        values = settings.model_dump(exclude={"threshold", "guidance_interval", "cache_interval"})
         return cls(**values, times=tuple(times))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from imagen_scale.config import StageConfig
+from imagen_scale.diffusion.caching import DeepCache
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.diffusion.guidance import Branch, branches
 from imagen_scale.errors import ShapeError, UsageError, option
@@ -92,8 +93,12 @@ class Runtime(Protocol):
         """Most images at once; None for any number."""
         ...
 
-    def bind(self, cond: Conditioning) -> Denoiser:
+    def bind(self, cond: Conditioning, cache: DeepCache | None = None) -> Denoiser:
         """Fixes all that does not change from step to step.
+
+        Args:
+            cond: That is fixed.
+            cache: Says which evaluations are whole; None: all.
 
         Raises:
             ShapeError: If low-resolution images are missing, or not wanted.

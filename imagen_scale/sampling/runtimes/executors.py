@@ -13,7 +13,6 @@ from torch import Tensor
 
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import EnvironmentProblem, ExportError, option
-from imagen_scale.sampling.runtimes.ports import DENOISER, UNGUIDED
 
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
@@ -25,6 +24,10 @@ class Executor(Protocol):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output, float32 on `device`; inputs as `ports` names them."""
+        ...
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """All of them."""
         ...
 
     def close(self) -> None:
@@ -91,6 +94,10 @@ class OnStream:
         prediction.record_stream(caller)
         return prediction
 
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The first alone: no other has a buffer here."""
+        return [self(inputs)]
+
     def _output_shape(self, inputs: Mapping[str, Tensor]) -> torch.Size:
         return inputs["x_t"].shape  # networks predict noise or v: as many channels as they take
 
@@ -122,9 +129,4 @@ class Backend(NamedTuple):
 
     name: str
     device: torch.device
-    open: Callable[[bool], Executor]  # guided or not
-
-
-def graph_name(guided: bool) -> str:
-    """File of the denoiser with guidance or without."""
-    return DENOISER if guided else UNGUIDED
+    open: Callable[[str], Executor]  # by the graph's file

@@ -11,11 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from imagen_scale.diffusion.caching import DeepCache
 from imagen_scale.diffusion.denoiser import Denoiser
 from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
 from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.runtimes.checks import check_files, check_origin
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
 from imagen_scale.sampling.runtimes.manifest import (
@@ -23,13 +25,11 @@ from imagen_scale.sampling.runtimes.manifest import (
     Format,
     Manifest,
     Profile,
-    check_files,
-    check_origin,
     read_manifest,
 )
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
 from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvino_backend
-from imagen_scale.sampling.runtimes.ports import Precision
+from imagen_scale.sampling.runtimes.ports import DEEP, Precision, graph_name
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
 from imagen_scale.sampling.runtimes.torch_unet import empty_unet
 from imagen_scale.sampling.stage_schedule import stage_schedule
@@ -48,6 +48,8 @@ class ExportedRuntime:
         conditioner: The U-Net; only its text part needs weights.
         profile: Batches and sides the graph takes; None takes any batch.
         dynamic_size: Whether the graph takes other sides than the stage's own.
+        has_shallow: Whether there are graphs of the finest level alone, and `backend` keeps what
+            they take.
     """
 
     def __init__(
@@ -58,26 +60,39 @@ class ExportedRuntime:
         *,
         profile: Profile | None,
         dynamic_size: bool,
+        has_shallow: bool = False,
     ) -> None:
         self.name, self.device = backend.name, backend.device
         self._backend, self._profile = backend, profile
-        self._executors: dict[bool, Executor] = {}
+        self._executors: dict[str, Executor] = {}
+        self.has_shallow = has_shallow
         self._conditioner = conditioner
         self._stage = file.stage
         self._dynamic_size = dynamic_size
         self._schedule = stage_schedule(file.stage).to(self.device)
 
     @torch.no_grad()
-    def bind(self, cond: Conditioning) -> Denoiser:
+    def bind(self, cond: Conditioning, cache: DeepCache | None = None) -> Denoiser:
         """See `Runtime`; the graph without guidance does half the work."""
         cond.check(self._stage)
+        if cache is not None and not self.has_shallow:
+            remedy = (
+                f"export it again with `imagen-scale export --unet {self._stage.number} --cache "
+                f"--force`, or take {option('runtime')} torch"
+                if self.device.type == "cpu"
+                else f"on cards {option('runtime')} torch alone does"
+            )
+            raise UsageError(
+                f"{option('cache_interval')} {cache.interval}: this export of {self._stage.name} "
+                f"computes every evaluation whole; {remedy}."
+            )
         batch, needed = len(cond.text.embeds), cond.branches
         text, null = self._condition(cond.text), self._conditioner.null_text(batch)
         if cond.negative is not None:
             negative = self._condition(cond.negative)
             null = TextCond(*(part.expand(batch, *part.shape[1:]) for part in negative))
         # No graph computes this branch alone, but the one without guidance takes any text.
-        return _BoundDenoiser(self, text if "text" in needed else null, null, cond)
+        return _BoundDenoiser(self, text if "text" in needed else null, null, cond, cache)
 
     def _condition(self, text: Text) -> TextCond:
         given = Text(text.embeds.cpu(), text.mask.cpu())
@@ -92,11 +107,12 @@ class ExportedRuntime:
         """Images that a batch lacks to be one that the graph takes."""
         return max(0, self._profile.batch[0] - batch) if self._profile else 0
 
-    def executor(self, *, guided: bool) -> Executor:
-        """The graph with guidance or without, loaded when it is first asked for."""
-        if guided not in self._executors:
-            self._executors[guided] = self._backend.open(guided)
-        return self._executors[guided]
+    def executor(self, *, guided: bool, shallow: bool = False) -> Executor:
+        """The graph with guidance or without, whole or not, loaded when it is first asked for."""
+        name = graph_name(guided, shallow=shallow)
+        if name not in self._executors:
+            self._executors[name] = self._backend.open(name)
+        return self._executors[name]
 
     def close(self) -> None:
         """Frees the graphs."""
@@ -149,13 +165,20 @@ class _BoundDenoiser:
         text: What depends on the text, for B images.
         null: What guidance leads away from, likewise.
         cond: The rest.
+        cache: Says which evaluations are whole; None: all.
     """
 
     def __init__(
-        self, runtime: ExportedRuntime, text: TextCond, null: TextCond, cond: Conditioning
+        self,
+        runtime: ExportedRuntime,
+        text: TextCond,
+        null: TextCond,
+        cond: Conditioning,
+        cache: DeepCache | None,
     ) -> None:
-        guided = len(cond.branches) == 2
+        self._guided = guided = len(cond.branches) == 2
         self._runtime, self._executor = runtime, runtime.executor(guided=guided)
+        self._cache = cache
         inputs = {"text_tokens": text.tokens, "text_hidden": text.hidden}
         if guided:
             inputs |= {"null_tokens": null.tokens, "null_hidden": null.hidden}
@@ -177,8 +200,19 @@ class _BoundDenoiser:
         self._runtime.check_shape(x_t.shape)
         x_t = x_t.float()
         given = {"x_t": self._filled(x_t), "t": self._filled(t.float()), **self._inputs}
-        prediction = self._executor(given)[: self._batch]
+        prediction = self._predict(given)[: self._batch]
         return self._cond.completed(self._runtime.predicted_x_0(prediction, x_t, t))
+
+    def _predict(self, given: dict[str, Tensor]) -> Tensor:
+        if self._cache is None:
+            return self._executor(given)
+        deep = self._cache.take(guided=self._guided)
+        if deep is not None:
+            shallow = self._runtime.executor(guided=self._guided, shallow=True)
+            return shallow({**given, DEEP: deep})
+        prediction, features = self._executor.outputs(given)
+        self._cache.keep(features, guided=self._guided)
+        return prediction
 
     def _filled(self, values: Tensor) -> Tensor:
         if not self._more:
@@ -240,6 +274,7 @@ def open_exported(
     return ExportedRuntime(
         file, backend, load_conditioner(file),
         profile=manifest.profile, dynamic_size=manifest.dynamic_size,
+        has_shallow=manifest.has_shallow and device.type == "cpu",
     )  # fmt: skip
 
 

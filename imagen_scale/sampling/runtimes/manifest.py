@@ -7,7 +7,6 @@ and the export was made from the very weights it is used with.
 import hashlib
 import importlib.metadata
 import json
-import stat
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +18,16 @@ from imagen_scale.config.section import Section
 from imagen_scale.diffusion.schedule import NoiseSchedule, PredType, linear_betas
 from imagen_scale.errors import ExportError
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.inside import leads_out
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.onnx_files import data_files, describe
+from imagen_scale.sampling.runtimes.onnx_files import data_files
 from imagen_scale.sampling.runtimes.ports import (
-    CONDITIONER,
     DENOISER,
-    GUIDANCE,
     LEAST_ONNXRUNTIME,
     UNGUIDED,
     Port,
     Precision,
 )
-from imagen_scale.sampling.runtimes.reading import damaged, read_record
+from imagen_scale.sampling.runtimes.reading import read_record
 from imagen_scale.sampling.stage_schedule import noise_schedule, stage_schedule
 from imagen_scale.version import __version__
 
@@ -163,6 +159,17 @@ class Manifest(Section):
         """Whether height and width are free."""
         return isinstance(self.denoiser.inputs[0].dims[-1], str)
 
+    @property
+    def has_shallow(self) -> bool:
+        """Whether there are graphs of the finest level alone, for `cache_interval`."""
+        return len(self.denoiser.outputs) == 2
+
+    @property
+    def shallow(self) -> Graph:
+        """Of these graphs."""
+        prediction, deep = self.denoiser.outputs
+        return Graph(inputs=(*self.denoiser.inputs, deep), outputs=(prediction,))
+
 
 def record(ports: list[Port]) -> tuple[PortRecord, ...]:
     """Ports as the manifest keeps them."""
@@ -260,7 +267,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an export, by itself; see `check_files` and `check_origin`.
+    """The manifest of an export, by itself; `checks` looks at the rest.
 
     Raises:
         ExportError: If it is missing, damaged, or of another schema than this program's.
@@ -272,108 +279,3 @@ def read_manifest(folder: Path) -> Manifest:
             f"`imagen-scale export`."
         )
     return read_record(path, Manifest, SCHEMA_VERSION)
-
-
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Checks that the export's files are its own and unchanged.
-
-    What a link leads to is as good as a file, if its content is right: backups share files that
-    way, and so does the cache of the Hugging Face hub.
-
-    Raises:
-        ExportError: Naming the file that is missing, changed, no file, or outside the folder.
-    """
-    names = {True: (DENOISER, ENGINE), False: (UNGUIDED, UNGUIDED_ENGINE)}
-    pairs = [names[guided] for guided in manifest.sampler.graphs]
-    needed = {CONDITIONER, *(graph for graph, _ in pairs)}
-    if manifest.format == "tensorrt":
-        needed |= {engine for _, engine in pairs}
-    if missing := sorted(needed - set(manifest.files)):
-        raise damaged(folder / MANIFEST, f"it does not list {missing[0]}")
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if leads_out(name) or "/" in name:
-            raise damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
-        try:
-            status = path.stat()
-        except OSError:
-            raise ExportError(
-                f"{path}: missing. The files of an export stay together: put it back, or export "
-                f"again with --force."
-            ) from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ExportError(f"{path}: is no regular file; copy the file itself there.")
-        if status.st_size != expected.bytes or sha256(path) != expected.sha256:
-            raise ExportError(
-                f"{path}: its content changed since it was exported. Export again with --force."
-            )
-    check_graphs(folder, manifest)
-
-
-def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Checks that the manifest says of the graphs what they are, and that it lists their weights.
-
-    Raises:
-        ExportError: Naming what differs.
-    """
-    for name, meant, left_out in (
-        (DENOISER, manifest.denoiser, ()),
-        (UNGUIDED, manifest.denoiser, GUIDANCE),
-        (CONDITIONER, manifest.conditioner, ()),
-    ):
-        if name == DENOISER and True not in manifest.sampler.graphs:
-            continue
-        found = describe(folder / name)
-        if foreign := sorted(found.data_files - set(manifest.files)):
-            raise damaged(
-                folder / name, f"it takes weights from {foreign[0]!r}, which is not of this export"
-            )
-        for what, ours, theirs in (
-            ("inputs", found.inputs, meant.inputs),
-            ("outputs", found.outputs, meant.outputs),
-        ):
-            said = [(p.name, p.dtype, p.dims) for p in theirs if p.name not in left_out]
-            if [tuple(port) for port in ours] != said:
-                raise damaged(
-                    folder / MANIFEST, f"the {what} of {name} are not those that it lists"
-                )
-        precision = "fp32" if name == CONDITIONER else manifest.precision
-        if found.precision not in (None, precision):
-            raise damaged(
-                folder / MANIFEST, f"it says {precision} of {name}, which is {found.precision}"
-            )
-
-
-def check_origin(folder: Path, manifest: Manifest, file: InferenceFile) -> None:
-    """Checks that the export was made from this inference file, as it is now.
-
-    Raises:
-        ExportError: Naming what differs.
-    """
-    if manifest.unet_number != file.unet_number:
-        raise ExportError(
-            f"{folder}: holds U-Net {manifest.unet_number}, not U-Net {file.unet_number}."
-        )
-    pairs = [
-        ("text encoder", manifest.text, text_facts(file)),
-        ("sampler", manifest.sampler, sampler_constants(file)),
-    ]
-    for what, theirs, ours in pairs:
-        for key in type(ours).model_fields:
-            value = getattr(ours, key)
-            if (seen := getattr(theirs, key)) != value:
-                raise _stale(folder, file, f"{what}: {key} is {seen!r} there and {value!r} here")
-    if manifest.unet != unet_facts(file):
-        raise _stale(folder, file, "the U-Net's configuration differs")
-    if manifest.checkpoint_sha256 != sha256(file.path):
-        raise _stale(
-            folder, file,
-            f"the weights changed since (step {manifest.checkpoint_step} then, {file.step} now)",
-        )  # fmt: skip
-
-
-def _stale(folder: Path, file: InferenceFile, reason: str) -> ExportError:
-    return ExportError(
-        f"{folder}: was not exported from {file.path} as it is now: {reason}. Export again with "
-        f"`imagen-scale export --unet {file.unet_number} --force`."
-    )

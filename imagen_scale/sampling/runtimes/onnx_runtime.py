@@ -16,7 +16,6 @@ from imagen_scale.sampling.runtimes.executors import (
     Backend,
     OnStream,
     computing,
-    graph_name,
     require_driver,
 )
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, LEAST_ONNXRUNTIME
@@ -143,9 +142,13 @@ class OnnxCpu:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """All of them."""
         feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
         with computing(f"ONNX Runtime, {self.path}"):
-            return torch.from_numpy(self.session.run(None, feed)[0])
+            return [torch.from_numpy(found) for found in self.session.run(None, feed)]
 
     def close(self) -> None:
         """Frees the session."""
@@ -222,9 +225,5 @@ def onnx_backend(folder: Path, device: torch.device) -> Backend:
     return Backend(
         f"onnxruntime {version} ({'CPU' if is_cpu else 'CUDA'})",
         device,
-        lambda guided: (
-            OnnxCpu(folder / graph_name(guided))
-            if is_cpu
-            else OnnxCuda(folder / graph_name(guided), device)
-        ),
+        lambda name: OnnxCpu(folder / name) if is_cpu else OnnxCuda(folder / name, device),
     )

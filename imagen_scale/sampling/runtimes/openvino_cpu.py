@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import ExportError, MissingExtraError, option
-from imagen_scale.sampling.runtimes.executors import Backend, computing, graph_name
+from imagen_scale.sampling.runtimes.executors import Backend, computing
 
 # OpenVINO ---------------------------------------------------------------------------------------
 
@@ -37,10 +37,15 @@ class OpenVino:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The graph's first output."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """All of them."""
         feed = {name: value.contiguous().numpy() for name, value in inputs.items()}
         with computing(f"OpenVINO, {self.path}"):
-            # A copy: the result lies in the request's own memory.
-            return torch.from_numpy(self.model(feed)[0].copy())
+            found = self.model(feed)
+            # Copies: the results lie in the request's own memory.
+            return [torch.from_numpy(found[port].copy()) for port in self.model.outputs]
 
     def close(self) -> None:
         """Frees the compiled graph."""
@@ -74,5 +79,5 @@ def openvino_backend(folder: Path, *, bf16: bool) -> Backend:
     return Backend(
         f"openvino {version} ({'bf16' if bf16 else 'fp32'})",
         torch.device("cpu"),
-        lambda guided: OpenVino(folder / graph_name(guided), bf16=bf16),
+        lambda name: OpenVino(folder / name, bf16=bf16),
     )

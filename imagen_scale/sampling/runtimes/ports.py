@@ -18,6 +18,7 @@ OPSETS: dict[Precision, int] = {"fp32": 21, "fp16": 23, "bf16": 23}
 LEAST_ONNXRUNTIME = "1.23"  # the first that computes them all
 
 BATCH, HEIGHT, WIDTH, TOKENS = "batch", "height", "width", "tokens"
+IMAGES = "images"  # that go through the network: the batch, or twice the batch where it is guided
 Dim = int | str  # a fixed length, or the name of a free one
 
 
@@ -61,10 +62,27 @@ def denoiser_inputs(
     return ports
 
 
-def denoiser_output(unet: Network, image_size: int, *, dynamic_size: bool) -> Port:
-    """The prediction: noise, v or the clean picture, as the U-Net was trained."""
+def denoiser_outputs(
+    unet: Network, image_size: int, *, dynamic_size: bool, with_deep: bool = False
+) -> list[Port]:
+    """Outputs of a denoiser, in order: the prediction, and what a shallow one takes besides.
+
+    Args:
+        unet: The network.
+        image_size: Side of the stage's pictures in pixels.
+        dynamic_size: Whether height and width are free.
+        with_deep: Whether there are shallow ones beside it.
+    """
     x_t = denoiser_inputs(unet, image_size, dynamic_size=dynamic_size)[0]
-    return Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))
+    # Noise, v or the clean picture, as the U-Net was trained.
+    ports = [Port("prediction", (BATCH, unet.channels_out, *x_t.dims[2:]))]
+    if with_deep:
+        side: tuple[Dim, ...] = x_t.dims[2:]
+        if unet.memory_efficient:  # which halves the picture before the finest level
+            half = image_size // 2
+            side = ("half_height", "half_width") if dynamic_size else (half, half)
+        ports.append(Port(DEEP, (IMAGES, unet.dim * unet.dim_mults[0], *side)))
+    return ports
 
 
 def text_encoder_inputs() -> list[Port]:
@@ -94,3 +112,12 @@ def conditioner_outputs(unet: Network) -> list[Port]:
 GUIDANCE = ("null_tokens", "null_hidden", "cond_scale")  # inputs of the guided denoiser alone
 DENOISER, CONDITIONER = "denoiser.onnx", "conditioner.onnx"
 UNGUIDED = "denoiser_unguided.onnx"  # its weights are those in denoiser.onnx.data
+SHALLOW, UNGUIDED_SHALLOW = "denoiser_shallow.onnx", "denoiser_unguided_shallow.onnx"  # likewise
+DEEP = "deep"  # what the finest level takes from those below it: `kept` of `UNet.denoise`
+
+
+def graph_name(guided: bool, *, shallow: bool = False) -> str:
+    """File of the denoiser with guidance or without, whole or of the finest level alone."""
+    if shallow:
+        return SHALLOW if guided else UNGUIDED_SHALLOW
+    return DENOISER if guided else UNGUIDED

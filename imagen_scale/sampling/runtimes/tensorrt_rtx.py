@@ -131,5 +131,5 @@ def tensorrt_backend(folder: Path, facts: EngineFacts, device: torch.device) -> 
     return Backend(
         f"{facts.library} {facts.version}",
         device,
-        lambda guided: TensorRT(folder / (ENGINE if guided else UNGUIDED_ENGINE), facts, device),
+        lambda name: TensorRT((folder / name).with_suffix(".engine"), facts, device),
     )

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from imagen_scale.diffusion.caching import DeepCache
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.models.card import has_bf16, tf32
 from imagen_scale.models.unet import TextCond, UNet
@@ -12,6 +13,9 @@ from imagen_scale.runs.inference import InferenceFile, load_weights
 from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.options import Precision, RuntimeOptions
 from imagen_scale.sampling.stage_schedule import stage_schedule
+
+# A prediction and, where they are to be kept, the features of the levels below the finest.
+Evaluation = tuple[Tensor, Tensor | None]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,20 +55,21 @@ class TorchRuntime:
         self.unet: UNet = unet.to(device, _DTYPES[precision]).requires_grad_(False)
         if options.channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.denoise = self.unet.denoise
+        self.denoise, self.denoise_cached = self.unet.denoise, self.unet.denoise_cached
         if self.compiled:
             # On a card this mode records CUDA graphs; on the CPU it is the ordinary one.
-            self.denoise = torch.compile(self.unet.denoise, mode="reduce-overhead")
+            self.denoise = torch.compile(self.denoise, mode="reduce-overhead")
+            self.denoise_cached = torch.compile(self.denoise_cached, mode="reduce-overhead")
 
     @torch.no_grad()
-    def bind(self, cond: Conditioning) -> "UNetDenoiser":
+    def bind(self, cond: Conditioning, cache: DeepCache | None = None) -> "UNetDenoiser":
         """See `Runtime`."""
         cond.check(self.stage)
         text, null = self._condition(cond.text), None
         if cond.negative is not None:
             pairs = zip(self._condition(cond.negative), text, strict=True)
             null = TextCond(*(part.expand_as(of_text) for part, of_text in pairs))
-        return UNetDenoiser(self, text, null, cond)
+        return UNetDenoiser(self, text, null, cond, cache)
 
     def _condition(self, text: Text) -> TextCond:
         given = Text(text.embeds.to(self.device), text.mask.to(self.device))
@@ -72,7 +77,7 @@ class TorchRuntime:
 
     def close(self) -> None:
         """Frees the network; again, nothing."""
-        for name in ("unet", "denoise"):
+        for name in ("unet", "denoise", "denoise_cached"):
             vars(self).pop(name, None)
         if self.compiled:
             torch.compiler.reset()
@@ -88,11 +93,18 @@ class UNetDenoiser:
         text: What depends on the text, computed once, for B images.
         null: What guidance leads away from; None takes the branch without text.
         cond: The rest.
+        cache: Says which evaluations are whole; None: all.
     """
 
     def __init__(
-        self, runtime: TorchRuntime, text: TextCond, null: TextCond | None, cond: Conditioning
+        self,
+        runtime: TorchRuntime,
+        text: TextCond,
+        null: TextCond | None,
+        cond: Conditioning,
+        cache: DeepCache | None,
     ) -> None:
+        self.cache = cache
         self.runtime, self.cond, self.cond_scale = runtime, cond, cond.cond_scale
         if isinstance(self.cond_scale, Tensor):
             self.cond_scale = self.cond_scale.to(runtime.device)[:, None, None, None]
@@ -111,19 +123,22 @@ class UNetDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predicts the clean picture, (B, C, H, W) float32."""
         pred_type = self.runtime.unet.config.pred_type
+        deep = None if self.cache is None else self.cache.take(guided=self.guided)
         with tf32(False) if self.runtime.precision == "fp32" else nullcontext():
-            prediction = self._predict(x_t, t)
+            prediction, features = self._predict(x_t, t, deep)
+        if self.cache is not None and deep is None:
+            self.cache.keep(features, guided=self.guided)
         x_0 = self.runtime.schedule.predicted_x_0(pred_type, x_t, t, prediction)
         return self.cond.completed(x_0)
 
-    def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, deep: Tensor | None) -> Evaluation:
         runtime = self.runtime
         try:
             if not self.guided:
-                return self._pass(x_t, t, self.text)
+                return self._pass(x_t, t, self.text, deep)
             if runtime.sequential:
-                return self._two_passes(x_t, t)
-            return self._one_pass(x_t, t)
+                return self._two_passes(x_t, t, deep)
+            return self._one_pass(x_t, t, deep)
         except torch.OutOfMemoryError:
             if not self.guided or runtime.sequential:
                 raise
@@ -132,20 +147,26 @@ class UNetDenoiser:
             f"{runtime.name}: memory is short; the two branches of guidance are computed one "
             f"after the other from here on."
         )
-        return self._predict(x_t, t)
+        return self._predict(x_t, t, deep)
 
-    def _one_pass(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def _one_pass(self, x_t: Tensor, t: Tensor, deep: Tensor | None) -> Evaluation:
         """Both branches in one batch: one launch of each kernel instead of two."""
         x_twice, t_twice = torch.cat((x_t, x_t)), torch.cat((t, t))
-        cond, null = self._denoise(x_twice, t_twice, self.both, *self.lowres_both).chunk(2)
-        return guide(cond, null, self.cond_scale)
+        pair, features = self._denoise(x_twice, t_twice, self.both, *self.lowres_both, deep)
+        cond, null = pair.chunk(2)
+        return guide(cond, null, self.cond_scale), features
 
-    def _two_passes(self, x_t: Tensor, t: Tensor) -> Tensor:
-        cond, null = (self._pass(x_t, t, text) for text in (self.text, self.null))
-        return guide(cond, null, self.cond_scale)
+    def _two_passes(self, x_t: Tensor, t: Tensor, deep: Tensor | None) -> Evaluation:
+        of_each = (None, None) if deep is None else deep.chunk(2)
+        (cond, first), (null, second) = (
+            self._pass(x_t, t, text, features)
+            for text, features in zip((self.text, self.null), of_each, strict=True)
+        )
+        features = None if first is None or second is None else torch.cat((first, second))
+        return guide(cond, null, self.cond_scale), features
 
-    def _pass(self, x_t: Tensor, t: Tensor, text: TextCond) -> Tensor:
-        return self._denoise(x_t, t, text, self.lowres_img, self.lowres_t)
+    def _pass(self, x_t: Tensor, t: Tensor, text: TextCond, deep: Tensor | None) -> Evaluation:
+        return self._denoise(x_t, t, text, self.lowres_img, self.lowres_t, deep)
 
     def _denoise(
         self,
@@ -154,13 +175,20 @@ class UNetDenoiser:
         text: TextCond,
         lowres_img: Tensor | None,
         lowres_t: Tensor | None,
-    ) -> Tensor:
-        if not self.runtime.compiled:
-            return self.runtime.denoise(x_t, t, text, lowres_img, lowres_t).float()
-        torch.compiler.cudagraph_mark_step_begin()
+        deep: Tensor | None,
+    ) -> Evaluation:
+        runtime, features = self.runtime, None
+        if runtime.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.cache is None:
+            prediction = runtime.denoise(x_t, t, text, lowres_img, lowres_t)
+        else:
+            prediction, features = runtime.denoise_cached(x_t, t, text, lowres_img, lowres_t, deep)
+        if not runtime.compiled:
+            return prediction.float(), features
         # Copied: the next replay of a CUDA graph writes into the same memory.
-        prediction = self.runtime.denoise(x_t, t, text, lowres_img, lowres_t)
-        return prediction.to(torch.float32, copy=True)
+        kept = None if features is None or deep is not None else features.clone()
+        return prediction.to(torch.float32, copy=True), kept
 
 
 def _default_precision(trained_in: str, device: torch.device) -> Precision:
