@@ -55,6 +55,7 @@ class Measured(NamedTuple):
     seconds: float  # of processor time that the base's training took, its start included
     x_0_error: float  # of the base, over the log-SNRs of the evaluation
     drift: float  # of the base's mean colours, of 255
+    plain_drift: float  # the same without guidance, which moves colours by itself
     kid: float  # x 1000, of the base
     psnr_gain: float  # of super-resolution over the enlarged picture, dB
     sr_drift: float
@@ -132,17 +133,24 @@ def _child(folder: Path, script: str, *words: str) -> None:
 
 
 def _evaluated(run: Path, seconds: float, pictures: int) -> Measured:
-    subprocess.run(
-        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS),
-         "--cond-scale", str(SCALE), "--num", str(pictures), "--features", "efficientnet-lite0"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    base, larger = json.loads((run / "evaluation.json").read_text())["stages"]
+    (plain,) = _stages(run, pictures, 1.0, "--unets", "1")
+    base, larger = _stages(run, pictures, SCALE)
     restored = larger["restoration"]
     return Measured(
-        seconds, base["x_0_error"], 255 * base["colour_mean_drift"], 1000 * base["kid"],
+        seconds, base["x_0_error"], 255 * base["colour_mean_drift"],
+        255 * plain["colour_mean_drift"], 1000 * base["kid"],
         restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
     )  # fmt: skip
+
+
+def _stages(run: Path, pictures: int, cond_scale: float, *words: str) -> list[dict[str, Any]]:
+    subprocess.run(
+        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS), "--cond-scale",
+         str(cond_scale), "--num", str(pictures), "--features", "efficientnet-lite0", *words],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    found: list[dict[str, Any]] = json.loads((run / "evaluation.json").read_text())["stages"]
+    return found
 
 
 def draw(path: Path, runs: list[Path]) -> None:
@@ -170,15 +178,14 @@ def _processor_s() -> float:
 
 def report(found: dict[str, list[Measured]], seeds: int, steps: int, pictures: int) -> str:
     """The table, with what it was measured on."""
-    forms = (".0f", ".3f", "+.1f", ".0f", "+.2f", "+.1f")
+    forms = (".0f", ".3f", "+.1f", "+.1f", ".0f", "+.2f", "+.1f")
     rows = [
         [name, *(_spread(values, form) for values, form in zip(
             zip(*trainings, strict=True), forms, strict=True))]
         for name, trainings in found.items()
     ]  # fmt: skip
-    columns = ("recipe", "base, CPU s", "x_0 error", "drift of 255", "KID x 1000",
-               "over the enlarged picture, dB",
-               "drift of 255, 64 px")  # fmt: skip
+    columns = ("recipe", "base, CPU s", "x_0 error", "drift of 255", "without guidance",
+               "KID x 1000", "over the enlarged picture, dB", "drift of 255, 64 px")  # fmt: skip
     return (
         f"{table(columns, rows)}\n\n{steps} steps of each stage, {pictures} held-out pictures, "
         f"{seeds} seed(s), mean and, in brackets, least and most. "

@@ -76,6 +76,7 @@ def main() -> None:
         max(stage.unet.max_text_len for stage in stages),
     )
     said = {"text_embeds": text.float(), "text_masks": mask, "use_tqdm": False}
+    plain = 2 * imagen.sample(cond_scale=1.0, stop_at_unet_number=1, **said) - 1
     drawn = imagen.sample(cond_scale=SCALE, return_all_unet_outputs=True, **said)
     base, larger = (2 * images - 1 for images in drawn)
     real, real_larger = (real_pictures(prepared, indices, stage.size) for stage in stages)
@@ -92,6 +93,7 @@ def main() -> None:
         "seconds": seconds[0],
         "x_0_error": x_0_error(imagen, real, text.float(), mask, config.training.seed),
         "drift": 255 * _drift(base, real),
+        "plain_drift": 255 * _drift(plain, real),
         "kid": 1000 * kernel_distance(extractor(base), extractor(real)),
         "psnr_gain": (psnr_db(restored, real_larger) - psnr_db(bicubic, real_larger)).mean().item(),
         "sr_drift": 255 * _drift(larger, real_larger),
