@@ -208,3 +208,20 @@ def test_triton_gets_every_graph_with_its_ports_and_weights(bundled, tmp_path):
     assert done.exit_code == 2 and "models: exists already" in done.output
     done = CliRunner().invoke(main, ["export", "triton", str(tmp_path), "--out", "x"])
     assert done.exit_code == 1 and "is no bundle" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "it is not JSON with a schema_version"),
+        ("[]", "it is not JSON with a schema_version"),
+        ("{}", "it is not JSON with a schema_version"),
+        ('{"schema_version": 9}', "has schema version 9; this program reads 1"),
+        ('{"schema_version": 1, "text": 3}', "damaged: project_version: Field required"),
+    ],
+)
+def test_a_bundle_of_another_shape_is_refused_in_one_sentence(tmp_path, text, message):
+    (tmp_path / "bundle.json").write_text(text)
+    done = CliRunner().invoke(main, ["export", "triton", str(tmp_path), "--out", "x"])
+    assert done.exit_code == 1 and f"{tmp_path / 'bundle.json'}: " in done.output
+    assert message in done.output and done.output.count("\n") == 1

@@ -168,6 +168,9 @@ def test_the_best_validation_is_sampled_from_and_the_trained_one_again(run):
     before = load_file(file.path)
     best = {name: value + 1 for name, value in before.items()}
     save_inference(file._replace(path=best_path(run, 1), step=8), best)
+    for text in ("{", "[]", "{}", '{"measure": "val_loss", "value": [], "step": 8}'):
+        best_record_path(run, 1).write_text(text)
+        assert "best.json: is damaged. Delete it" in told("--best", code=1)
     record = {"measure": "val_loss", "value": 0.25, "step": 8}
     best_record_path(run, 1).write_text(json.dumps(record))
     assert "of step 8, where val_loss was least (0.25); --restore undoes it" in told("--best")
@@ -201,3 +204,6 @@ def test_what_is_best_is_kept_across_validations_and_training_again(tmp_path, pr
     training.keep_best = "val_x_0_error"  # another measure begins anew
     keep_if_best(SimpleNamespace(stage=stage, step=7, ema=None), saver, {"val_x_0_error": 9.0})
     assert saved[-1] == 7
+    best_record_path(tmp_path, 1).write_text("[]")  # damaged from outside: kept anew
+    keep_if_best(SimpleNamespace(stage=stage, step=8, ema=None), saver, {"val_x_0_error": 9.5})
+    assert saved[-1] == 8

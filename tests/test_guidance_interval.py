@@ -8,11 +8,12 @@ from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.errors import UsageError
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.models.unet import UNet
-from imagen_scale.sampling.groups import Wanted, stream_groups
+from imagen_scale.sampling.groups import stream_groups
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.wanted import Wanted
 
 make = SamplingOptions.make
 

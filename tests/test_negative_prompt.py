@@ -17,7 +17,7 @@ from imagen_scale.errors import UsageError
 from imagen_scale.models.unet import TextCond
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.groups import Wanted, stream_groups
+from imagen_scale.sampling.groups import stream_groups
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
@@ -26,6 +26,7 @@ from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.runtimes.torch_unet import TorchRuntime, load_unet
 from imagen_scale.sampling.stage import Listener
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.wanted import Wanted
 
 CPU = torch.device("cpu")
 make = SamplingOptions.make

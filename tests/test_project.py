@@ -120,6 +120,12 @@ def test_files_and_classes_stay_small():
                 assert node.end_lineno - node.lineno < 200, (path, node.name)
 
 
+def test_this_machines_address_stands_in_one_place():
+    assert [path.name for path in sources() if '"127.0.0.1"' in path.read_text("utf-8")] == [
+        "network.py"
+    ]
+
+
 def test_no_import_is_hidden_from_the_contract():
     for path in sources():
         for call in re.findall(r"(?:import_module|__import__)\(([^)]*)\)", path.read_text("utf-8")):

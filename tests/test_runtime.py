@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from imagen_scale_runtime import Cascade, bundle, command, noise, pictures
+from imagen_scale_runtime import Cascade, Wanted, bundle, command, noise, pictures
 from imagen_scale_runtime.command import main
 from imagen_scale_runtime.errors import DataError, ExportError, UsageError
 from imagen_scale_runtime.stage import _clean
@@ -107,6 +107,39 @@ def same(theirs, ours, prompts, **options):
 )
 def test_pictures_are_the_runs(cascades, options):
     same(*cascades, ["sun", "red heart"], **options)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        ((3.0, 1.0), (1.5, 1.0), (-1.0, 1.0)),  # of the base alone
+        ((0.0, 2.0), (1.0, 1.0), (4.0, 0.0)),
+        ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0)),  # no picture needs both branches
+    ],
+)
+@pytest.mark.parametrize("interval", [None, "0.5:1"])
+def test_each_picture_of_a_batch_has_its_own_guidance(cascades, scales, interval):
+    theirs, ours = cascades
+    asked = {"steps": 4, "guidance_interval": interval}
+    wanted = [("sun", 1), ("key", 2), ("red heart", 3)]
+    of_ours = [Wanted(*one, scale) for one, scale in zip(wanted, scales, strict=True)]
+    found = list(ours.draw(of_ours, ours.settings(**asked)))
+    for made, (prompt, seed), scale in zip(found, wanted, scales, strict=True):
+        options = SamplingOptions(**asked, seed=seed, cond_scale=scale)
+        (picture,) = theirs.stream([prompt], options)
+        assert (made.prompt, made.seed) == (prompt, seed)
+        for image, tensor in zip(made.stages, picture.stages, strict=True):
+            levels = to_uint8(tensor[None])[0].astype(int)
+            assert np.abs(np.asarray(image).astype(int) - levels).max() <= 1
+
+
+def test_pictures_go_through_as_many_stages_as_there_are_settings(cascades):
+    _, ours = cascades
+    settings = ours.settings(stages=1, steps=3)
+    (made,) = ours.draw([Wanted("sun", 1)], settings)
+    (whole,) = ours.stream("sun", steps=3, seed=1)
+    (first,) = made.stages
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(whole.stages[0]))
 
 
 def test_every_option_shows(cascades):
@@ -278,6 +311,16 @@ def damaged(folder, what):
         facts["schema_version"] = 2
     elif what == "cut":
         del facts["stages"]
+    elif what == "empty":
+        facts["stages"] = []
+    elif what == "other":
+        facts["stages"][1]["settings"]["steps"] = "25"
+    elif what == "flat":
+        facts["text"] = "minilm"
+    elif what == "unlisted":
+        del facts["files"]["unet2/denoiser.onnx"]
+    elif what == "list":
+        facts = [facts]
     if what == "json":
         (folder / "bundle.json").write_text("{")
     else:
@@ -291,7 +334,12 @@ def damaged(folder, what):
         ("changed", "denoiser.onnx.data: is not what was exported"),
         ("outside", r"names '\.\./x', which is outside"),
         ("schema", "is of schema 2, and this imagen-scale-runtime reads 1"),
-        ("cut", "is damaged"),
+        ("cut", "is damaged: stages is None"),
+        ("empty", "is damaged: it has no stages"),
+        ("other", "is damaged: steps is 25"),
+        ("flat", "is damaged: text is no JSON object"),
+        ("unlisted", "is damaged: it does not list unet2/denoiser.onnx"),
+        ("list", "is damaged: it is no JSON object"),
         ("json", "cannot be read"),
     ],
 )
@@ -320,9 +368,12 @@ def test_few_steps_are_sampled_as_they_learned_it(bundled, tmp_path):
     cascade = Cascade(folder)
     assert [made.steps for made in cascade.settings()] == [2, 25]
     assert cascade.settings(cond_scale=0)[0].cond_scale == 0
-    for wrong in ({"steps": 5}, {"cond_scale": 3.0}, {"sampler": "heun"}, {"threshold": 0.9}):
-        (name,) = wrong
-        with pytest.raises(UsageError, match=f"{name} .*learned to take few steps"):
+    for wrong in (
+        {"steps": 5}, {"cond_scale": 3.0}, {"sampler": "heun"}, {"threshold": 0.9},
+        {"negative_prompt": "pizza", "cond_scale": [0, 2]},
+    ):  # fmt: skip
+        name, *_ = wrong
+        with pytest.raises(UsageError, match=f"{name}.* learned to take few steps"):
             cascade.settings(**wrong)
 
 

@@ -1,8 +1,6 @@
 """A run behind HTTP: OpenAI's client, many callers at once, and what must not happen to any."""
 
 import asyncio
-import base64
-import io
 import json
 import os
 import re
@@ -19,10 +17,9 @@ import numpy as np
 import openai
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 from support import ROOT
 from support.doc_commands import BLOCK
-from support.serving import served, until
+from support.serving import ask, assert_alike, client_of, pixels, served, until
 from support.tiny import write_run, write_stage
 
 from imagen_scale.commands.main import main
@@ -51,26 +48,6 @@ def cascade(run):
 def client(server):
     with client_of(server) as one:
         yield one
-
-
-def client_of(server, key="any"):
-    return openai.OpenAI(
-        base_url=f"{server.address}/v1", api_key=key, max_retries=0,
-        http_client=httpx.Client(trust_env=False, timeout=120),
-    )  # fmt: skip
-
-
-def ask(server, **body):
-    return httpx.post(server.images, json=body, trust_env=False, timeout=120)
-
-
-def pixels(b64):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64)))).astype(int)
-
-
-def assert_alike(b64, image):
-    """Equal but for the last bits that company may move: one level."""
-    assert np.abs(pixels(b64) - np.asarray(image).astype(int)).max() <= 1
 
 
 # OpenAI's client ---------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from imagen_scale.data.encoder import encoder_folder
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
+from imagen_scale.runs.folders import bundle_path
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import open_encoder
 from imagen_scale.sampling.runtimes.bundle import (
-    BUNDLE,
     BUNDLE_SCHEMA,
     NULL_TEXT,
     SCHEDULE,
@@ -71,7 +71,7 @@ def export_bundle(
     """
     if final.exists() and not options.force:
         raise UsageError(f"{final}: exists already; add --force to replace it.")
-    if final.exists() and not (final / BUNDLE).is_file():
+    if final.exists() and not bundle_path(final).is_file():
         raise UsageError(f"{final}: is no bundle, so it is not replaced; name another folder.")
     exports = [_export_of(file, options, tell) for file in files]
     settings = SamplingOptions().for_stages([file.stage for file in files])
@@ -97,7 +97,7 @@ def export_bundle(
                 if path.is_file()
             },
         )
-        (folder / BUNDLE).write_text(bundle.model_dump_json(indent=1), encoding="utf-8")
+        bundle_path(folder).write_text(bundle.model_dump_json(indent=1), encoding="utf-8")
     return bundle
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
-from imagen_scale.sampling.runtimes.bundle import BUNDLE, TEXT_ENCODER, Bundle
+from imagen_scale.sampling.runtimes.bundle import TEXT_ENCODER, Bundle, read_bundle
 from imagen_scale.sampling.runtimes.manifest import Graph, PortRecord
 from imagen_scale.sampling.runtimes.onnx_files import data_files
 from imagen_scale.sampling.runtimes.ports import CONDITIONER, DENOISER, UNGUIDED
@@ -41,10 +41,7 @@ def write_repository(folder: Path, repository: Path, max_batch: int) -> list[str
         ExportError: If the bundle is not whole.
         UsageError: If the repository is there already.
     """
-    path = folder / BUNDLE
-    if not path.is_file():
-        raise ExportError(f"{folder}: is no bundle; make one with `imagen-scale export --bundle`.")
-    bundle = Bundle.model_validate_json(path.read_text(encoding="utf-8"))
+    bundle = read_bundle(folder)
     for name, record in bundle.files.items():
         if not (folder / name).is_file() or sha256(folder / name) != record.sha256:
             raise ExportError(f"{folder / name}: is not what was exported; export it again.")

@@ -45,14 +45,15 @@ def ui(
         imagen-scale ui
         imagen-scale ui --run runs/emoji_demo --port 0 --no-open
     """
-    from imagen_scale.ui.server import HOST, require_gradio, serve
+    from imagen_scale.data.network import LOCALHOST
+    from imagen_scale.ui.server import require_gradio, serve
 
     require_gradio()
     from imagen_scale.runs.folders import find_run
     from imagen_scale.ui.page import Opened
 
     folder = find_run(run)
-    listener = listen(HOST, port)
+    listener = listen(LOCALHOST, port)
     serve(
         Opened(folder, runtime or "auto", unet_limit, allow_unfinished),
         listener,

@@ -1,4 +1,4 @@
-"""What is told of a network that cannot be reached, and of the proxies in between."""
+"""This machine's address, and what is told of a network that cannot be reached."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 from imagen_scale.data.storage import first_line
 from imagen_scale.files.caches import UNWRITABLE, cannot_write, hub_home
 
+LOCALHOST = "127.0.0.1"
 PROXY_AUTHENTICATION_REQUIRED = 407  # the one answer that comes from a proxy itself
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imagen_scale.diffusion.ema_profiles import Mixture, Profile, mixture
-from imagen_scale.errors import UsageError, option
+from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.runs.folders import (
     best_path,
@@ -118,7 +118,7 @@ def install_best(run: Path, unet_number: int) -> dict[str, Any]:
             f"training.keep_best, e.g. val_loss."
         )
     read_inference(path)  # that it is whole
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    found = read_best(record)
     # It stands for the whole training, of which it is the best.
     average = f"step {found['step']}, where {found['measure']} was least"
     made = trained._replace(path=_made_path(run, unet_number), average=average)
@@ -126,6 +126,25 @@ def install_best(run: Path, unet_number: int) -> dict[str, Any]:
     save_inference(made, weights)
     _put(made.path, trained, run)
     return found
+
+
+def read_best(record: Path) -> dict[str, Any]:
+    """Which validation was the best one: "measure", "value" and "step".
+
+    Args:
+        record: The file of it, `best_record_path`.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        measure, value, step = (found[name] for name in ("measure", "value", "step"))
+        return {"measure": str(measure), "value": float(value), "step": int(step)}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{record}: is damaged. Delete it; training with training.keep_best writes it anew."
+        ) from None
 
 
 def _made_path(run: Path, unet_number: int) -> Path:

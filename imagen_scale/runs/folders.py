@@ -124,6 +124,11 @@ def bundle_dir(run: Path, precision: str) -> Path:
     return run / "export" / f"bundle-{precision}"
 
 
+def bundle_path(folder: Path) -> Path:
+    """What a bundle says of itself; a folder that has one is a bundle."""
+    return folder / "bundle.json"
+
+
 def export_dirs(run: Path) -> list[Path]:
     """Every folder that an export was made in."""
     return sorted((run / "export").glob("unet*/*"))

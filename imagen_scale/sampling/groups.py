@@ -9,9 +9,10 @@ from torch import Tensor
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.prompts import NotRead
 from imagen_scale.sampling.residents import Key, Residents
 from imagen_scale.sampling.stage import Inputs, Listener, out_of_memory
+from imagen_scale.sampling.unread import NotRead
+from imagen_scale.sampling.wanted import Wanted
 
 if TYPE_CHECKING:
     from imagen_scale.sampling.stages import TrainedStages
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
 # Pictures that go through the cascade together: what is held of them is bounded, and where stages
 # do not fit beside each other, their weights are read once for so many.
 GROUP = 64
-
-
-class Wanted(NamedTuple):
-    """One picture that is to be made."""
-
-    prompt: str
-    seed: int
-    cond_scales: tuple[float, ...] | None = None  # of each stage; None: as the settings say
 
 
 class Picture(NamedTuple):

@@ -19,19 +19,9 @@ from imagen_scale.data.encoder import (
 from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.runtimes.contract import Say, Text
+from imagen_scale.sampling.unread import NotRead, shortened
 
 LendEncoder = Callable[[InferenceFile, torch.device | None], AbstractContextManager[TextEncoder]]
-SHOWN = 60  # characters of a prompt in a sentence
-
-
-class NotRead(NamedTuple):
-    """What a U-Net does not read of a prompt that is longer than its `max_text_len`."""
-
-    option: str  # "prompt" or "negative_prompt"
-    unet: int  # from 1
-    read: int  # tokens, with the marks of the text's ends
-    tokens: int  # of the whole prompt
-    text: str  # from where it is not read
 
 
 class Prompts(NamedTuple):
@@ -212,8 +202,3 @@ def blank_sentence(file: InferenceFile, prompts: Sequence[str]) -> str | None:
         else "which training never knew (imagen.cond_drop_prob 0)"
     )
     return f"an empty {option('prompt')} is no text at all, {known}: guidance does not act on it"
-
-
-def shortened(text: str) -> str:
-    """The beginning of a text, for a sentence."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()}..."

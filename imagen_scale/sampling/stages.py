@@ -11,13 +11,14 @@ from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.guidance import branches
 from imagen_scale.errors import CheckpointError, UsageError, option
 from imagen_scale.runs.inference import InferenceFile, read_stages
-from imagen_scale.sampling.groups import Picture, Wanted, stream_groups
+from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
 from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener, Stage, default_device
+from imagen_scale.sampling.wanted import Wanted
 
 MOST_REMEMBERED = 256
 

@@ -13,11 +13,11 @@ from imagen_scale.errors import DataError, UsageError, option
 from imagen_scale.files.pictures import from_uint8
 from imagen_scale.runs.inference import read_stage
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
-from imagen_scale.sampling.prompts import NotRead
 from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Listener, out_of_memory
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.unread import NotRead
 
 MAX_PIXELS = 2**26  # of the result: float32 images of 0.8 GB each, several at a time
 

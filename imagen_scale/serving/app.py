@@ -35,7 +35,7 @@ def application(
 
     Args:
         engine: Makes the pictures.
-        model: What the run is called.
+        model: What the run or the bundle is called.
         limits: How much a request may ask for.
         key: That callers must know; None asks for none.
         hosts: Names under which it is addressed; None takes any.
@@ -85,7 +85,7 @@ class _Answers:
             body = await _body(request, self.limits.body)
         except ClientDisconnect:
             return Response(status_code=GONE)
-        asked = read_request(body, self.engine.configs, self.model, self.limits)
+        asked = read_request(body, self.engine.cascade, self.model, self.limits)
         call = Call(self.engine, asked)
         if asked.streams:
             return _Stream(call, _streamed(call, asked, request))

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from imagen_scale.files.pictures import to_uint8
-from imagen_scale.sampling.groups import Picture
+from imagen_scale.serving.contract import Drawn
 from imagen_scale.serving.engine import Engine
 from imagen_scale.serving.refusal import refusal_of
 from imagen_scale.serving.request import Asked
@@ -90,16 +89,16 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def datum(picture: Picture) -> dict[str, Any]:
+async def datum(picture: Drawn) -> dict[str, Any]:
     """A picture as an answer holds it: OpenAI's key, and what it was made from."""
     return {
-        "b64_json": await asyncio.to_thread(_png, picture),
+        "b64_json": await asyncio.to_thread(_png, picture.image),
         "seed": picture.seed,
         "not_read": [lost._asdict() for lost in picture.not_read],
     }
 
 
-def _png(picture: Picture) -> str:
+def _png(image: Image.Image) -> str:
     file = io.BytesIO()
-    Image.fromarray(to_uint8(picture.stages[-1][None])[0]).save(file, format="PNG")
+    image.save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -8,14 +8,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError
-from imagen_scale.sampling.groups import Wanted, stream_groups
 from imagen_scale.sampling.options import SamplingOptions
-from imagen_scale.sampling.residents import Residents
-from imagen_scale.sampling.stage import Listener
-from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.sampling.wanted import Wanted
+from imagen_scale.serving.contract import ServedCascade
 from imagen_scale.serving.metrics import Metrics
 from imagen_scale.serving.refusal import Refusal
 from imagen_scale.serving.waiting import ClosedError, Failed, FullError, Job, Made, Step, Waiting
@@ -29,42 +25,24 @@ class _NobodyWaitsError(Exception):
 
 
 class Engine:
-    """Makes the pictures of one run for many callers.
+    """Makes the pictures of one cascade for many callers.
 
     Args:
-        stages: What is sampled.
+        cascade: Draws them.
         max_batch: Pictures computed together at most.
         patience_s: How long a picture waits for company at most.
         queue: Pictures that may wait.
-        tile: Side of the tiles of large stages in pixels, as `SamplingOptions.tile`.
     """
 
     def __init__(
-        self,
-        stages: TrainedStages,
-        *,
-        max_batch: int,
-        patience_s: float,
-        queue: int,
-        tile: int | None = None,
+        self, cascade: ServedCascade, *, max_batch: int, patience_s: float, queue: int
     ) -> None:
-        self.configs, self.max_batch, self.patience_s = stages.configs, max_batch, patience_s
+        self.cascade, self.max_batch, self.patience_s = cascade, max_batch, patience_s
         self.waiting = Waiting(queue)
         self.metrics = Metrics(lambda: len(self.waiting))
         self.failure: BaseException | None = None  # what ended the thread
         self.loaded = threading.Event()  # set when the stages are, or cannot be
-        self._tile, self._is_draining, self._is_stopped = tile, False, False
-        residents = Residents(stages.device)
-        # A request may end the cascade at any stage. Prompts are no business of the log.
-        self._cascades = {
-            last: TrainedStages(
-                stages.files[:last], stages.device, stages.runtime, say=stages.say,
-                residents=residents,
-            )
-            for last in range(1, len(stages.files) + 1)
-        }  # fmt: skip
-        for cascade in self._cascades.values():
-            cascade.warn = lambda sentence: None
+        self._is_draining = self._is_stopped = False
         self._current: list[Job] = []
         self._picture_s = 0.0  # of the last batch, a picture
         self._thread = threading.Thread(target=self._work, name="cascade", daemon=True)
@@ -142,10 +120,9 @@ class Engine:
 
     def _warm_up(self) -> None:
         """One step of every stage, so that the first caller waits for nothing but pictures."""
-        cascade = self._cascades[len(self.configs)]
-        options = SamplingOptions.make(tile=self._tile)
-        settings = [one.model_copy(update={"steps": 1}) for one in options.for_stages(self.configs)]
-        list(stream_groups(cascade, [Wanted("warm", 0)], settings, options, Listener()))
+        usual = self.cascade.settings(SamplingOptions(), len(self.cascade.sizes))
+        settings = [of_stage.model_copy(update={"steps": 1}) for of_stage in usual]
+        list(self.cascade.draw([Wanted("warm", 0)], settings, None, lambda *step: None))
 
     def _compute(self, jobs: Sequence[Job]) -> None:
         begun = time.monotonic()
@@ -168,7 +145,6 @@ class Engine:
         if not jobs:
             return
         kind, done = jobs[0].kind, 0
-        options = SamplingOptions.make(negative_prompt=kind.negative_prompt, tile=self._tile)
 
         def hear(unet: int, step: int, steps: int) -> None:
             if self._is_stopped or all(job.is_gone for job in jobs[done:]):
@@ -177,17 +153,16 @@ class Engine:
                 job.hear(Step(unet, step, steps))
 
         try:
-            for picture in stream_groups(
-                self._cascades[len(kind.settings)], [job.wanted for job in jobs], kind.settings,
-                options, Listener(hear),
-            ):  # fmt: skip
+            for picture in self.cascade.draw(
+                [job.wanted for job in jobs], kind.settings, kind.negative_prompt, hear
+            ):
+                self.metrics.pictures.labels("made").inc()  # counted before anybody hears of it
                 jobs[done].finish(Made(picture))
-                self.metrics.pictures.labels("made").inc()
                 done += 1
         except _NobodyWaitsError:
             self.metrics.pictures.labels("dropped").inc(len(jobs) - done)
             self._give_up(jobs[done:])
-        except torch.AcceleratorError:  # the card computes nothing any more for this process
+        except self.cascade.fatal:
             raise
         except Exception as error:
             left = jobs[done:]

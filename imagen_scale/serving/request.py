@@ -7,13 +7,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from imagen_scale.config import StageConfig
 from imagen_scale.config.strict_json import parse_json
 from imagen_scale.errors import UsageError, option
-from imagen_scale.sampling.groups import Wanted
 from imagen_scale.sampling.option_model import OptionModel
 from imagen_scale.sampling.options import SamplingOptions
-from imagen_scale.sampling.stages import check_negative
+from imagen_scale.sampling.wanted import Wanted
+from imagen_scale.serving.contract import ServedCascade
 from imagen_scale.serving.limits import Limits
 from imagen_scale.serving.refusal import Refusal
 from imagen_scale.serving.waiting import Kind
@@ -49,13 +48,13 @@ class Asked(NamedTuple):
     streams: bool  # step by step
 
 
-def read_request(body: bytes, configs: Sequence[StageConfig], model: str, limits: Limits) -> Asked:
+def read_request(body: bytes, cascade: ServedCascade, model: str, limits: Limits) -> Asked:
     """What a request asks for, checked before any work.
 
     Args:
         body: JSON.
-        configs: The stages there are, in order.
-        model: What this server calls its run.
+        cascade: Is to draw it.
+        model: What this server calls it.
         limits: How much may be asked for.
 
     Raises:
@@ -79,16 +78,14 @@ def read_request(body: bytes, configs: Sequence[StageConfig], model: str, limits
     for name, text in (("prompt", theirs.prompt), ("negative_prompt", options.negative_prompt)):
         _check_text(name, text or "", limits.prompt)
     _check_most("n", theirs.n, limits.pictures)
-    stages = configs[: _stages_of(theirs.size, configs)]
-    settings = options.for_stages(stages)
-    if options.negative_prompt:
-        check_negative(stages, settings)
+    stages = _stages_of(theirs.size, cascade.sizes)
+    settings = cascade.settings(options, stages)
     _check_most("steps", max(one.steps for one in settings), limits.steps)
     scales = tuple(one.cond_scale for one in settings)
     return Asked(
         [Wanted(theirs.prompt, options.seed + j, scales) for j in range(theirs.n)],
         Kind.of(settings, options.negative_prompt),
-        stages[-1].size,
+        cascade.sizes[stages - 1],
         theirs.stream,
     )
 
@@ -115,13 +112,13 @@ def _object(body: bytes) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _stages_of(size: str, configs: Sequence[StageConfig]) -> int:
+def _stages_of(size: str, sides: Sequence[int]) -> int:
     """How many stages lead to a size.
 
     Raises:
         UsageError: With the sizes there are.
     """
-    sizes = [f"{config.size}x{config.size}" for config in configs]
+    sizes = [f"{side}x{side}" for side in sides]
     if size == "auto":
         return len(sizes)
     if size not in sizes:

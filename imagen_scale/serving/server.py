@@ -7,14 +7,15 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from imagen_scale.data.network import LOCALHOST
 from imagen_scale.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from imagen_scale.serving.engine import Engine
 
 KEY_VARIABLE = "IMAGEN_SCALE_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NAMES = ["127.0.0.1", "localhost", "[::1]"]  # of it, as a request spells them
+LOOPBACK = (LOCALHOST, "localhost", "::1")
+NAMES = [LOCALHOST, "localhost", "[::1]"]  # of it, as a request spells them
 FAREWELL_S = 30  # how long an answer that is ready may take to be read, once all work is done
 
 
@@ -34,6 +35,22 @@ def require_extra() -> None:
             f"{error.name}; run pip install 'imagen-scale[serve]'."
         ) from None
     assert fastapi and prometheus_client and uvicorn
+
+
+def require_runtime() -> None:
+    """Imports what draws a bundle.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import imagen_scale_runtime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"a bundle is drawn by the distribution imagen-scale-runtime, and this installation "
+            f"lacks {error.name}; run pip install ./export/runtime in imagen-scale's repository."
+        ) from None
+    assert imagen_scale_runtime
 
 
 def api_key() -> str | None:

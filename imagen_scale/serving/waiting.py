@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from imagen_scale.diffusion.guidance import Branch, branches
-from imagen_scale.sampling.groups import Picture, Wanted
 from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.wanted import Wanted
+from imagen_scale.serving.contract import Drawn
 
 
 class Step(NamedTuple):
@@ -23,7 +24,7 @@ class Step(NamedTuple):
 class Made(NamedTuple):
     """The picture is finished."""
 
-    picture: Picture
+    picture: Drawn
 
 
 class Failed(NamedTuple):

@@ -4,7 +4,9 @@ import json
 import math
 from pathlib import Path
 
+from imagen_scale.errors import CheckpointError
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.runs.averages import read_best
 from imagen_scale.runs.folders import best_path, best_record_path
 from imagen_scale.training.ranks import from_rank_0
 from imagen_scale.training.saving import Saver
@@ -36,10 +38,11 @@ def keep_if_best(session: Session, saver: Saver, measures: dict[str, float]) -> 
 
 def _least(record: Path, name: str) -> float:
     """What was kept is worth; infinity where nothing was, or by another measure."""
-    if not record.is_file():
+    try:
+        kept = read_best(record)
+    except CheckpointError:  # not there, or damaged from outside
         return math.inf
-    kept = json.loads(record.read_text(encoding="utf-8"))
-    return float(kept["value"]) if kept["measure"] == name else math.inf
+    return kept["value"] if kept["measure"] == name else math.inf
 
 
 def _write(path: Path, text: str) -> None:

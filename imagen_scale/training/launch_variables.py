@@ -10,9 +10,9 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
+from imagen_scale.data.network import LOCALHOST
 from imagen_scale.errors import EnvironmentProblem
 
-LOCALHOST = "127.0.0.1"
 # Below the ports that Linux gives to outgoing connections, which begin at 32768.
 _FIRST_PORT, _NUM_PORTS = 12_000, 20_000
 NETWORK_ADVICE = (

@@ -9,13 +9,12 @@ from contextlib import closing
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from imagen_scale.data.network import without_proxies
+from imagen_scale.data.network import LOCALHOST, without_proxies
 from imagen_scale.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from imagen_scale.ui.page import Opened
 
-HOST = "127.0.0.1"
 # Gradio's own scripts are inline, compile templates and draw what they made themselves; nothing
 # may come from another address.
 POLICY = (
@@ -60,7 +59,7 @@ def serve(
     """
     import uvicorn
 
-    address = f"http://{HOST}:{listener.getsockname()[1]}"
+    address = f"http://{LOCALHOST}:{listener.getsockname()[1]}"
     with closing(listener), tempfile.TemporaryDirectory(prefix="imagen-scale-ui-") as cache:
         os.environ["GRADIO_TEMP_DIR"] = cache
         app, halt_all = application(run)
@@ -97,11 +96,11 @@ def application(run: "Opened") -> tuple[Any, Callable[[], None]]:
     )
     app = FastAPI(openapi_url=None)
     # A page elsewhere whose name is made to point here is not answered.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[LOCALHOST, "localhost"])
 
     app.add_middleware(_Policy)
     gr.mount_gradio_app(
-        app, blocks, path="/", server_name=HOST, footer_links=[], run_history=False,
+        app, blocks, path="/", server_name=LOCALHOST, footer_links=[], run_history=False,
         ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme,
         css=(files("imagen_scale.ui") / "page.css").read_text(encoding="utf-8"),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from .cascade import Cascade, Sample
 from .errors import ImagenScaleError
+from .sampling.wanted import Wanted
 from .version import __version__
 
-__all__ = ["Cascade", "ImagenScaleError", "Sample", "__version__"]
+__all__ = ["Cascade", "ImagenScaleError", "Sample", "Wanted", "__version__"]

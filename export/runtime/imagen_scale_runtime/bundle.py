@@ -4,6 +4,7 @@ The main package's docs/bundle.md is the contract.
 """
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,36 @@ from .files.atomic import sha256
 BUNDLE = "bundle.json"
 SCHEMA = 1  # of bundles that this version reads
 
+# What is read of each JSON object, and its type.
+Shape = Mapping[str, Any]
+SCHEDULE: Shape = {"abar": list}
+NULL_TEXT: Shape = {"tokens": list, "hidden": list}
+FILE: Shape = {"bytes": int, "sha256": str}
+TEXT: Shape = {"max_tokens": int}
+SETTINGS: Shape = {
+    "steps": int, "cond_scale": int | float, "sampler": str, "spacing": str, "eta": int | float,
+}  # fmt: skip
+STAGE: Shape = {
+    "unet": int, "folder": str, "image_size": int, "channels": int, "size_divisor": int,
+    "dynamic_size": bool, "max_text_len": int, "pred_type": str, "thresholding": str,
+    "percentile": int | float, "lowres_time": int | None, "lowres_residual": bool,
+    "few_steps": bool, "settings": SETTINGS,
+}  # fmt: skip
+
 
 class Conditioned(NamedTuple):
     """What denoisers take as text, for B pictures."""
 
     tokens: np.ndarray  # (B, max_text_len, cond_dim) float32
     hidden: np.ndarray  # (B, time_cond_dim) float32
+
+    def where(self, kept: Sequence[bool], other: "Conditioned") -> "Conditioned":
+        """Each picture's own where it is kept, else the other's."""
+        keep = np.array(kept)
+        return Conditioned(
+            np.where(keep[:, None, None], self.tokens, other.tokens),
+            np.where(keep[:, None], self.hidden, other.hidden),
+        )
 
 
 class Schedule:
@@ -72,12 +97,12 @@ class StageFacts:
     @cached_property
     def schedule(self) -> Schedule:
         """Its noise schedule."""
-        return Schedule(_read(self.folder / "schedule.json")["abar"])
+        return Schedule(_read(self.folder / "schedule.json", SCHEDULE)["abar"])
 
     @cached_property
     def null_text(self) -> Conditioned:
         """What the branch without text is given, for one picture."""
-        found = _read(self.folder / "null_text.json")
+        found = _read(self.folder / "null_text.json", NULL_TEXT)
         return Conditioned(
             np.array([found["tokens"]], np.float32), np.array([found["hidden"]], np.float32)
         )
@@ -101,20 +126,35 @@ class Bundle:
                 f"{folder}: holds no {BUNDLE}. Give a folder that `imagen-scale export --bundle` "
                 f"has written."
             )
-        facts = _read(path)
-        schema = facts.get("schema_version")
-        if schema != SCHEMA:
+        facts = _read(path, {"schema_version": int})
+        if (schema := facts["schema_version"]) != SCHEMA:
             raise ExportError(
                 f"{path}: is of schema {schema}, and this imagen-scale-runtime reads {SCHEMA}. "
                 f"Take the runtime of imagen-scale {facts.get('project_version', '?')}."
             )
-        try:
-            _check_files(folder, facts["files"], with_hash=check)
-            self.text: dict[str, Any] = facts["text"]
-            self.stages = [StageFacts(folder, stage) for stage in facts["stages"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ExportError(f"{path}: is damaged ({error!r}); export the bundle again.") from None
-        self.facts = facts
+        _check(path, facts, {"text": TEXT, "stages": list, "files": dict})
+        for record in facts["files"].values():
+            _check(path, record, FILE)
+        if not facts["stages"]:
+            raise _damaged(path, "it has no stages")
+        for stage in facts["stages"]:
+            _check(path, stage, STAGE)
+        if missing := sorted(set(_needed(facts["stages"])) - set(facts["files"])):
+            raise _damaged(path, f"it does not list {missing[0]}")
+        _check_files(folder, facts["files"], with_hash=check)
+        self.text: dict[str, Any] = facts["text"]
+        self.stages = [StageFacts(folder, stage) for stage in facts["stages"]]
+
+
+def _needed(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The files that a bundle cannot do without."""
+    yield from ("text_encoder.onnx", "tokenizer.json")
+    for stage in stages:
+        guided = () if stage["few_steps"] else ("denoiser.onnx",)
+        for name in (
+            "conditioner.onnx", "denoiser_unguided.onnx", *guided, "schedule.json", "null_text.json"
+        ):  # fmt: skip
+            yield f"{stage['folder']}/{name}"
 
 
 def _check_files(folder: Path, files: dict[str, Any], *, with_hash: bool) -> None:
@@ -131,11 +171,29 @@ def _check_files(folder: Path, files: dict[str, Any], *, with_hash: bool) -> Non
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, shape: Shape) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); export the bundle again.") from None
-    if not isinstance(found, dict):
-        raise ExportError(f"{path}: is damaged; export the bundle again.")
+    _check(path, found, shape)
     return found
+
+
+def _check(path: Path, found: Any, shape: Shape, where: str = "") -> None:
+    """Refuses what has not the shape that is read here.
+
+    Raises:
+        ExportError: Naming the first place.
+    """
+    if not isinstance(found, dict):
+        raise _damaged(path, f"{where or 'it'} is no JSON object")
+    for name, kind in shape.items():
+        if isinstance(kind, Mapping):
+            _check(path, found.get(name), kind, name)
+        elif not isinstance(found.get(name), kind):
+            raise _damaged(path, f"{name} is {str(found.get(name))[:40]}")
+
+
+def _damaged(path: Path, reason: str) -> ExportError:
+    return ExportError(f"{path}: is damaged: {reason}; export the bundle again.")

@@ -12,6 +12,8 @@ from .bundle import Bundle, Conditioned, StageFacts
 from .errors import UsageError, option, spelled
 from .graphs import CPU, Engine, Runtime
 from .pictures import to_uint8
+from .sampling.unread import NotRead
+from .sampling.wanted import Wanted
 from .settings import PER_STAGE, Settings, check_negative, settings_of
 from .stage import Inputs, OnStep, Stage
 from .text import TextReader
@@ -26,6 +28,7 @@ class Sample(NamedTuple):
     prompt: str
     seed: int
     stages: list[Image.Image]  # of each stage, from the smallest on, RGB
+    not_read: list[NotRead]  # of its prompt and of the negative one
 
     @property
     def image(self) -> Image.Image:
@@ -90,15 +93,20 @@ class Cascade:
         """Side of each stage's square pictures in pixels, from the smallest on."""
         return [facts.size for facts in self._bundle.stages]
 
-    def settings(self, **options: Any) -> list[Settings]:
+    def settings(self, *, stages: int | None = None, **options: Any) -> list[Settings]:
         """How each stage would be sampled.
+
+        Args:
+            stages: How many of them, from the first; None takes all.
+            options: As for `sample`.
 
         Raises:
             UsageError: Naming the option that is wrong.
         """
-        settings = settings_of(self._bundle.stages, options)
+        facts = self._bundle.stages[:stages]
+        settings = settings_of(facts, options)
         if options.get("negative_prompt"):
-            check_negative(settings)
+            check_negative(facts, settings)
         return settings
 
     def sample(
@@ -130,49 +138,91 @@ class Cascade:
         captions = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_call(captions, options)
         settings = self.settings(**options)
-        tiles = [stage.tile_for(options.get("tile")) for stage in self._stages]
         seed, num = options.get("seed") or 0, options.get("num") or 1
-        wanted = [(caption, seed + j) for caption in captions for j in range(num)]
-        return self._groups(wanted, settings, tiles, options, on_step)
+        wanted = [Wanted(caption, seed + j) for caption in captions for j in range(num)]
+        negative = options.get("negative_prompt")
+        made = self.draw(
+            wanted, settings, negative_prompt=negative, tile=options.get("tile"),
+            at_once=options.get("at_once"), on_step=on_step,
+        )  # fmt: skip
+        return self._told(made, captions, negative or "")
 
-    def _groups(
+    def draw(
         self,
-        wanted: list[tuple[str, int]],
-        settings: list[Settings],
-        tiles: list[int | None],
-        options: dict[str, Any],
+        wanted: Sequence[Wanted],
+        settings: Sequence[Settings],
+        *,
+        negative_prompt: str | None = None,
+        tile: int | None = None,
+        at_once: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Sample]:
+        """Makes pictures that have a seed and a guidance of their own, 64 at a time.
+
+        Args:
+            wanted: What to make.
+            settings: From `settings`, of the stages that pictures go through.
+            negative_prompt: As for `sample`, and so are `tile`, `at_once` and `on_step`.
+            tile: See there.
+            at_once: See there.
+            on_step: See there.
+
+        Raises:
+            UsageError: If the tile does not fit a stage, before any work.
+            ExportError: If a graph cannot be loaded or computed.
+        """
+        stages = self._stages[: len(settings)]
+        tiles = [stage.tile_for(tile) for stage in stages]
+        ways = list(zip(stages, settings, tiles, strict=True))
+        groups = (wanted[start : start + GROUP] for start in range(0, len(wanted), GROUP))
+        return (
+            sample
+            for group in groups
+            for sample in self._group(group, ways, negative_prompt or "", at_once, on_step)
+        )
+
+    def _group(
+        self,
+        group: Sequence[Wanted],
+        ways: Sequence[tuple[Stage, Settings, int | None]],
+        negative: str,
+        at_once: int | None,
         on_step: OnStep | None,
     ) -> Iterator[Sample]:
-        negative = options.get("negative_prompt") or ""
-        told = {("negative_prompt", negative), *(("prompt", prompt) for prompt, _ in wanted)}
-        for what, prompt in sorted(told):
-            self._reader.tell_of_the_unread(what, prompt, self._say)
-        for start in range(0, len(wanted), GROUP):
-            group = wanted[start : start + GROUP]
-            texts = [
-                (self._conditioned(stage.facts, [prompt for prompt, _ in group]),
-                 self._conditioned(stage.facts, [negative]))
-                for stage in self._stages
+        prompts, seeds = [one.prompt for one in group], [one.seed for one in group]
+        texts = [
+            (self._conditioned(stage.facts, prompts), self._conditioned(stage.facts, [negative]))
+            for stage, _, _ in ways
+        ]
+        lost = self._reader.not_read("negative_prompt", negative, len(ways))
+        not_read = [
+            [*self._reader.not_read("prompt", prompt, len(ways)), *lost] for prompt in prompts
+        ]
+        if not self._keep:
+            self._reader.close()
+        made: list[np.ndarray] = []
+        for number, ((text, null), (stage, settings, tile)) in enumerate(
+            zip(texts, ways, strict=True)
+        ):
+            scales = [
+                one.cond_scales[number] if one.cond_scales else settings.cond_scale
+                for one in group
             ]  # fmt: skip
+            inputs = Inputs(text, null, seeds, scales, made[-1] if made else None)
+            made.append(stage.sample(inputs, settings, tile=tile, at_once=at_once, on_step=on_step))
             if not self._keep:
-                self._reader.close()
-            made: list[np.ndarray] = []
-            for stage, (text, null), of_stage, tile in zip(
-                self._stages, texts, settings, tiles, strict=True
-            ):
-                lowres = made[-1] if made else None
-                inputs = Inputs(text, null, [seed for _, seed in group], lowres)
-                made.append(
-                    stage.sample(
-                        inputs, of_stage, tile=tile, at_once=options.get("at_once"),
-                        on_step=on_step,
-                    )
-                )  # fmt: skip
-                if not self._keep:
-                    stage.close()
-            for i, (prompt, seed) in enumerate(group):
-                images = [Image.fromarray(to_uint8(stage[i : i + 1])[0]) for stage in made]
-                yield Sample(prompt, seed, images)
+                stage.close()
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            images = [Image.fromarray(to_uint8(stage[i : i + 1])[0]) for stage in made]
+            yield Sample(prompt, seed, images, not_read[i])
+
+    def _told(self, made: Iterator[Sample], prompts: list[str], negative: str) -> Iterator[Sample]:
+        """The same pictures, once it was said what is not read of their prompts."""
+        told = {("negative_prompt", negative), *(("prompt", prompt) for prompt in prompts)}
+        for what, prompt in sorted(told):
+            for sentence in self._reader.sentences(what, prompt):
+                self._say(sentence)
+        yield from made
 
     def _conditioned(self, stage: StageFacts, prompts: list[str]) -> Conditioned:
         found = {prompt: self._reader.conditioned(stage, prompt) for prompt in set(prompts)}

@@ -45,17 +45,24 @@ def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Set
     ]
 
 
-def check_negative(settings: Sequence[Settings]) -> None:
-    """Refuses a negative prompt where no stage is guided.
+def check_negative(stages: Sequence[StageFacts], settings: Sequence[Settings]) -> None:
+    """Refuses a negative prompt where no stage is guided, or one would take it for its text.
 
     Raises:
         UsageError: With what to do instead.
     """
-    if not any("null" in branches(of_stage.cond_scale) for of_stage in settings):
+    are_led = ["null" in branches(of_stage.cond_scale) for of_stage in settings]
+    if not any(are_led):
         raise UsageError(
             f"{option('negative_prompt')}: acts through guidance, and every "
             f"{option('cond_scale')} is 1, which is none."
         )
+    for stage, is_led in zip(stages, are_led, strict=True):
+        if stage["few_steps"] and is_led:
+            raise UsageError(
+                f"{option('negative_prompt')}: {stage.name} learned to take few steps without "
+                f"one; leave it out."
+            )
 
 
 def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:

@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     text: Conditioned
     null: Conditioned  # of one picture: what guidance leads away from
     seeds: Sequence[int]
+    cond_scales: Sequence[float]  # guidance of each
     lowres: np.ndarray | None  # of the stage before, (B, C, h, w) in [-1, 1]
 
     def part(self, start: int, end: int) -> "Inputs":
@@ -37,7 +38,7 @@ class Inputs(NamedTuple):
         part = slice(start, end)
         text = Conditioned(self.text.tokens[part], self.text.hidden[part])
         lowres = None if self.lowres is None else self.lowres[part]
-        return Inputs(text, self.null, self.seeds[part], lowres)
+        return Inputs(text, self.null, self.seeds[part], self.cond_scales[part], lowres)
 
 
 class Stage:
@@ -69,7 +70,7 @@ class Stage:
 
         Args:
             inputs: What from.
-            settings: How.
+            settings: How; guidance is the inputs'.
             tile: From `tile_for`.
             at_once: Pictures computed together; None takes `PIXELS_AT_ONCE`.
             on_step: Told of each step.
@@ -103,13 +104,13 @@ class Stage:
             lowres = enlarge(inputs.lowres, facts.size, facts.size)
             noised = np.float32(level.alpha) * lowres + np.float32(level.sigma) * draw_noise()
 
-        def denoiser(cond_scale: float) -> Callable[[np.ndarray, Level], np.ndarray]:
+        def denoiser(cond_scales: Sequence[float]) -> Callable[[np.ndarray, Level], np.ndarray]:
             if tile is None or lowres is None or noised is None:
-                return self._denoiser(inputs, cond_scale, lowres, noised)
+                return self._denoiser(inputs, cond_scales, lowres, noised)
 
             def bind(window: Tile) -> Callable[[np.ndarray, Level], np.ndarray]:
                 parts = (np.ascontiguousarray(window.of(images)) for images in (lowres, noised))
-                return self._denoiser(inputs, cond_scale, *parts)
+                return self._denoiser(inputs, cond_scales, *parts)
 
             return TiledDenoiser(
                 bind, tile=tile, divisor=facts["size_divisor"],
@@ -118,20 +119,24 @@ class Stage:
 
         times = visited_times(schedule, settings.steps, settings.spacing)
         guided = guided_times(times, settings.guidance_interval or "0:1")
-        scales = {True: settings.cond_scale, False: min(settings.cond_scale, 1.0)}
+        scales = {
+            True: inputs.cond_scales,
+            False: [min(scale, 1.0) for scale in inputs.cond_scales],
+        }
         # The plain one is loaded only where there are steps for it.
         denoisers = {acts: denoiser(scales[acts]) for acts in {time in guided for time in times}}
-        made: np.ndarray = reverse(
-            lambda x_t, level: self._thresholded(
-                denoisers[level.time in guided](x_t, level), settings.threshold
-            ),
-            draw_noise(),
-            [schedule.level(time) for time in times],
-            sampler=settings.sampler,
-            eta=settings.eta,
-            draw_noise=draw_noise,
-            on_step=lambda step, _: on_step and on_step(facts.number, step, len(times)),
-        )
+        with np.errstate(all="ignore"):  # what is not finite is refused below, in a sentence
+            made: np.ndarray = reverse(
+                lambda x_t, level: self._thresholded(
+                    denoisers[level.time in guided](x_t, level), settings.threshold
+                ),
+                draw_noise(),
+                [schedule.level(time) for time in times],
+                sampler=settings.sampler,
+                eta=settings.eta,
+                draw_noise=draw_noise,
+                on_step=lambda step, _: on_step and on_step(facts.number, step, len(times)),
+            )
         if not np.isfinite(made).all():
             raise EnvironmentProblem(
                 f"{facts.name}: {self.engine.runtime} computed numbers that are not finite. Export "
@@ -142,19 +147,22 @@ class Stage:
     def _denoiser(
         self,
         inputs: Inputs,
-        cond_scale: float,
+        cond_scales: Sequence[float],
         lowres: np.ndarray | None,
         noised: np.ndarray | None,
     ) -> Callable[[np.ndarray, Level], np.ndarray]:
         """Predicts the clean pictures at a level."""
-        count, wanted = len(inputs.seeds), branches(cond_scale)
+        count, text = len(inputs.seeds), inputs.text
         null = Conditioned(*(np.repeat(part, count, axis=0) for part in inputs.null))
-        text = inputs.text if "text" in wanted else null
+        # Where no picture needs both branches, one is computed: each picture's own.
+        is_guided = any(len(branches(scale)) > 1 for scale in cond_scales)
+        if not is_guided:
+            has_text = ["text" in branches(scale) for scale in cond_scales]
+            text = text.where(has_text, null)
         feed = {"text_tokens": text.tokens, "text_hidden": text.hidden}
-        is_guided = len(wanted) > 1
         if is_guided:
-            scale = np.full(count, cond_scale, np.float32)
-            feed |= {"null_tokens": null.tokens, "null_hidden": null.hidden, "cond_scale": scale}
+            scales = np.array(cond_scales, np.float32)
+            feed |= {"null_tokens": null.tokens, "null_hidden": null.hidden, "cond_scale": scales}
         if noised is not None:
             lowres_t = np.full(count, self.facts["lowres_time"], np.float32)
             feed |= {"lowres_img": noised, "lowres_t": lowres_t}

@@ -1,6 +1,5 @@
 """Prompts as the denoisers take them."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +9,8 @@ from .blank import is_blank
 from .bundle import Bundle, Conditioned, StageFacts
 from .errors import DataError, option
 from .graphs import Engine, Graph
+from .sampling.unread import NotRead, shortened
 
-SHOWN = 60  # characters of a prompt in a sentence
 REMEMBERED = 256  # prompts
 
 
@@ -68,25 +67,31 @@ class TextReader:
         graph = self._graph(f"{stage['folder']}/conditioner.onnx")
         return Conditioned(*graph({"text_embeds": embeds, "text_mask": mask}))
 
-    def tell_of_the_unread(self, what: str, prompt: str, say: Callable[[str], None]) -> None:
-        """Says what stages do not read of a prompt, in a sentence.
+    def not_read(self, what: str, prompt: str, stages: int) -> list[NotRead]:
+        """What stages do not read of a prompt.
 
         Args:
             what: The option it comes from.
             prompt: That is read.
-            say: Told.
+            stages: How many of them, from the first.
         """
         features = self.read(prompt)
         if features is None:
-            return
-        for stage in self.bundle.stages:
+            return []
+        lost = []
+        for stage in self.bundle.stages[:stages]:
             read = min(stage["max_text_len"], len(features.ends))
-            unread = prompt[max(features.ends[:read]) :].strip()
-            if unread:
-                say(
-                    f"{option(what)} {_shortened(prompt)!r}: {stage.name} reads the first {read} "
-                    f"of {features.tokens} tokens and not what begins at {_shortened(unread)!r}."
-                )
+            if unread := prompt[max(features.ends[:read]) :].strip():
+                lost.append(NotRead(what, stage.number, read, features.tokens, unread))
+        return lost
+
+    def sentences(self, what: str, prompt: str) -> list[str]:
+        """The same of all stages, in words."""
+        return [
+            f"{option(what)} {shortened(prompt)!r}: U-Net {lost.unet} reads the first {lost.read} "
+            f"of {lost.tokens} tokens and not what begins at {shortened(lost.text)!r}."
+            for lost in self.not_read(what, prompt, len(self.bundle.stages))
+        ]
 
     def _encode(self, prompt: str) -> Features:
         try:
@@ -107,7 +112,3 @@ class TextReader:
         if name not in self._graphs:
             self._graphs[name] = self.engine.open(self.bundle.folder / name)
         return self._graphs[name]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()}..."

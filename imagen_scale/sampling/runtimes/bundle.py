@@ -4,16 +4,19 @@ A bundle is one folder with every graph of a cascade, from the text encoder on, 
 the run nor torch. docs/bundle.md is written for those who read it in another language.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from imagen_scale.config.section import Section
 from imagen_scale.diffusion.names import Sampler, Spacing
 from imagen_scale.diffusion.schedule import PredType
+from imagen_scale.errors import ExportError
+from imagen_scale.runs.folders import bundle_path
 from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.manifest import FileRecord, Graph, Verification
 from imagen_scale.sampling.runtimes.options import Precision
+from imagen_scale.sampling.runtimes.reading import read_record
 
-BUNDLE = "bundle.json"
 BUNDLE_SCHEMA = 1
 TEXT_ENCODER, TOKENIZER = "text_encoder.onnx", "tokenizer.json"
 SCHEDULE, NULL_TEXT = "schedule.json", "null_text.json"
@@ -94,3 +97,15 @@ class Bundle(Section):
     stages: tuple[StagePart, ...]
     needs: dict[str, str]
     files: dict[str, FileRecord]  # by their path in the folder, with /
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """What a bundle says of itself.
+
+    Raises:
+        ExportError: If it is missing, damaged, or of another schema than this program's.
+    """
+    path = bundle_path(folder)
+    if not path.is_file():
+        raise ExportError(f"{folder}: is no bundle; make one with `imagen-scale export --bundle`.")
+    return read_record(path, Bundle, BUNDLE_SCHEMA)

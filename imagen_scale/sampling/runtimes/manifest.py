@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from imagen_scale.config import ScheduleConfig
 from imagen_scale.config.section import Section
@@ -30,6 +30,7 @@ from imagen_scale.sampling.runtimes.ports import (
     Port,
     Precision,
 )
+from imagen_scale.sampling.runtimes.reading import damaged, read_record
 from imagen_scale.sampling.stage_schedule import noise_schedule, stage_schedule
 from imagen_scale.version import __version__
 
@@ -269,22 +270,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: not a finished export (it has no {MANIFEST}). Export again with "
             f"`imagen-scale export`."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(path, "it is not JSON with a schema_version") from None
-    if version != SCHEMA_VERSION:
-        raise ExportError(
-            f"{path}: has schema version {version}; this program reads {SCHEMA_VERSION}. Export "
-            f"again with --force, or use the imagen-scale that wrote it."
-        )
-    try:
-        return Manifest.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _damaged(path, f"{where}: {first['msg']}") from None
+    return read_record(path, Manifest, SCHEMA_VERSION)
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -302,11 +288,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     if manifest.format == "tensorrt":
         needed |= {engine for _, engine in pairs}
     if missing := sorted(needed - set(manifest.files)):
-        raise _damaged(folder / MANIFEST, f"it does not list {missing[0]}")
+        raise damaged(folder / MANIFEST, f"it does not list {missing[0]}")
     for name, expected in manifest.files.items():
         path = folder / name
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-            raise _damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
+            raise damaged(folder / MANIFEST, f"the file name {name!r} leads out of the folder")
         try:
             status = path.stat()
         except OSError:
@@ -338,7 +324,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             continue
         found = describe(folder / name)
         if foreign := sorted(found.data_files - set(manifest.files)):
-            raise _damaged(
+            raise damaged(
                 folder / name, f"it takes weights from {foreign[0]!r}, which is not of this export"
             )
         for what, ours, theirs in (
@@ -347,12 +333,12 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         ):
             said = [(p.name, p.dtype, p.dims) for p in theirs if p.name not in left_out]
             if [tuple(port) for port in ours] != said:
-                raise _damaged(
+                raise damaged(
                     folder / MANIFEST, f"the {what} of {name} are not those that it lists"
                 )
         precision = "fp32" if name == CONDITIONER else manifest.precision
         if found.precision not in (None, precision):
-            raise _damaged(
+            raise damaged(
                 folder / MANIFEST, f"it says {precision} of {name}, which is {found.precision}"
             )
 
@@ -390,7 +376,3 @@ def _stale(folder: Path, file: InferenceFile, reason: str) -> ExportError:
         f"{folder}: was not exported from {file.path} as it is now: {reason}. Export again with "
         f"`imagen-scale export --unet {file.unet_number} --force`."
     )
-
-
-def _damaged(path: Path, reason: str) -> ExportError:
-    return ExportError(f"{path}: damaged: {reason}. Export again with --force.")

@@ -1,1 +1,1 @@
-"""Options of stages, the same file as the main package's."""
+"""What is asked for and what is not read of it, the same files as the main package's."""
