@@ -32,7 +32,7 @@ from imagen_scale.sampling.cascade import Cascade
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
-MARK, SHOWN, STEPS, SCALE = "quality", 8, 25, 2.0
+SHOWN, STEPS, SCALE = 8, 25, 2.0
 PACKAGE, OTHER = "MinImagen 0.0.9", "imagen-pytorch 2.1.0"
 PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02")
 MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
@@ -76,8 +76,9 @@ def main(
     write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
+    mark = f"quality-{steps}"  # a document has one part, and one picture, for each
     if write is not None:
-        split_at_marks(write, MARK)
+        split_at_marks(write, mark)
     names = list(only or RECIPES)
     if {PACKAGE, OTHER} & set(names):
         peers.install(folder)
@@ -91,8 +92,8 @@ def main(
     text = report(found, seeds, steps, pictures)
     click.echo(text)
     if write is not None:
-        write_between_marks(write, MARK, text)
-        draw(write.with_suffix(".png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
+        write_between_marks(write, mark, text)
+        draw(write.with_name(f"{mark}.png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
 
 
 def common() -> list[str]:
@@ -133,7 +134,7 @@ def _child(folder: Path, script: str, *words: str) -> None:
 
 
 def _evaluated(run: Path, seconds: float, pictures: int) -> Measured:
-    (plain,) = _stages(run, pictures, 1.0, "--unets", "1")
+    (plain,) = _stages(run, pictures, 1.0, "--unet-limit", "1")
     base, larger = _stages(run, pictures, SCALE)
     restored = larger["restoration"]
     return Measured(
