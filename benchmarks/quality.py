@@ -5,9 +5,10 @@
     python benchmarks/quality.py --seeds 3 --write docs/quality.md
 
 Trains the cascade of configs/emoji_demo.json on all plain emoji (a tenth held out by hash) once
-for each recipe and seed: MinImagen's published package with its own objective and optimizer, and
-this project's trainer. All are measured on the held-out pictures by `imagen-scale evaluate`. What
-was measured stays in --out; started again, it goes on where it stopped.
+for each recipe and seed: the published packages MinImagen and imagen-pytorch with their own
+objectives and optimizers, and this project's trainer. All are measured on the held-out pictures as
+`imagen-scale evaluate` does it. What was measured stays in --out; started again, it goes on where
+it stopped.
 """  # noqa: D301 - click reads the backspace
 
 import json
@@ -27,13 +28,12 @@ from imagen_scale.config import load_config
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.sequence import split_indices
 from imagen_scale.files.pictures import save_grid, to_uint8
-from imagen_scale.runs.folders import config_path
 from imagen_scale.sampling.cascade import Cascade
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
-MARK, SHOWN, STEPS, SCALE = "quality", 8, 25, 2.0
-PACKAGE = "MinImagen 0.0.9"
+SHOWN, STEPS, SCALE = 8, 25, 2.0
+PACKAGE, OTHER = "MinImagen 0.0.9", "imagen-pytorch 2.1.0"
 PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02")
 MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
 NOISE = (*PLAIN, "training.lr=0.002", "training.lowres_aug_max=0.2")
@@ -45,6 +45,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "v, lr 2e-3": (*NOISE, "unets.0.pred_type=v", "unets.1.pred_type=v"),
     "modern": (),
     "modern, Muon": ("training.optimizer=muon",),
+    OTHER: (*PLAIN, "unets.0.max_text_len=256", "unets.1.max_text_len=256"),
 }
 
 
@@ -54,6 +55,7 @@ class Measured(NamedTuple):
     seconds: float  # of processor time that the base's training took, its start included
     x_0_error: float  # of the base, over the log-SNRs of the evaluation
     drift: float  # of the base's mean colours, of 255
+    plain_drift: float  # the same without guidance, which moves colours by itself
     kid: float  # x 1000, of the base
     psnr_gain: float  # of super-resolution over the enlarged picture, dB
     sr_drift: float
@@ -66,7 +68,7 @@ class Measured(NamedTuple):
               help="Held-out pictures that are measured.")  # fmt: skip
 @click.option("--only", multiple=True, type=click.Choice(list(RECIPES)), help="Of the recipes.")
 @click.option("--peers", "folder", type=click.Path(path_type=Path), default=".benchmarks/peers",
-              show_default=True, help="Where MinImagen is installed.")  # fmt: skip
+              show_default=True, help="Where the published packages are installed.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 def main(
@@ -74,10 +76,11 @@ def main(
     write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
+    mark = f"quality-{steps}"  # a document has one part, and one picture, for each
     if write is not None:
-        split_at_marks(write, MARK)
+        split_at_marks(write, mark)
     names = list(only or RECIPES)
-    if PACKAGE in names:
+    if {PACKAGE, OTHER} & set(names):
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
     for seed in range(seeds):
@@ -89,8 +92,8 @@ def main(
     text = report(found, seeds, steps, pictures)
     click.echo(text)
     if write is not None:
-        write_between_marks(write, MARK, text)
-        draw(write.with_suffix(".png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
+        write_between_marks(write, mark, text)
+        draw(write.with_name(f"{mark}.png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
 
 
 def common() -> list[str]:
@@ -107,43 +110,63 @@ def measured(name: str, run: Path, changes: list[str], folder: Path, pictures: i
         if before["changes"] == told:
             return Measured(**before["measured"])
         raise click.UsageError(f"{run} was trained otherwise; remove it, or take another --out.")
-    words = [part for change in [*common(), *changes] for part in ("--set", change)]
-    before = _processor_s()
-    if name == PACKAGE:
-        child = [sys.executable, str(ROOT / "benchmarks" / "quality_minimagen.py"), str(run)]
-        subprocess.run([*child, *words[1::2]], check=True, env=peers.environment(folder, 1))
-        seconds = json.loads((run / "seconds.json").read_text())
+    if name == OTHER:
+        _child(folder, "quality_imagen_pytorch.py", str(run), str(pictures), *common(), *changes)
+        result = Measured(**json.loads((run / "measured_by_peer.json").read_text()))
+    elif name == PACKAGE:
+        _child(folder, "quality_minimagen.py", str(run), *common(), *changes)
+        result = _evaluated(run, json.loads((run / "seconds.json").read_text()), pictures)
     else:
+        words = [part for change in [*common(), *changes] for part in ("--set", change)]
+        before = _processor_s()
         train = ["imagen-scale", "train", str(CONFIG), "--run", str(run), *words]
         subprocess.run([*train, "--unet", "1"], check=True, stdout=subprocess.DEVNULL)
         seconds = _processor_s() - before
         subprocess.run([*train, "--unet", "2"], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(
-        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS),
-         "--cond-scale", str(SCALE), "--num", str(pictures), "--features", "efficientnet-lite0"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    base, larger = json.loads((run / "evaluation.json").read_text())["stages"]
-    restored = larger["restoration"]
-    result = Measured(
-        seconds, base["x_0_error"], 255 * base["colour_mean_drift"], 1000 * base["kid"],
-        restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
-    )  # fmt: skip
+        result = _evaluated(run, seconds, pictures)
     kept.write_text(json.dumps({"changes": told, "measured": result._asdict()}))
     return result
 
 
+def _child(folder: Path, script: str, *words: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
+    subprocess.run(command, check=True, env=peers.environment(folder, 1))
+
+
+def _evaluated(run: Path, seconds: float, pictures: int) -> Measured:
+    (plain,) = _stages(run, pictures, 1.0, "--unet-limit", "1")
+    base, larger = _stages(run, pictures, SCALE)
+    restored = larger["restoration"]
+    return Measured(
+        seconds, base["x_0_error"], 255 * base["colour_mean_drift"],
+        255 * plain["colour_mean_drift"], 1000 * base["kid"],
+        restored["psnr_db"] - restored["bicubic_psnr_db"], 255 * larger["colour_mean_drift"],
+    )  # fmt: skip
+
+
+def _stages(run: Path, pictures: int, cond_scale: float, *words: str) -> list[dict[str, Any]]:
+    subprocess.run(
+        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS), "--cond-scale",
+         str(cond_scale), "--num", str(pictures), "--features", "efficientnet-lite0", *words],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    found: list[dict[str, Any]] = json.loads((run / "evaluation.json").read_text())["stages"]
+    return found
+
+
 def draw(path: Path, runs: list[Path]) -> None:
     """A grid of held-out captions: a row of each run's last stage, the real pictures below."""
-    config = load_config(config_path(runs[0]))
+    config = load_config(CONFIG, tuple(common()))
     prepared = prepare(config)
     indices = split_indices(prepared.source.keys, config.data.val_fraction)[1][:SHOWN]
     captions = [prepared.source.captions[i] for i in indices]
-    rows = [
-        np.stack([np.asarray(picture) for picture in
-                  Cascade.load(run).sample(captions, steps=STEPS, cond_scale=SCALE)])
-        for run in runs
-    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        if (drawn := run / "pictures.npy").is_file():  # by its own package
+            rows.append(np.load(drawn)[:SHOWN])
+        else:
+            sampled = Cascade.load(run).sample(captions, steps=STEPS, cond_scale=SCALE)
+            rows.append(np.stack([np.asarray(picture) for picture in sampled]))
     rows.append(to_uint8(real_pictures(prepared, indices, config.imagen.image_sizes[-1])))
     save_grid(path, rows, captions)
 
@@ -156,15 +179,14 @@ def _processor_s() -> float:
 
 def report(found: dict[str, list[Measured]], seeds: int, steps: int, pictures: int) -> str:
     """The table, with what it was measured on."""
-    forms = (".0f", ".3f", "+.1f", ".0f", "+.2f", "+.1f")
+    forms = (".0f", ".3f", "+.1f", "+.1f", ".0f", "+.2f", "+.1f")
     rows = [
         [name, *(_spread(values, form) for values, form in zip(
             zip(*trainings, strict=True), forms, strict=True))]
         for name, trainings in found.items()
     ]  # fmt: skip
-    columns = ("recipe", "base, CPU s", "x_0 error", "drift of 255", "KID x 1000",
-               "over the enlarged picture, dB",
-               "drift of 255, 64 px")  # fmt: skip
+    columns = ("recipe", "base, CPU s", "x_0 error", "drift of 255", "without guidance",
+               "KID x 1000", "over the enlarged picture, dB", "drift of 255, 64 px")  # fmt: skip
     return (
         f"{table(columns, rows)}\n\n{steps} steps of each stage, {pictures} held-out pictures, "
         f"{seeds} seed(s), mean and, in brackets, least and most. "

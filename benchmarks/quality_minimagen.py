@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import quality_batches
 import torch
 
 from imagen_scale.config import Config, StageConfig, dump_config, load_config
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
-from imagen_scale.data.loading import batches
 from imagen_scale.data.prepared import Prepared, prepare
-from imagen_scale.files.pictures import from_uint8
 from imagen_scale.runs.folders import config_path, inference_path
 from imagen_scale.runs.inference import InferenceFile, save_inference
-from imagen_scale.training.samples import split_samples
 
 CONFIG = peers.ROOT / "configs" / "emoji_demo.json"
 LR, CLIP = 1e-4, 50.0  # its training script's
@@ -74,15 +72,9 @@ def train(imagen: Any, config: Config, stage: StageConfig, prepared: Prepared) -
     imagen._get_unet(stage.number)
     unet = imagen.unets[stage.number - 1].train()
     optimizer = torch.optim.Adam(unet.parameters(), lr=LR)
-    for batch in batches(
-        split_samples(config, stage, prepared).train, start_step=0, steps=stage.steps,
-        global_batch=stage.global_batch, micro_batch=stage.global_batch, rank=0, world_size=1,
-        num_workers=0,
-    ):  # fmt: skip
-        images = batch.images
-        images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
+    for step in quality_batches.steps(config, stage, prepared):
         loss = imagen(
-            (images + 1) / 2, text_embeds=batch.text_embeds.float(), text_masks=batch.text_mask,
+            step.images, text_embeds=step.text_embeds, text_masks=step.text_mask,
             unet_number=stage.number,
         )  # fmt: skip
         optimizer.zero_grad()

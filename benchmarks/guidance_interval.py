@@ -1,0 +1,75 @@
+"""What guidance in an interval of the steps costs and keeps, on captions that were held out.
+
+\b
+    python benchmarks/quality.py --seeds 1 --steps 500 --only modern
+    python benchmarks/guidance_interval.py runs/quality/4_0 --write docs/sampling.md
+
+Measures the base stage of a run that has held-out pictures by `imagen-scale evaluate`, once for
+each interval, with the same captions and seeds. The run's evaluation.json is the last one's then.
+"""  # noqa: D301 - click reads the backspace
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import click
+from report import machine, split_at_marks, table, write_between_marks
+
+from imagen_scale.diffusion.guidance import guided_times
+from imagen_scale.diffusion.spacing import spaced_times
+from imagen_scale.runs.folders import evaluation_path
+
+MARK = "guidance-interval"
+# The last row is guidance in no step.
+INTERVALS = ("0:1", "0.2:1", "0.4:1", "0:0.8", "0:0.6", "0.2:0.8", None)
+COLUMNS = ("guidance in", "evaluations a picture", "KID x 1000", "retrieval",
+           "drift of colours, of 255", "of their spread")  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--num", type=click.IntRange(min=2), default=128, show_default=True,
+              help="Held-out captions.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
+@click.option("--cond-scale", type=float, default=2.0, show_default=True)
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None) -> None:
+    """See the module."""
+    if write is not None:
+        split_at_marks(write, MARK)
+    rows = []
+    for interval in INTERVALS:
+        words = ["--cond-scale", "1"]
+        if interval is not None:
+            words = ["--cond-scale", str(cond_scale), "--guidance-interval", interval]
+        captions, stage = measured(run, num, steps, words)
+        # An interval counts in shares of the steps, wherever their times are.
+        guided = 0 if interval is None else len(guided_times(spaced_times(steps, steps), interval))
+        rows.append([
+            "no step" if interval is None else interval, str(steps + guided),
+            f"{1000 * stage['kid']:.0f}", f"{stage['retrieval_accuracy']:.0%}",
+            f"{255 * stage['colour_mean_drift']:+.1f}", f"{255 * stage['colour_std_drift']:+.1f}",
+        ])  # fmt: skip
+        click.echo(" | ".join(rows[-1]), err=True)
+    text = (
+        f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps, "
+        f"guidance {cond_scale:g}; chance of retrieval {1 / captions:.1%}. {machine('torch')}"
+    )
+    click.echo(text)
+    if write is not None:
+        write_between_marks(write, MARK, text)
+
+
+def measured(run: Path, num: int, steps: int, words: list[str]) -> tuple[int, dict[str, Any]]:
+    """How many captions there were, and what was found of the base stage."""
+    command = ["imagen-scale", "evaluate", "--run", str(run), "--unet-limit", "1", "--num",
+               str(num), "--split", "held-out", "--steps", str(steps), "--features",
+               "efficientnet-lite0"]  # fmt: skip
+    subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
+    facts = json.loads(evaluation_path(run).read_text())
+    return facts["captions"], facts["stages"][0]
+
+
+if __name__ == "__main__":
+    main()
