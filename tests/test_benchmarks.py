@@ -16,8 +16,8 @@ import pytest
 import serving
 import torch
 import training_memory
-from card_parts import machine, pages, switches, ways
-from card_parts.measurement import Measurement
+from card_parts import machine, pages, pictures, runtime_switches, switches, ways
+from card_parts.measurement import LeftOut, Measurement
 from card_parts.processes import Processes
 from report import split_at_marks, table, write_between_marks
 from support import ROOT
@@ -27,6 +27,7 @@ from training_memory import MINIMAGEN, NETWORKS, OURS, PLAIN, Measured, Whole
 from imagen_scale.config import load_config
 from imagen_scale.models.unet import UNet
 from imagen_scale.planning.activations import measure
+from imagen_scale.sampling.runtimes import onnx_runtime, tensorrt_rtx
 
 
 def cells(line):
@@ -410,6 +411,35 @@ def test_ways_and_switches_are_those_of_this_version():
     unknown = switches._key("no_such_key")
     reason = switches.reason_to_leave_out(unknown, rehearse=False)
     assert reason == "this version has no training.no_such_key"
+
+
+def test_what_a_runtime_is_told_of_a_card_is_told_within_and_a_line_of_its_own():
+    card, told = torch.device("cuda", 0), onnx_runtime.cuda_options
+    plain = told(card, 7)
+    found = {}
+    for name, switch in runtime_switches.ONNX.items():
+        with switch():
+            found[name] = dict(onnx_runtime.cuda_options(card, 7).items() - plain.items())
+            options = onnx_runtime.OnnxCuda.run_options
+        if options is not None:
+            entry = "disable_synchronize_execution_providers"
+            found[name] = {entry: options.get_run_config_entry(entry)}
+    assert found == {
+        "CUDA graphs": {"enable_cuda_graph": "1"},
+        "convolutions by heuristic": {"cudnn_conv_algo_search": "HEURISTIC"},
+        "memory as requested": {"arena_extend_strategy": "kSameAsRequested"},
+        "no wait after a run": {"disable_synchronize_execution_providers": "1"},
+    }
+    with runtime_switches.TENSORRT["CUDA graphs"]():
+        assert tensorrt_rtx.TensorRT.cuda_graphs
+    assert not tensorrt_rtx.TensorRT.cuda_graphs
+    assert (onnx_runtime.cuda_options, onnx_runtime.OnnxCuda.run_options) == (told, None)
+    lines = {how.name for how in pictures.ways("fp16") if how.switch}
+    assert lines == {
+        *(f"ONNX Runtime fp16, {name}" for name in found), "TensorRT fp16, CUDA graphs"
+    }  # fmt: skip
+    with pytest.raises(LeftOut, match="means nothing without"):
+        pictures._check({"runtime": "onnx"}, "CUDA graphs", rehearse=True)
 
 
 def test_the_document_about_cards_has_the_marks():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from card_parts.measurement import LeftOut
+from card_parts.runtime_switches import SWITCHES
 from card_parts.scenes import Speed, scene, written
 from card_parts.timing import device, now
 from imagen_scale.config import StageConfig
@@ -37,6 +38,7 @@ class How(NamedTuple):
     options: dict[str, Any]  # of `RuntimeOptions`
     steps: int = STEPS
     is_extra: bool = False  # measured when all else is
+    switch: str | None = None  # of `runtime_switches`
 
 
 def ways(half: str) -> list[How]:
@@ -70,7 +72,13 @@ def ways(half: str) -> list[How]:
         How("ONNX Runtime fp16", {"runtime": "onnx", "precision": "fp16"}),
         How("TensorRT fp16", {"runtime": "tensorrt", "precision": "fp16"}),
         How("ONNX Runtime fp32", {"runtime": "onnx", "precision": "fp32"}, is_extra=True),
-    ]
+        *(
+            How(f"{name} fp16, {switch}", {"runtime": runtime, "precision": "fp16"},
+                is_extra=True, switch=switch)
+            for runtime, name in (("onnx", "ONNX Runtime"), ("tensorrt", "TensorRT"))
+            for switch in SWITCHES[runtime]
+        ),
+    ]  # fmt: skip
 
 
 def has_graphs() -> bool:
@@ -79,8 +87,9 @@ def has_graphs() -> bool:
 
 
 def measure(
-    network: int, options: dict[str, Any], steps: int, folder: str, *, rehearse: bool
-) -> dict[str, Any]:
+    network: int, options: dict[str, Any], steps: int, folder: str, *, switch: str | None = None,
+    rehearse: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Seconds by the number of pictures that are made together.
 
     Args:
@@ -88,13 +97,15 @@ def measure(
         options: Of the runtime.
         steps: Of a picture. More than `STEPS` are not taken but counted.
         folder: Where the network's files lie, for all that sample it.
+        switch: What else the runtime is told; see `runtime_switches`.
         rehearse: Small networks.
     """
-    _check(options, rehearse=rehearse)
+    _check(options, switch, rehearse=rehearse)
     what = scene(rehearse=rehearse)
     speed, figures = what.sampled[network], {}
     run = Path(folder) / f"network{network}"
-    with sampled_stage(speed.config, speed.number, device(), run, **options) as stage:
+    told = nullcontext() if switch is None else SWITCHES[options["runtime"]][switch]()
+    with told, sampled_stage(speed.config, speed.number, device(), run, **options) as stage:
         for batch in what.batches:
             try:
                 figures |= _measure(stage, batch, what.evaluations, steps)
@@ -132,7 +143,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return now() - start
 
 
-def _check(options: dict[str, Any], *, rehearse: bool) -> None:
+def _check(options: dict[str, Any], switch: str | None, *, rehearse: bool) -> None:
     """Leaves out what cannot run here before minutes go into its export.
 
     Raises:
@@ -141,6 +152,8 @@ def _check(options: dict[str, Any], *, rehearse: bool) -> None:
         EnvironmentProblem: Likewise.
     """
     runtime = options["runtime"]
+    if switch is not None and not torch.cuda.is_available():
+        raise LeftOut("what runtimes are told of a card means nothing without one")
     if runtime == "compile" and rehearse:
         raise LeftOut("a rehearsal compiles nothing: it would take minutes")
     if runtime == "tensorrt":

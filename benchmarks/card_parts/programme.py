@@ -135,7 +135,7 @@ def _sampling(what: Scene, half: str, models: Path, rehearse: bool) -> list[_Ord
                 "card_parts.pictures:measure",
                 {
                     "network": network, "options": how.options, "steps": how.steps,
-                    "folder": str(models), "rehearse": rehearse,
+                    "folder": str(models), "switch": how.switch, "rehearse": rehearse,
                 },
                 120 + (0 if how.options["runtime"] == "torch" else COMPILES),
             ),

@@ -13,7 +13,7 @@ import numpy as np
 from .names import Spacing
 
 KARRAS_RHO = 7.0
-MIDDLE_SNR = 0.01, 300.0  # alpha² / sigma² between which most of a picture is decided
+MIDDLE_SNR = 0.02, 500.0  # alpha² / sigma² between which most of a picture is decided
 
 
 class Levels(Protocol):

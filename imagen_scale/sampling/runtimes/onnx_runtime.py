@@ -175,6 +175,8 @@ def cuda_options(device: torch.device, stream: int) -> dict[str, str]:
 class OnnxCuda(OnStream):
     """A graph on ONNX Runtime's CUDA provider, its inputs and output bound to torch's memory."""
 
+    run_options: Any = None  # what each run is told
+
     def __init__(self, path: Path, device: torch.device) -> None:
         require_driver(device, "onnx")
         super().__init__(device)
@@ -199,7 +201,7 @@ class OnnxCuda(OnStream):
 
     def _run(self) -> None:
         with computing(f"ONNX Runtime, {self.path}"):
-            self.session.run_with_iobinding(self.binding)
+            self.session.run_with_iobinding(self.binding, self.run_options)
 
     def close(self) -> None:
         """Frees the session and the buffers."""

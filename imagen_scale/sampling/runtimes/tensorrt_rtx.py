@@ -17,7 +17,7 @@ from imagen_scale.sampling.runtimes.manifest import (
     onnx_sha256,
 )
 from imagen_scale.sampling.runtimes.ports import DENOISER, UNGUIDED
-from imagen_scale.sampling.runtimes.tensorrt_library import find_library, make_logger
+from imagen_scale.sampling.runtimes.tensorrt_library import Library, find_library, make_logger
 
 # TensorRT ---------------------------------------------------------------------------------------
 
@@ -34,6 +34,8 @@ class TensorRT(OnStream):
         EnvironmentProblem: Without an NVIDIA driver, or if the card is not one of the targets.
     """
 
+    cuda_graphs = False  # of TensorRT-RTX: not before a card has shown that they are worth it
+
     def __init__(self, path: Path, facts: EngineFacts, device: torch.device) -> None:
         require_driver(device, "tensorrt")
         library = find_library(facts.library)
@@ -49,16 +51,16 @@ class TensorRT(OnStream):
                     f"{self._log.errors[-1] if self._log.errors else 'no reason given'}. Build it "
                     f"again for this card with `imagen-scale export --format tensorrt --force`."
                 )
-            self.context = self._make_context(library.name)
+            self.context = self._make_context(library)
             if self.context is None:
                 raise EnvironmentProblem(
                     f"{path}: does not fit into the memory of {torch.cuda.get_device_name(device)}."
                     f" Free some, or build it for fewer images at once with --batch."
                 )
 
-    def _make_context(self, library: str) -> Any:
+    def _make_context(self, library: Library) -> Any:
         self._cache = None
-        if library != "tensorrt_rtx":  # only TensorRT-RTX compiles kernels at first use
+        if library.name != "tensorrt_rtx":  # only TensorRT-RTX compiles kernels at first use
             return self.engine.create_execution_context()
         config = self.engine.create_runtime_config()
         self._cache = config.create_runtime_cache()
@@ -66,6 +68,8 @@ class TensorRT(OnStream):
         if path.is_file() and built_here.is_built_here(self.facts, path.name, sha256(path)):
             self._cache.deserialize(path.read_bytes())  # refuses by itself what does not fit
         config.set_runtime_cache(self._cache)
+        if self.cuda_graphs:
+            config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return self.engine.create_execution_context(config)
 
     def _bind(self) -> None:
