@@ -196,6 +196,12 @@ def test_an_unfinished_and_an_eps_teacher_are_refused_with_what_to_do(tmp_path):
         find_teacher(configured(tmp_path / "none"), 1, tmp_path)
 
 
+def test_a_teacher_of_more_steps_than_a_segment_has_times_is_refused(teacher, tmp_path):
+    find_teacher(configured(teacher, spacing="middle", teacher_steps=16), 1, tmp_path)
+    with pytest.raises(ConfigError, match="80 find no times of their own among the 100"):
+        find_teacher(configured(teacher, spacing="middle", teacher_steps=80), 1, tmp_path)
+
+
 def test_a_student_may_teach_fewer_steps_with_the_guidance_it_has(teacher, tmp_path):
     student = write_teacher(tmp_path / "student", section(teacher))
     assert find_teacher(configured(student, steps=2), 1, tmp_path).file.stage.few_steps.steps == 4

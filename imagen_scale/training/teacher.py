@@ -62,7 +62,11 @@ class Teacher:
 
 
 def segments_of(stage: StageConfig, teacher: StageConfig) -> Segments:
-    """The steps of a student, with those of its teacher."""
+    """The steps of a student, with those of its teacher.
+
+    Raises:
+        ConfigError: If the teacher has no times for them.
+    """
     few, own = stage.few_steps, teacher.few_steps
     assert few is not None
     schedule = stage_schedule(stage)
@@ -101,6 +105,7 @@ def find_teacher(config: Config, unet_number: int, run_dir: Path) -> Origin:
         problems += _too_many_steps(stage, few, origin.file.stage, run)
         if problems:
             raise ConfigError("\n".join(problems))
+        segments_of(stage, origin.file.stage)  # refuses times that do not fit
     return origin
 
 
