@@ -19,7 +19,15 @@ import pytest
 from click.testing import CliRunner
 from support import ROOT
 from support.doc_commands import BLOCK
-from support.serving import ask, assert_alike, client_of, pixels, served, until
+from support.serving import (
+    ask,
+    assert_alike,
+    assert_computed_together,
+    client_of,
+    pixels,
+    served,
+    until,
+)
 from support.tiny import write_run, write_stage
 
 from imagen_scale.commands.main import main
@@ -160,17 +168,7 @@ def test_equal_settings_are_computed_together_whoever_asks(run, cascade):
         {"prompt": "key", "seed": 4, "steps": 2, "cond_scale": 1.0},  # half the work
         {"prompt": "key", "seed": 4, "steps": 2, "negative_prompt": "sun"},
     ]
-    with served(run, works=False) as server, ThreadPoolExecutor() as callers:
-        answers = [callers.submit(ask, server, **one) for one in asked]
-        until(lambda: len(server.engine.waiting) == len(asked))
-        server.engine.start()
-        data = [answer.result().json()["data"] for answer in answers]
-        assert server.metric("batch_pictures_count") == 4
-        assert server.metric('batch_pictures_bucket{le="1.0"}') == 3
-        assert server.metric("batch_pictures_sum") == len(asked)
-    for one, (made,) in zip(asked, data, strict=True):
-        (image,) = cascade.sample(one.pop("prompt"), **one)
-        assert_alike(made["b64_json"], image)
+    assert_computed_together(run, asked, cascade)
 
 
 def test_no_batch_is_larger_than_asked(run):

@@ -13,7 +13,15 @@ import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support.serving import ask, assert_alike, client_of, pixels, served, until
+from support.serving import (
+    ask,
+    assert_alike,
+    assert_computed_together,
+    client_of,
+    pixels,
+    served,
+    until,
+)
 from support.tiny import write_stage
 
 from imagen_scale.commands.main import main
@@ -119,17 +127,7 @@ def test_equal_settings_are_computed_together_each_with_its_own_guidance(bundled
         {"prompt": "key", "seed": 4, "steps": 2, "cond_scale": 1.0},  # half the work
         {"prompt": "key", "seed": 4, "steps": 2, "cond_scale": 0.0},
     ]
-    with served(bundled, works=False) as server, ThreadPoolExecutor() as callers:
-        answers = [callers.submit(ask, server, **one) for one in asked]
-        until(lambda: len(server.engine.waiting) == len(asked))
-        server.engine.start()
-        data = [answer.result().json()["data"] for answer in answers]
-        assert server.metric("batch_pictures_count") == 4
-        assert server.metric('batch_pictures_bucket{le="1.0"}') == 3
-        assert server.metric("batch_pictures_sum") == len(asked)
-    for one, (made,) in zip(asked, data, strict=True):
-        (image,) = cascade.sample(one.pop("prompt"), **one)
-        assert_alike(made["b64_json"], image)
+    assert_computed_together(bundled, asked, cascade)
 
 
 def test_one_that_cannot_be_computed_takes_no_other_along(bundled, cascade, capsys):

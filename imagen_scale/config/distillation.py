@@ -8,8 +8,8 @@ from imagen_scale.config.section import PerUnet, PositiveFloat, PositiveInt, Sec
 
 # Steps of a teacher in all, unless they are written: its own solver leaves little to more.
 TEACHER_STEPS = 16
-StudentSpacing = Literal["trailing", "middle"]
 MAX_STEPS = 16  # of a student; with more a solver of second order is as good untaught
+StudentSpacing = Literal["trailing", "middle"]
 
 
 class DistillConfig(Section):

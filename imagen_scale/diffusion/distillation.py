@@ -131,9 +131,10 @@ def teacher_times(
     """
     m = teacher_steps // steps
     begins = visited_times(schedule, steps, spacing)
-    own = visited_times(schedule, teacher_steps, spacing)
-    if solver == "ddim" and own[::m] == begins:
-        return [own[start : start + m] for start in range(0, teacher_steps, m)]
+    if solver == "ddim":
+        own = visited_times(schedule, teacher_steps, spacing)
+        if own[::m] == begins:
+            return [own[start : start + m] for start in range(0, teacher_steps, m)]
     pairs = list(zip(begins, [*begins[1:], -1], strict=True))
     if any(begin - end < m for begin, end in pairs):
         raise ConfigError(

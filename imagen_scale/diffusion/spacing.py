@@ -72,11 +72,11 @@ def visited_times(schedule: Levels, steps: int, spacing: Spacing) -> list[int]:
     ends_in_noise = not abar[-1]
     abar = abar[abar > 0]
     noise = np.sqrt((1 - abar) / abar)  # the standard deviation of the noise where alpha = 1
-    share = np.linspace(0, 1, steps)
     if spacing == "middle":
         first, last = (-np.log(snr) / 2 for snr in MIDDLE_SNR)
         wanted = _between(first, last, np.arange(steps) / steps)
         return _distinct([total - 1.0, *_place(wanted, np.log(noise))[1:]], total)
+    share = np.linspace(0, 1, steps)
     if spacing == "logsnr":
         wanted = _between(np.log(noise[-1]), np.log(noise[0]), share)
     else:

@@ -74,9 +74,8 @@ def segments_of(stage: StageConfig, teacher: StageConfig) -> Segments:
         segments = Segments.of(schedule, few.steps, own.steps, "ddim", few.spacing)
         if segments.times.flatten().tolist() != visited_times(schedule, own.steps, own.spacing):
             raise ConfigError(
-                f"distill.steps: the times of {few.steps} steps are not among those that its "
-                f"teacher {own.teacher} learned ({own.steps} steps); distill its own teacher "
-                f"{own.teacher} instead."
+                f"distill.steps: the times of {few.steps} steps are not among the {own.steps} that "
+                f"{few.teacher} learned; distill its own teacher {own.teacher} instead."
             )
         return segments
     total = few.steps_of_ordinary_teacher

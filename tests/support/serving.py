@@ -4,7 +4,8 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,24 @@ def pixels(b64: str) -> np.ndarray:
 def assert_alike(b64: str, image: Image.Image) -> None:
     """Equal but for the last bits that company may move: one level."""
     assert np.abs(pixels(b64) - np.asarray(image).astype(int)).max() <= 1
+
+
+def assert_computed_together(folder: Path, asked: Sequence[dict[str, Any]], cascade: Any) -> None:
+    """Six requests, three of a kind and three alone, get the pictures that they get by themselves.
+
+    Args:
+        folder: Of the run or the bundle that is served.
+        asked: What is asked for; prompts are taken out.
+        cascade: Draws them by itself.
+    """
+    with served(folder, works=False) as server, ThreadPoolExecutor() as callers:
+        answers = [callers.submit(ask, server, **one) for one in asked]
+        until(lambda: len(server.engine.waiting) == len(asked))
+        server.engine.start()
+        data = [answer.result().json()["data"] for answer in answers]
+        assert server.metric("batch_pictures_count") == 4
+        assert server.metric('batch_pictures_bucket{le="1.0"}') == 3
+        assert server.metric("batch_pictures_sum") == len(asked)
+    for one, (made,) in zip(asked, data, strict=True):
+        (image,) = cascade.sample(one.pop("prompt"), **one)
+        assert_alike(made["b64_json"], image)
