@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from support.corpus import mutant, photo, write_corpus
+from support.kept import OTHER_JSON
 from support.runs import losses
 from support.tiny import TINY
 
@@ -139,11 +140,12 @@ def test_pictures_are_decoded_once_until_they_change(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used:UserWarning")
-def test_verdicts_cut_short_are_found_again(tmp_path):
+@pytest.mark.parametrize("text", OTHER_JSON)
+def test_damaged_verdicts_are_found_again(tmp_path, text):
     folder = photos(tmp_path / "set", 30)
     (folder / "007.png").write_text("broken")
     _, report = screened(folder, tmp_path)
-    (report.parent / "unreadable.json").write_text('{"7": "no')
+    (report.parent / "unreadable.json").write_text(text)
     assert len(screened(folder, tmp_path)[0]) == 29
 
 

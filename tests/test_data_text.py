@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.kept import OTHER_JSON
 
 from imagen_scale.config.network import TEXT_ENCODER_DIMS
 from imagen_scale.config.schema import TextConfig
@@ -356,6 +357,19 @@ def test_damaged_shard_is_encoded_again(t5_folder, tmp_path, suffix):
     first = open_store(t5_folder, tmp_path, ["a dog"])["a dog"]
     [file] = tmp_path.rglob(f"shard_0_*.{suffix}")
     file.write_bytes(file.read_bytes()[:-1])
+    np.testing.assert_allclose(
+        open_store(t5_folder, tmp_path, ["a dog"])["a dog"], first, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [*OTHER_JSON, '{"captions": ["a dog"], "offsets": [0]}',
+             '{"captions": ["a dog"], "offsets": [-1, 9, 4]}']
+)  # fmt: skip
+def test_a_shards_index_of_another_shape_is_not_read(t5_folder, tmp_path, text):
+    first = open_store(t5_folder, tmp_path, ["a dog"])["a dog"]
+    [file] = tmp_path.rglob("shard_0_*.json")
+    file.write_text(text)
     np.testing.assert_allclose(
         open_store(t5_folder, tmp_path, ["a dog"])["a dog"], first, atol=1e-6
     )

@@ -8,6 +8,7 @@ import torch
 from imagen_scale_export.to_onnx import op_census
 from imagen_scale_export.to_tensorrt import TensorRTNetwork, parse_range, parse_targets
 from support.exported import engines_run
+from support.kept import OTHER_JSON
 
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
@@ -147,8 +148,11 @@ def test_a_damaged_record_of_builds_means_building_again(run, tmp_path, monkeypa
     assert not built_here.is_built_here(facts, "b", "1")
     (record,) = (tmp_path / "engines").glob("*.json")
     assert json.loads(record.read_text()) == {"a": ["1", "2"]}
-    record.write_text("{")
-    assert not built_here.is_built_here(facts, "a", "1")
+    for text in OTHER_JSON:
+        record.write_text(text)
+        assert not built_here.is_built_here(facts, "a", "1")
+        built_here.remember(facts, "a", "3")
+        assert json.loads(record.read_text()) == {"a": ["3"]}
 
 
 @pytest.mark.parametrize("text", ["1", "1:2", "2:1:3", "0:1:2", "1:2:x", "1:2:3:4", "-1:2:3"])

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from support.kept import OTHER_JSON
 from support.planned import GB, SMALL_CARD, cost_of, plan, recorded, tiny
 
 from imagen_scale.commands.main import main
@@ -323,8 +324,9 @@ def test_a_setup_is_chosen_once_and_kept(tmp_path):
     assert choose_setup(config.stage(1), tmp_path, found, told.append) == halved
     other = choose_setup(tiny("training.micro_batch=4").stage(1), tmp_path, found, told.append)
     assert other.micro_batch == 4
-    (tmp_path / "unet1" / "setup.json").write_text("{cut")
-    assert choose_setup(config.stage(1), tmp_path, found, told.append) == first
+    for text in OTHER_JSON:
+        (tmp_path / "unet1" / "setup.json").write_text(text)
+        assert choose_setup(config.stage(1), tmp_path, found, told.append) == first
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_the_nearest(tmp_path):
@@ -351,8 +353,11 @@ def test_calibration_is_kept_by_name_and_survives_damage(tmp_path, monkeypatch):
     keep_calibration("RTX 4070", 1.07)
     keep_calibration("RTX 3060", 0.97)
     assert (calibration("RTX 4070"), calibration("RTX 3060")) == (1.07, 0.97)
-    (tmp_path / "plan" / "calibration.json").write_text("[")
-    assert calibration("RTX 4070") == 1
+    for text in OTHER_JSON:
+        (tmp_path / "plan" / "calibration.json").write_text(text)
+        assert calibration("RTX 4070") == 1
+        keep_calibration("RTX 4070", 1.07)
+        assert calibration("RTX 4070") == 1.07
 
 
 # The command.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import ExifTags, Image
+from support.kept import OTHER_JSON
 from support.tiny import TINY
 
 from imagen_scale.commands.main import main
@@ -47,6 +48,19 @@ def config(tmp_path):
 
 def cli(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.filterwarnings("ignore:1 of 8 pictures")
+def test_sizes_of_another_shape_are_found_again(config, tmp_path):
+    def found():
+        report = json.loads(cli("prepare", "--config", config, "--json").stdout)
+        return {name: value for name, value in report.items() if name != "seconds"}
+
+    first = found()
+    [sizes] = tmp_path.rglob("sizes.json")
+    for text in OTHER_JSON:
+        sizes.write_text(text)
+        assert found() == first
 
 
 @pytest.mark.filterwarnings("ignore:1 of 8 pictures")

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,21 @@ from imagen_scale.data.encoder import (
 )
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 from imagen_scale.errors import DataError
+from imagen_scale.files.kept import read_kept
 
 StoredEmbedding: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16]  # (L, D)
 SHARD_CAPTIONS = 4096  # at most this much encoding is lost when a build is killed
+
+
+class _Index(NamedTuple):
+    captions: list[str]
+    offsets: list[int]  # the row at which each begins, and the end of the last
+
+    def fits(self, shape: tuple[int, ...], dim: int) -> bool:
+        """Whether the shard of it may have this shape."""
+        in_order = self.offsets == sorted(self.offsets) and self.offsets[:1] == [0]
+        is_whole = len(self.offsets) == len(self.captions) + 1
+        return is_whole and in_order and shape == (self.offsets[-1], dim)
 
 
 class EmbeddingStore:
@@ -106,14 +118,13 @@ class EmbeddingStore:
     def _read_shards(self) -> None:
         for file in sorted(self._folder.glob("shard_*.json"), key=_shard_number):
             try:
-                index = json.loads(file.read_text(encoding="utf-8"))
                 shape = np.load(file.with_suffix(".npy"), mmap_mode="r").shape
             except (OSError, ValueError):  # damaged from outside: its captions are encoded again
                 continue
-            offsets = index["offsets"]
-            if shape == (offsets[-1], self.dim):
-                spans = pairwise(offsets)
-                for caption, (start, end) in zip(index["captions"], spans, strict=True):
+            index = read_kept(file, _Index)
+            if index is not None and index.fits(shape, self.dim):
+                spans = pairwise(index.offsets)
+                for caption, (start, end) in zip(index.captions, spans, strict=True):
                     self._rows[caption] = (file.stem, start, end)
 
     def _encode(

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imagen_scale.config import Config
 from imagen_scale.data.prepared import Prepared
@@ -15,6 +15,7 @@ from imagen_scale.data.sources.skipped import Skipped, printable
 from imagen_scale.data.split import groups as split_groups
 from imagen_scale.data.split import split
 from imagen_scale.data.storage import Progress, exclusive, written_whole
+from imagen_scale.files.kept import read_kept
 
 # Width / height below which a picture belongs to the shape; the last takes the rest.
 SHAPES = (
@@ -124,23 +125,23 @@ def _range(values: Sequence[float]) -> Range:
     return min(values), median(values), max(values)
 
 
+class _Sizes(NamedTuple):
+    sizes: list[tuple[int, int] | None]  # width and height, by index
+
+
 def _sizes(source: Source, file: Path, progress: Progress | None) -> list[tuple[int, int]] | None:
     """Width and height of every picture, read from the headers once; None of drawings."""
     with exclusive(file.with_suffix(".lock")):
-        try:
-            known: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, ValueError):  # not there yet, or cut short
-            known = {}
-        if known.get("keys") != len(source):
-            found = []
+        known = read_kept(file, _Sizes)
+        if known is None or len(known.sizes) != len(source):
+            known = _Sizes([])
             for i in range(len(source)):
-                found.append(source.size(i))
+                known.sizes.append(source.size(i))
                 if progress:
                     progress("measuring pictures", i + 1, len(source))
-            known = {"keys": len(source), "sizes": found}
             with written_whole(file) as out:
-                out.write(json.dumps(known).encode())
-    sizes = [(size[0], size[1]) for size in known["sizes"] if size is not None]
+                out.write(json.dumps(known._asdict()).encode())
+    sizes = [size for size in known.sizes if size is not None]
     return sizes if len(sizes) == len(source) else None
 
 

@@ -5,17 +5,21 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from imagen_scale.config import StageConfig
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.files.atomic import temporary_path
 from imagen_scale.files.caches import cache_root
+from imagen_scale.files.kept import read_kept
 from imagen_scale.planning.activations import Activations, measure, step_flops
 from imagen_scale.planning.teacher import forward_bytes
 
 # Raise it when the U-Net or the way of counting changes.
 FORMAT = 1
+Found = TypeVar("Found")
 FIGURES = Path(__file__).with_name("figures.json")
 
 
@@ -35,8 +39,9 @@ def _shipped() -> dict[str, Any]:
 def cached_measure(stage: StageConfig, *, precision: str, **options: Any) -> Activations:
     """`measure`, looked up."""
     width = "fp32" if precision == "fp32" else "bf16"
-    found = _cached(stage, options, width, lambda: list(measure(stage, precision=width, **options)))
-    return Activations(*found)
+    return _cached(
+        Activations, stage, options, width, lambda: measure(stage, precision=width, **options)
+    )
 
 
 def cached_teacher(stage: StageConfig, few: FewSteps, *, micro_batch: int, precision: str) -> int:
@@ -44,14 +49,14 @@ def cached_teacher(stage: StageConfig, few: FewSteps, *, micro_batch: int, preci
     width = "fp32" if precision == "fp32" else "bf16"
     options = {"teacher_guided": few.cond_scale != 1, "micro_batch": micro_batch}
     return _cached(
-        stage, options, width,
+        int, stage, options, width,
         lambda: forward_bytes(stage, few, micro_batch=micro_batch, precision=width),
     )  # fmt: skip
 
 
 def cached_flops(stage: StageConfig, **options: Any) -> int:
     """`step_flops`, looked up."""
-    return _cached(stage, options, None, lambda: step_flops(stage, **options))
+    return _cached(int, stage, options, None, lambda: step_flops(stage, **options))
 
 
 def _shape(stage: StageConfig) -> dict[str, Any]:
@@ -63,8 +68,12 @@ def _shape(stage: StageConfig) -> dict[str, Any]:
 
 
 def _cached(
-    stage: StageConfig, options: dict[str, Any], precision: str | None, find: Callable[[], Any]
-) -> Any:
+    kind: type[Found],
+    stage: StageConfig,
+    options: dict[str, Any],
+    precision: str | None,
+    find: Callable[[], Found],
+) -> Found:
     import torch
 
     facts = [
@@ -81,12 +90,11 @@ def _cached(
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     if (shipped := _shipped().get(key)) is not None:
-        return shipped
+        return TypeAdapter(kind).validate_python(shipped)
     path = plan_dir() / f"{key}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or cut by a kill: found anew
-        value = find()
+    if (kept := read_kept(path, kind)) is not None:
+        return kept
+    value = find()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.kept import read_kept
 from imagen_scale.models.card import has_bf16
 from imagen_scale.planning.cache import plan_dir
 
@@ -73,19 +74,13 @@ def joined(found: Sequence[tuple[str, Machine]]) -> Machine:
 
 def calibration(name: str) -> float:
     """Measured over predicted peak on cards of this name; 1 when none was measured."""
-    try:
-        return float(json.loads(_calibration_file().read_text())[name])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 1.0
+    return (read_kept(_calibration_file(), dict[str, float]) or {}).get(name, 1.0)
 
 
 def keep_calibration(name: str, ratio: float) -> None:
     """Notes what `train --plan-check` measured, for the next plan."""
     path = _calibration_file()
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = read_kept(path, dict[str, float]) or {}
     text = json.dumps(known | {name: round(ratio, 4)}, indent=1)
     with suppress(OSError):  # without a cache the next plan is the prediction again
         write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -7,11 +7,12 @@ less memory free today.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from imagen_scale.config import Config, MemoryConfig, StageConfig, parse_bytes
 from imagen_scale.errors import EnvironmentProblem
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.kept import read_kept
 from imagen_scale.models.card import has_bf16
 from imagen_scale.planning.machine import Machine, calibration
 from imagen_scale.planning.planner import Planner
@@ -19,6 +20,11 @@ from imagen_scale.planning.report import in_words, why
 from imagen_scale.planning.setup import Setup, written_setup
 from imagen_scale.runs.checkpoint import list_checkpoints
 from imagen_scale.runs.folders import setup_path, unet_dir
+
+
+class _Kept(NamedTuple):
+    asked: dict[str, Any]  # what the setup was derived from
+    setup: Setup
 
 
 def choose_setup(
@@ -36,9 +42,12 @@ def choose_setup(
         EnvironmentProblem: If nothing fits `memory.budget`.
         ConfigError: If the batch sizes do not fit the number of processes.
     """
-    asked, kept = _asked(stage, found.ranks), _read(run_dir, stage.number)
-    if kept is not None and kept["asked"] == asked:
-        return _setup_of(kept["setup"])
+    asked, kept = (
+        _asked(stage, found.ranks),
+        read_kept(setup_path(run_dir, stage.number), _Kept),
+    )
+    if kept is not None and kept.asked == asked:
+        return kept.setup
     machine = budget_machine(stage.memory, found)
     if machine is None:
         setup = written_setup(
@@ -48,7 +57,7 @@ def choose_setup(
     else:
         planner = Planner(stage, machine, ratio=calibration(machine.name))
         has_checkpoints = bool(list_checkpoints(unet_dir(run_dir, stage.number)))
-        before = _setup_of(kept["setup"]) if kept and has_checkpoints else None
+        before = kept.setup if kept and has_checkpoints else None
         plan = planner.plan(before)
         for warning in plan.warnings:
             say(f"warning: {warning}")
@@ -123,19 +132,6 @@ def _asked(stage: StageConfig, ranks: int) -> dict[str, Any]:
         "unet": stage.unet.model_dump(mode="json"),
     }
     return json.loads(json.dumps(asked))
-
-
-def _setup_of(fields: dict[str, Any]) -> Setup:
-    return Setup(**fields | {"checkpointing": tuple(fields["checkpointing"])})
-
-
-def _read(run_dir: Path, unet_number: int) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(setup_path(run_dir, unet_number).read_text())
-        _setup_of(kept["setup"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or of another version: chosen anew
-    return kept
 
 
 def _write(run_dir: Path, unet_number: int, asked: dict[str, Any], setup: Setup) -> None:

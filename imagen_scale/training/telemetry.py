@@ -174,10 +174,10 @@ def drop_metrics_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if row["step"] <= step:
+        if is_kept:
             kept.append(line + "\n")
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 

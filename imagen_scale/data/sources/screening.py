@@ -11,6 +11,7 @@ from imagen_scale.data.sources.opening import Source, Without, open_source
 from imagen_scale.data.sources.skipped import Skipped, counted, printable
 from imagen_scale.data.storage import Progress, exclusive, written_whole
 from imagen_scale.errors import DataError
+from imagen_scale.files.kept import read_kept
 
 CONVERTED = "with a colour profile other than sRGB: converted to sRGB"
 IGNORED = (
@@ -47,7 +48,7 @@ def usable_source(
     report = folder / "data_report.json"
     total = len(source) + len(source.skipped)
     with exclusive(folder / "screening.lock"):
-        found = _Verdicts({}, [], 0)
+        found = _Verdicts([], {}, [], 0)
         # Not worth the decoding when names and captions alone are bad enough.
         is_hopeless = len(source.skipped) > config.max_bad_fraction * total
         if not is_hopeless:
@@ -90,6 +91,7 @@ def usable_source(
 class _Verdicts(NamedTuple):
     """What decoding every picture once has shown."""
 
+    formats: list[str]  # that could be read; a plugin may have come or gone
     unreadable: dict[int, str]  # why, by index
     ignored: list[int]  # pictures whose colour profile is not used
     converted: int  # how many are converted to sRGB
@@ -97,30 +99,23 @@ class _Verdicts(NamedTuple):
 
 def _verdicts(source: Source, file: Path, progress: Progress | None) -> _Verdicts:
     """Decodes pictures that have not been decoded yet; the caller holds the lock."""
-    formats = list(readable_formats())  # a plugin may have come or gone
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):  # not there yet, or cut short
-        known = {}
-    if known.get("formats") != formats:
-        unreadable, profiles = dict[str, str](), dict[int, str]()
+    formats = list(readable_formats())
+    known = read_kept(file, _Verdicts)
+    if known is None or known.formats != formats:
+        unreadable, profiles = dict[int, str](), dict[int, str]()
         for i in range(len(source)):
             if reason := source.check(i):
-                unreadable[str(i)] = reason
+                unreadable[i] = reason
             elif use := source.profile(i):
                 profiles[i] = use
             if progress:
                 progress("checking pictures", i + 1, len(source))
-        known = {
-            "formats": formats,
-            "unreadable": unreadable,
-            "ignored": [i for i, use in profiles.items() if use == "ignored"],
-            "converted": sum(use == "converted" for use in profiles.values()),
-        }
+        known = _Verdicts(
+            formats=formats,
+            unreadable=unreadable,
+            ignored=[i for i, use in profiles.items() if use == "ignored"],
+            converted=sum(use == "converted" for use in profiles.values()),
+        )
         with written_whole(file) as out:
-            out.write(json.dumps(known).encode())
-    return _Verdicts(
-        {int(i): reason for i, reason in known["unreadable"].items()},
-        known["ignored"],
-        known["converted"],
-    )
+            out.write(json.dumps(known._asdict()).encode())
+    return known

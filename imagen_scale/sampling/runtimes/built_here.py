@@ -10,8 +10,11 @@ from pathlib import Path
 
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.caches import cache_root, cannot_write
+from imagen_scale.files.kept import read_kept
 from imagen_scale.files.locks import locked
 from imagen_scale.sampling.runtimes.manifest import EngineFacts
+
+Known = dict[str, list[str]]  # hashes, by the files' names
 
 
 def _record(facts: EngineFacts) -> Path:
@@ -33,7 +36,7 @@ def remember(facts: EngineFacts, name: str, sha256: str) -> None:
     path = _record(facts)
     try:
         with locked(path.with_suffix(".lock")):  # another build may note its own meanwhile
-            known = _read(path)
+            known = read_kept(path, Known) or {}
             known.setdefault(name, [])
             if sha256 not in known[name]:
                 known[name].append(sha256)
@@ -45,12 +48,4 @@ def remember(facts: EngineFacts, name: str, sha256: str) -> None:
 
 def is_built_here(facts: EngineFacts, name: str, sha256: str) -> bool:
     """Whether `remember` was told of exactly this file."""
-    return sha256 in _read(_record(facts)).get(name, [])
-
-
-def _read(path: Path) -> dict[str, list[str]]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):  # nothing is known: the engine is built again
-        return {}
-    return known if isinstance(known, dict) else {}
+    return sha256 in (read_kept(_record(facts), Known) or {}).get(name, [])
