@@ -80,6 +80,10 @@ class EnvironmentProblem(ImagenScaleError):
     """The machine lacks something (compiler, process group, disk); the message says what."""
 
 
+class CardProblem(EnvironmentProblem):
+    """A card failed: what this process begins on it after that fails too."""
+
+
 class DiskProblem(EnvironmentProblem):
     """A disk is full or may not be written: what was to be saved can be saved later."""
 

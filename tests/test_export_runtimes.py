@@ -11,7 +11,13 @@ from support.exports import SCALE, lowres, open_file, pictures, random_text, tor
 from support.noise import implied_noise
 
 from imagen_scale.diffusion.schedule import NoiseSchedule
-from imagen_scale.errors import EnvironmentProblem, ExportError, ShapeError, UsageError
+from imagen_scale.errors import (
+    CardProblem,
+    EnvironmentProblem,
+    ExportError,
+    ShapeError,
+    UsageError,
+)
 from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.executors import computing
 from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
@@ -133,6 +139,28 @@ def test_a_library_that_fails_while_it_computes_says_so(exported, kind, monkeypa
         computing("ONNX Runtime, denoiser.onnx"),
     ):
         raise RuntimeError("bfc_arena.cc:359 Failed to allocate memory for requested buffer")
+
+
+@pytest.mark.parametrize(
+    ("reason", "known"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; expr=", CardProblem),
+        ("CUDA failure 719: unspecified launch failure ; GPU=0", CardProblem),
+        ("CUDA failure 2: out of memory ; GPU=0", torch.OutOfMemoryError),
+        ("CUDA failure 801: operation not supported ; GPU=0", ExportError),
+    ],
+)
+def test_what_a_card_does_not_recover_from_is_told_apart(reason, known):
+    with pytest.raises(known), computing("ONNX Runtime, denoiser.onnx"):
+        raise RuntimeError(reason)
+
+
+def test_torchs_own_word_of_a_lost_card_is_kept():
+    with (
+        pytest.raises(CardProblem, match="ONNX Runtime, a: the card failed"),
+        computing("ONNX Runtime, a"),
+    ):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 
 def test_inputs_that_do_not_belong_together(exported):

@@ -9,11 +9,19 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from imagen_scale_runtime import Cascade, Wanted, bundle, command, noise, pictures
 from imagen_scale_runtime.command import main
-from imagen_scale_runtime.errors import DataError, ExportError, UsageError
+from imagen_scale_runtime.errors import (
+    CardProblem,
+    DataError,
+    EnvironmentProblem,
+    ExportError,
+    ImagenScaleError,
+    UsageError,
+)
 from imagen_scale_runtime.stage import _clean
 from PIL import Image
 from safetensors.torch import load_file
@@ -193,6 +201,26 @@ def test_stages_of_another_kind_are_sampled_in_their_way(exported, bundled, tmp_
     (folder / "bundle.json").write_text(json.dumps(facts))
     same(TrainedStages.load(run), Cascade(folder), ["sun"], steps=4)
     same(TrainedStages.load(run), Cascade(folder), ["sun"], steps=4, tile=16)
+
+
+@pytest.mark.parametrize(
+    ("reason", "known"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", CardProblem),
+        ("CUDA failure 2: out of memory ; GPU=0", EnvironmentProblem),
+        ("CUDA failure 801: operation not supported ; GPU=0", ExportError),
+    ],
+)
+def test_what_a_card_does_not_recover_from_is_told_apart(bundled, monkeypatch, reason, known):
+    def fail(*arguments):
+        raise RuntimeError(reason)
+
+    with Cascade(bundled) as cascade:
+        list(cascade.sample("sun", steps=1))
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run", fail)
+        with pytest.raises(ImagenScaleError) as told:
+            list(cascade.sample("sun", steps=1))
+    assert type(told.value) is known
 
 
 def test_openvino_gives_the_same(exported, bundled):

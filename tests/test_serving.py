@@ -16,10 +16,12 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from click.testing import CliRunner
 from support import ROOT
 from support.doc_commands import BLOCK
 from support.serving import (
+    Served,
     ask,
     assert_alike,
     assert_computed_together,
@@ -30,10 +32,18 @@ from support.serving import (
 )
 from support.tiny import write_run, write_stage
 
+from imagen_scale.commands.listening import listen
 from imagen_scale.commands.main import main
+from imagen_scale.data.network import LOCALHOST
+from imagen_scale.errors import CardProblem
 from imagen_scale.sampling.cascade import Cascade
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stages import TrainedStages
+from imagen_scale.serving.app import application
+from imagen_scale.serving.engine import Engine
 from imagen_scale.serving.limits import Limits
+from imagen_scale.serving.run import ServedRun
+from imagen_scale.serving.server import hosts_of, serve
 
 PROMPTS = ("sun", "key", "red heart", "a pizza on the house")
 LONG = " ".join(["rocket"] * 20)  # more than max_text_len
@@ -438,6 +448,25 @@ def test_a_dead_worker_is_seen_and_nobody_hangs(run, monkeypatch, capsys):
         assert (ready.status_code, ready.json()) == (503, {"status": "ended"})
         assert httpx.get(f"{server.address}/healthz", trust_env=False).status_code == 200
     assert "SystemExit: gone" in capsys.readouterr().err
+
+
+def test_a_lost_card_ends_the_program(run, monkeypatch):
+    stages = TrainedStages.load(run, runtime=RuntimeOptions(runtime="torch"))
+    engine = Engine(ServedRun(stages), max_batch=4, patience_s=0.02, queue=8)
+    app = application(engine, "tiny", limits=Limits(), key=None, hosts=hosts_of(LOCALHOST))
+    listener = listen(LOCALHOST, 0)
+    server = Served(engine, f"http://{LOCALHOST}:{listener.getsockname()[1]}")
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(serve, engine, app, listener, say=print)
+        until(lambda: engine.state == "ready")
+        assert ask(server, prompt="sun", steps=1).status_code == 200
+        fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        monkeypatch.setattr(TrainedStages, "encode", raising(fault))
+        answer = ask(server, prompt="sun", n=2)
+        assert answer.status_code == 503 and "its log says why" in answer.text
+        with pytest.raises(CardProblem, match=r"illegal memory access.*Start again") as told:
+            ended.result(timeout=60)
+    assert told.value.exit_code == 1
 
 
 def test_told_to_give_up_it_does_so_after_the_step_it_is_at(run):

@@ -265,3 +265,9 @@ def test_without_the_runtime_the_remedy_is_said(bundled, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagen_scale_runtime", None)
     done = serve(bundled)
     assert done.exit_code == 2 and "run pip install ./export/runtime" in done.output
+
+
+def test_another_version_of_the_runtime_is_refused(bundled, monkeypatch):
+    monkeypatch.setattr("imagen_scale_runtime.__version__", "0.0.9")
+    done = serve(bundled)
+    assert done.exit_code == 2 and "its version 0.0.9 beside imagen-scale" in done.output

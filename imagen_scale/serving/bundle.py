@@ -31,8 +31,6 @@ class ServedBundle:
         ExportError: If the bundle is not whole.
     """
 
-    fatal: tuple[type[Exception], ...] = ()
-
     def __init__(
         self, folder: Path, *, unet_limit: int | None = None, tile: int | None = None, **how: Any
     ) -> None:

@@ -28,11 +28,6 @@ class ServedCascade(Protocol):
         """Side of each stage's square pictures in pixels, from the smallest on."""
         ...
 
-    @property
-    def fatal(self) -> tuple[type[Exception], ...]:
-        """Exceptions after which it can draw nothing any more."""
-        ...
-
     def settings(self, options: SamplingOptions, stages: int) -> list[StageSettings]:
         """How stages would be sampled, the first so many of them.
 
@@ -57,6 +52,7 @@ class ServedCascade(Protocol):
             on_step: Told of each step; what it raises ends the work.
 
         Raises:
+            CardProblem: If nothing can be drawn any more.
             ImagenScaleError: If they cannot be made.
         """
         ...

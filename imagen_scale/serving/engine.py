@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Literal
 
-from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError
+from imagen_scale.errors import CardProblem, EnvironmentProblem, ImagenScaleError, UsageError
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.wanted import Wanted
 from imagen_scale.serving.contract import ServedCascade
@@ -69,6 +69,10 @@ class Engine:
         """Accepts no more, finishes what it has and waits until that is done."""
         self._is_draining = True
         self.waiting.close()
+        self.join()
+
+    def join(self) -> None:
+        """Waits until its thread has ended, drained or by a failure."""
         self._thread.join()
 
     def stop(self) -> None:
@@ -162,7 +166,7 @@ class Engine:
         except _NobodyWaitsError:
             self.metrics.pictures.labels("dropped").inc(len(jobs) - done)
             self._give_up(jobs[done:])
-        except self.cascade.fatal:
+        except CardProblem:
             raise
         except Exception as error:
             left = jobs[done:]

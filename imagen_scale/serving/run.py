@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from PIL import Image
 
+from imagen_scale.data.storage import first_line
+from imagen_scale.errors import CardProblem
 from imagen_scale.files.pictures import to_uint8
+from imagen_scale.sampling.card_loss import card_lost
 from imagen_scale.sampling.groups import stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.residents import Residents
@@ -22,9 +25,6 @@ class ServedRun:
         stages: What is sampled.
         tile: Side of the tiles of large stages in pixels, as `SamplingOptions.tile`.
     """
-
-    # The card computes nothing any more for this process.
-    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(self, stages: TrainedStages, *, tile: int | None = None) -> None:
         self.sizes = [config.size for config in stages.configs]
@@ -52,8 +52,11 @@ class ServedRun:
     ) -> Iterator[Drawn]:
         """See `ServedCascade`."""
         options = SamplingOptions.make(negative_prompt=negative_prompt, tile=self._tile)
-        for picture in stream_groups(
-            self._cascades[len(settings)], wanted, settings, options, Listener(on_step)
-        ):
-            (pixels,) = to_uint8(picture.stages[-1][None])
-            yield Drawn(picture.seed, Image.fromarray(pixels), picture.not_read)
+        try:
+            for picture in stream_groups(
+                self._cascades[len(settings)], wanted, settings, options, Listener(on_step)
+            ):
+                (pixels,) = to_uint8(picture.stages[-1][None])
+                yield Drawn(picture.seed, Image.fromarray(pixels), picture.not_read)
+        except torch.AcceleratorError as error:
+            raise CardProblem(card_lost("torch", first_line(error))) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_scale.data.network import LOCALHOST
 from imagen_scale.errors import MissingExtraError
+from imagen_scale.version import __version__
 
 if TYPE_CHECKING:
     from imagen_scale.serving.engine import Engine
@@ -41,7 +42,7 @@ def require_runtime() -> None:
     """Imports what draws a bundle.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        MissingExtraError: If it is not installed, or of another version than this package.
     """
     try:
         import imagen_scale_runtime
@@ -50,7 +51,12 @@ def require_runtime() -> None:
             f"a bundle is drawn by the distribution imagen-scale-runtime, and this installation "
             f"lacks {error.name}; run pip install ./export/runtime in imagen-scale's repository."
         ) from None
-    assert imagen_scale_runtime
+    if imagen_scale_runtime.__version__ != __version__:
+        raise MissingExtraError(
+            f"a bundle is drawn by the distribution imagen-scale-runtime, and this installation "
+            f"has its version {imagen_scale_runtime.__version__} beside imagen-scale "
+            f"{__version__}; run pip install ./export/runtime in imagen-scale's repository."
+        )
 
 
 def api_key() -> str | None:
@@ -103,15 +109,15 @@ def serve(
         else:
             threading.Thread(target=engine.stop, daemon=True).start()  # then `drain` is done
 
-    def load() -> None:
-        """Ends the server where there is nothing to serve."""
-        engine.loaded.wait()
+    def watch() -> None:
+        """Ends the server where nothing can be served: whoever supervises it starts another."""
+        engine.join()
         if engine.failure is not None:
             server.should_exit = True
 
     server.handle_exit = handle_exit
     engine.start()
-    threading.Thread(target=load, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     with closing(listener):
         server.run(sockets=[listener])
     if len(signals) > 1:

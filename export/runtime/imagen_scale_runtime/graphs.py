@@ -9,7 +9,15 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from .errors import EnvironmentProblem, ExportError, MissingExtraError, UsageError, option
+from .errors import (
+    CardProblem,
+    EnvironmentProblem,
+    ExportError,
+    MissingExtraError,
+    UsageError,
+    option,
+)
+from .sampling.card_loss import card_lost, is_card_lost
 
 Runtime = Literal["onnx", "openvino"]
 CPU = "CPUExecutionProvider"
@@ -128,6 +136,8 @@ def _computing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _first_line(error)
+        if is_card_lost(str(error)):
+            raise CardProblem(card_lost(str(path), reason)) from None
         if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", reason, re.I):
             raise EnvironmentProblem(
                 f"{path}: memory is too small ({reason}). Make fewer pictures at once "

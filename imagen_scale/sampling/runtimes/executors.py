@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from imagen_scale.data.storage import first_line
-from imagen_scale.errors import EnvironmentProblem, ExportError, option
+from imagen_scale.errors import CardProblem, EnvironmentProblem, ExportError, option
+from imagen_scale.sampling.card_loss import card_lost, is_card_lost
 
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
@@ -44,6 +45,7 @@ def computing(what: str) -> Iterator[None]:
 
     Raises:
         torch.OutOfMemoryError: If it found no memory; callers of torch's networks catch the same.
+        CardProblem: If the card failed for good.
         ExportError: Otherwise.
     """
     try:
@@ -51,6 +53,8 @@ def computing(what: str) -> Iterator[None]:
     except Exception as error:  # the libraries' errors share no base class
         if any(words in str(error).lower() for words in _NO_MEMORY):
             raise torch.OutOfMemoryError(f"{what}: {first_line(error)}") from None
+        if isinstance(error, torch.AcceleratorError) or is_card_lost(str(error)):
+            raise CardProblem(card_lost(what, first_line(error))) from None
         raise ExportError(f"{what} failed: {first_line(error)}") from None
 
 

@@ -1,0 +1,1 @@
+../../../../imagen_scale/sampling/card_loss.py
