@@ -20,7 +20,12 @@ from imagen_scale.errors import (
 )
 from imagen_scale.sampling.runtimes.contract import Conditioning
 from imagen_scale.sampling.runtimes.executors import computing
-from imagen_scale.sampling.runtimes.exported import ExportedRuntime, load_conditioner, open_exported
+from imagen_scale.sampling.runtimes.exported import (
+    ExportedRuntime,
+    export_folder,
+    load_conditioner,
+    open_exported,
+)
 from imagen_scale.sampling.runtimes.manifest import Profile
 from imagen_scale.sampling.runtimes.onnx_runtime import cuda_options, is_outdated, onnx_session
 from imagen_scale.sampling.runtimes.ports import graph_name
@@ -161,6 +166,38 @@ def test_torchs_own_word_of_a_lost_card_is_kept():
         computing("ONNX Runtime, a"),
     ):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+HEARS = """
+import faulthandler, gc, os, signal, sys
+from pathlib import Path
+from {module} import {opener}
+
+heard = []
+signal.signal(signal.SIGUSR1, lambda *signal: heard.append(signal))
+faulthandler.enable()  # gives signals a stack of their own
+path = Path(sys.argv[1])
+first, second = {opened}, {opened}
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+assert heard
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "opener", "opened"),
+    [
+        ("imagen_scale.sampling.runtimes.openvino_cpu", "OpenVino", "OpenVino(path, bf16=False)"),
+        ("imagen_scale_runtime.graphs", "Engine", 'Engine("openvino").open(path)'),
+    ],
+)
+def test_signals_are_heard_once_graphs_of_openvino_have_gone(exported, module, opener, opened):
+    graph = export_folder(open_file(exported, 1), "onnx", "fp32") / graph_name(guided=False)
+    program = HEARS.format(module=module, opener=opener, opened=opened)
+    subprocess.run([sys.executable, "-c", program, str(graph)], check=True)
 
 
 def test_inputs_that_do_not_belong_together(exported):

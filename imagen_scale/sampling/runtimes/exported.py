@@ -28,7 +28,7 @@ from imagen_scale.sampling.runtimes.manifest import (
     read_manifest,
 )
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
-from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvino_backend
+from imagen_scale.sampling.runtimes.openvino_cpu import openvino_backend, openvino_core
 from imagen_scale.sampling.runtimes.ports import DEEP, Precision, graph_name
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
 from imagen_scale.sampling.runtimes.torch_unet import empty_unet
@@ -352,7 +352,7 @@ def _preferred(kind: str, device: torch.device) -> tuple[Precision, ...]:
 
 
 def _openvino_bf16(precision: Precision | None) -> bool:
-    capabilities: Any = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities: Any = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and "BF16" not in capabilities:
         raise UsageError(
             f"{option('precision')} bf16: this processor computes bf16 no faster; use fp32."

@@ -1,6 +1,7 @@
 """Graphs in OpenVINO, on the CPU."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ class OpenVino:
 
     def __init__(self, path: Path, *, bf16: bool) -> None:
         self.path = path
-        openvino = import_openvino()
         hints = {
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         try:
-            self.model = openvino.Core().compile_model(path, "CPU", hints)
+            self.model = openvino_core().compile_model(path, "CPU", hints)
         except RuntimeError as error:
             raise ExportError(f"{path}: OpenVINO cannot load it: {first_line(error)}") from None
         self.device = torch.device("cpu")
@@ -50,6 +50,17 @@ class OpenVino:
     def close(self) -> None:
         """Frees the compiled graph."""
         del self.model
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, once and to the end of the process; MissingExtraError without it.
+
+    The CPU plug-in of each `Core` gives its thread a stack for signal handlers, and gives the one
+    before it back when it goes. Two that do not go in reverse order leave the thread with a stack
+    that is no more: the next signal, as of a child that ends, is a segmentation fault.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> Any:
