@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 from packaging.requirements import Requirement
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 
 MARK = "alone"
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,11 +79,9 @@ def installed_mb(names: tuple[str, ...]) -> float:
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(run: Path, bundle: Path, rounds: int, write: Path | None) -> None:
     """See the module."""
-    if write is not None:
-        split_at_marks(write, MARK)  # refused before the work
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "imagen-scale sample --runtime onnx": [

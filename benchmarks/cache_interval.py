@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 import torch
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 from torch import Tensor
 
 from imagen_scale.data.prepared import prepare
@@ -63,13 +63,11 @@ ROWS = (
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--runtime", type=click.Choice(["torch", "onnx", "openvino"]), default="torch",
               show_default=True, help="An export needs `imagen-scale export --cache`.")  # fmt: skip
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(
     run: Path, cond_scale: float, count: int, rounds: int, runtime: str, write: Path | None
 ) -> None:
     """Measures, prints and writes."""
-    if write is not None:
-        split_at_marks(write, MARK)
     how = RuntimeOptions.make(runtime=runtime, precision="fp32")
     cascade = TrainedStages.load(run, runtime=how)
     text = "\n\n".join([

@@ -21,7 +21,7 @@ from typing import Any
 import click
 import peers
 import torch
-from report import split_at_marks, table, write_between_marks
+from report import table, write_between_marks, write_option
 from sampling import facts, minimagen_unet, say, seconds_of, write_run
 from torch import Tensor
 
@@ -129,12 +129,10 @@ def _told(seconds: float) -> str:
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--peers", "folder", default=".benchmarks/peers", show_default=True,
               type=click.Path(path_type=Path), help="Where MinImagen is installed.")  # fmt: skip
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 @click.option("--inside", "is_inside", is_flag=True, hidden=True)
 def main(rounds: int, folder: Path, write: Path | None, is_inside: bool) -> None:
     """Installs the peers, measures in a process that sees them, prints and writes the table."""
-    if write is not None:
-        split_at_marks(write, MARK)
     if not is_inside:
         peers.run_inside(folder, __file__)
     text = page(measure(rounds), rounds)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 
 from imagen_scale.config import load_config
 
@@ -97,11 +97,9 @@ def train(number: int, ranks: int, zero: dict[str, object], batch: int) -> Train
 @click.command(help=__doc__)
 @click.option("--unet", "unets", type=click.IntRange(1, 2), multiple=True, default=(1, 2))
 @click.option("--batch", type=click.IntRange(min=2), default=8, show_default=True, help="Global.")
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(unets: tuple[int, ...], batch: int, write: Path | None) -> None:
     """Trains, prints the table, writes it."""
-    if write is not None:
-        split_at_marks(write, MARK)  # before hours of work, not after
     trained = [train(number, *way, batch) for number in unets for way in WAYS]
     text = f"{machine('torch', 'deepspeed')}\n\n{table(COLUMNS, [one.row for one in trained])}"
     click.echo(text)

@@ -24,7 +24,7 @@ import click
 import numpy as np
 import peers
 import torch
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,11 +75,9 @@ class Row(NamedTuple):
 @click.option("--peers", "folder", type=click.Path(path_type=Path), default=".benchmarks/gigagan",
               show_default=True, help="Where gigagan-pytorch is installed.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="runs/gigagan", show_default=True)
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(steps: int, pictures: int, folder: Path, out: Path, write: Path | None) -> None:
     """See the module."""
-    if write is not None:
-        split_at_marks(write, MARK)
     peers.install(folder, peers.GIGAGAN)
     run = out / "cascade"
     words = [part for change in (*CHANGES, f"training.steps={steps}") for part in ("--set", change)]

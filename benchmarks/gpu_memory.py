@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from report import machine, split_at_marks, table, versions, write_between_marks
+from report import machine, table, versions, write_between_marks, write_option
 
 from imagen_scale.config import Config, load_config, parse_bytes, parse_config
 from imagen_scale.data.sequence import Batch
@@ -318,7 +318,7 @@ def card_limit(memory: str) -> int:
 @click.option("--max-accumulation", type=click.IntRange(min=2), default=4, show_default=True,
               help="Micro-batches per step at most, to save time.")  # fmt: skip
 @click.option("--cpu", is_flag=True, help="Train on the CPU, without limits: for small U-Nets.")
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 @click.option("--inside", hidden=True)
 def main(
     configs: tuple[str, ...],
@@ -339,8 +339,6 @@ def main(
     if not cpu and not torch.cuda.is_available():
         say("gpu_memory needs an NVIDIA card and torch finds none; --cpu trains on the CPU.")
         sys.exit(2)
-    if write is not None:
-        split_at_marks(write, MARK)  # told before, not after, the minutes of measuring
     paths = configs or tuple(str(ROOT / "configs" / f"{name}.json") for name in CONFIGS)
     limits = [None] if cpu else [limit, None]
     options = {"steps": steps, "max_accumulation": max_accumulation}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 
 from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.spacing import spaced_times
@@ -33,11 +33,9 @@ COLUMNS = ("guidance in", "evaluations a picture", "KID x 1000", "retrieval",
               help="Held-out captions.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
 @click.option("--cond-scale", type=float, default=2.0, show_default=True)
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None) -> None:
     """See the module."""
-    if write is not None:
-        split_at_marks(write, MARK)
     rows = []
     for interval in INTERVALS:
         words = ["--cond-scale", "1"]

@@ -4,8 +4,9 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,6 +34,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are aligned to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_option(mark: str, help: str = "A document.") -> Callable[[Any], Any]:
+    """`--write DOCUMENT`, refused before the minutes of measuring if it lacks the marks."""
+
+    def check(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            split_at_marks(path, mark)
+        return path
+
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--write", type=kind, callback=check, help=help)
 
 
 def write_between_marks(document: Path, name: str, text: str) -> None:

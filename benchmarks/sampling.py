@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import click
 import peers
 import torch
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 from torch import Tensor
 
 from imagen_scale.config import Config, load_config
@@ -243,17 +243,15 @@ def facts() -> str:
 )
 @click.option("--peers", "folder", default=".benchmarks/peers", show_default=True,
               type=click.Path(path_type=Path), help="Where MinImagen is installed.")  # fmt: skip
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 @click.option("--inside", "is_inside", is_flag=True, hidden=True)
 def main(
     rounds: int, pictures: int, only: tuple[str, ...], folder: Path, write: Path | None,
     is_inside: bool,
 ) -> None:  # fmt: skip
     """Installs the peers, measures in a process that sees them, prints and writes the table."""
-    if write is not None:
-        if only:
-            raise click.UsageError("--write takes every row; leave out --only.")
-        split_at_marks(write, MARK)
+    if write is not None and only:
+        raise click.UsageError("--write takes every row; leave out --only.")
     if not is_inside:
         peers.run_inside(folder, __file__)
     text = measure(only, rounds, pictures)

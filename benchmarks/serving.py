@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "serving"
@@ -167,14 +167,12 @@ def batches(port: int) -> tuple[float, float]:
 @click.option("--steps", default="25", show_default=True, help="As `imagen-scale sample` takes it.")
 @click.option("--runtime", default="torch", show_default=True)
 @click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 def main(
     run: Path | None, callers: Sequence[int], each: int, steps: str, runtime: str, max_batch: int,
     write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
-    if write is not None:
-        split_at_marks(write, MARK)  # refused before the work
     cores = len(os.sched_getaffinity(0))
     values = [int(value) for value in steps.split(",")]
     rows = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import split_at_marks, table, versions, write_between_marks
+from report import table, versions, write_between_marks, write_option
 
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.sequence import split_indices
@@ -67,17 +67,14 @@ SHOWN = ["red heart", "sun", "strawberry", "pizza", "rocket", "rainbow", "grinni
               help="Pictures per caption.")  # fmt: skip
 @click.option("--only", multiple=True, type=click.Choice(sorted({row.sampler for row in ROWS})),
               help="A sampler.")  # fmt: skip
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path),
-              help="A document; the picture goes beside it.")  # fmt: skip
+@write_option(MARK, help="A document; the picture goes beside it.")
 def main(
     run: Path, cond_scale: float, count: int, seeds: int, only: tuple[str, ...],
     write: Path | None,
 ) -> None:  # fmt: skip
     """Measures, prints and writes."""
-    if write is not None:
-        if only:
-            raise click.UsageError("--write takes every row; leave out --only.")
-        split_at_marks(write, MARK)
+    if write is not None and only:
+        raise click.UsageError("--write takes every row; leave out --only.")
     cascade = TrainedStages.load(run)
     prepared = prepare(cascade.files[0].config)
     indices = split_indices(prepared.source.keys, 0.0)[0][:count]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import click
 import peers
 import torch
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, table, write_between_marks, write_option
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -503,7 +503,7 @@ def measure_all(
 @click.option("--whole-step", is_flag=True, help="Run whole steps of super on real tensors, 14 GB.")
 @click.option("--peers", "folder", default=".benchmarks/peers", show_default=True,
               type=click.Path(path_type=Path), help="Where the peers are installed.")  # fmt: skip
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
+@write_option(MARK)
 @click.option("--inside", "is_inside", is_flag=True, hidden=True)
 def main(
     networks: str,
@@ -519,8 +519,6 @@ def main(
     names = networks.split(",")
     if not set(names) <= NETWORKS.keys():
         raise click.UsageError(f"--networks {networks}: give {' or '.join(NETWORKS)}, or both.")
-    if write is not None:
-        split_at_marks(write, MARK)  # told before, not after, the minutes of measuring
     if not is_inside:
         peers.install(folder)
         command = [sys.executable, __file__, *sys.argv[1:], "--inside"]
