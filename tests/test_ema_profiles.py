@@ -140,17 +140,17 @@ def test_what_cannot_be_made_is_refused_and_changes_nothing(run):
 
 def test_the_command_measures_and_picks(run):
     def told(*words):
-        done = CliRunner().invoke(main, ["ema", str(run), "--num", "3", *words])
+        done = CliRunner().invoke(main, ["ema", str(run), *words])
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    found = json.loads(told("--json"))
+    found = json.loads(told("--num", "3", "--json"))
     assert [one["width"] for one in found] == [None, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
     assert all(math.isfinite(one["x_0_error"]) and one["kid"] is None for one in found)
     assert read_inference(inference_path(run, 1)).average == ""  # nothing is changed
     # The other averages are noise beside weights that were trained little.
     assert min(found, key=lambda one: one["x_0_error"])["width"] is None
-    assert "training's own average is the best" in told("--pick")
+    assert "training's own average is the best" in told("--num", "3", "--pick")
     assert "samples from the average of width 0.1" in told("--width", "0.1")
     assert "samples from training's own average" in told("--restore")
     done = CliRunner().invoke(main, ["ema", str(run), "--pick", "--restore"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.options import PerStage
+from imagen_scale.commands.options import Number, PerStage, whole_number
 from imagen_scale.commands.train import (
     command_here,
     run_launcher,
@@ -18,7 +18,7 @@ from imagen_scale.commands.train import (
     training_words,
 )
 from imagen_scale.config.distillation import MAX_STEPS
-from imagen_scale.errors import UsageError, option
+from imagen_scale.errors import ConfigError, UsageError, option
 
 if TYPE_CHECKING:
     from imagen_scale.commands.adapting import Adaptation
@@ -40,8 +40,8 @@ class Steps(click.ParamType):  # type: ignore[type-arg]  # generic in newer clic
         """A number, or None to keep the stage."""
         if value == KEEP:
             return KEEP
-        if str(value).isdecimal() and 1 <= int(value) <= MAX_STEPS:
-            return int(value)
+        if 1 <= (number := whole_number(str(value))) <= MAX_STEPS:
+            return number
         self.fail(f"{value!r}: give 1 to {MAX_STEPS}, or {KEEP}.", param, ctx)
 
 
@@ -52,7 +52,7 @@ class Steps(click.ParamType):  # type: ignore[type-arg]  # generic in newer clic
     help=f"Steps that each stage is to take, or {KEEP} to take it over as it is.",
 )  # fmt: skip
 @click.option(
-    "--cond-scale", type=PerStage(click.FLOAT),
+    "--cond-scale", type=PerStage(Number()),
     help="Guidance that becomes part of a stage; 1 is none. A single value is the base stage's, "
     "and the others take 1. A run of few steps has it built in already.",
 )  # fmt: skip
@@ -97,6 +97,8 @@ def distill(
 
     files = read_stages(teacher, allow_unfinished=False)
     wanted = _one_for_each("steps", steps, len(files))
+    if to is not None and (to != Path(to).name or to in ("", "..")):
+        raise UsageError(f"--to {to}: is a name, of a folder beside {teacher}; leave paths out.")
     folder = teacher.parent / (to or _name(teacher, wanted))
     _guidance(files, wanted, cond_scale)  # refused before anything is trained
     lengths = [train_steps or max(1, round(SHARE * file.steps)) for file in files]
@@ -116,9 +118,34 @@ def distill(
         click.echo(dump_config(config), nl=False)
         click.echo(shlex.join(command))
         return
-    path.write_text(dump_config(config), encoding="utf-8")
-    click.echo(f"written: {path}", err=True)
+    _keep(path, config)
     start(command, folder)
+
+
+def _keep(path: Path, config: "Config") -> None:
+    """Writes a new run's configuration, where it is not there from an earlier call.
+
+    Raises:
+        UsageError: If the file there is another one.
+    """
+    from imagen_scale.config import dump_config, load_config
+    from imagen_scale.files.atomic import write_atomically
+
+    if path.exists():
+        try:
+            is_same = load_config(path) == config
+        except ConfigError:
+            is_same = False
+        if not is_same:
+            raise UsageError(
+                f"{path}: exists already and says something else. Train with it as it is, "
+                f"`imagen-scale train {shlex.quote(str(path))}`; delete it; or name another run "
+                f"with --to."
+            )
+        return
+    text = dump_config(config)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    click.echo(f"written: {path}", err=True)
 
 
 def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:
@@ -131,8 +158,7 @@ def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:
         click.echo(dump_config(first.config), nl=False)
         click.echo(shlex.join(command))
         return
-    path.write_text(dump_config(first.config), encoding="utf-8")
-    click.echo(f"written: {path}", err=True)
+    _keep(path, first.config)
     if code := run_launcher(command, first.run):
         sys.exit(code)
 

@@ -7,6 +7,7 @@ import click
 
 from imagen_scale.commands.console import Progress, open_console, say
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.options import Number
 from imagen_scale.errors import UsageError
 
 
@@ -15,7 +16,7 @@ from imagen_scale.errors import UsageError
 @click.option(
     "--unet", type=click.IntRange(min=1), default=1, show_default=True, help="Of the run."
 )
-@click.option("--width", type=click.FloatRange(min=0, min_open=True, max=0.25),
+@click.option("--width", type=Number(min=0, min_open=True, max=0.25),
               help="Sample from the average of this share of the training.")  # fmt: skip
 @click.option("--pick", is_flag=True, help="Measure several widths and sample from the best.")
 @click.option("--best", "take_best", is_flag=True,
@@ -26,7 +27,9 @@ from imagen_scale.errors import UsageError
 @click.option("--features", help="Pick by KID on this network (see `evaluate`), which samples.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True,
               help="Sampling steps for KID.")  # fmt: skip
-@click.option("--cond-scale", type=float, default=2.0, show_default=True, help="Guidance for KID.")
+@click.option(
+    "--cond-scale", type=Number(), default=2.0, show_default=True, help="Guidance for KID."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @user_errors
 def ema(
@@ -56,10 +59,20 @@ def ema(
     """
     if sum((width is not None, pick, take_best, restore)) > 1:
         raise UsageError("--width, --pick, --best and --restore: give one of them.")
+    is_given = click.get_current_context().get_parameter_source
+    for name in ("num", "features", "steps", "cond_scale", "as_json"):
+        is_asked = is_given(name) is click.core.ParameterSource.COMMANDLINE
+        if is_asked and (width is not None or take_best or restore):
+            raise UsageError(
+                f"--{name.removeprefix('as_').replace('_', '-')}: goes with measuring, alone or "
+                f"with --pick; leave it out."
+            )
+    from imagen_scale.config import load_config
     from imagen_scale.runs import averages
-    from imagen_scale.runs.folders import find_run
+    from imagen_scale.runs.folders import config_path, find_run
 
     run_dir = find_run(run)
+    load_config(config_path(run_dir)).check_number(unet, "unet")
     if restore:
         done = averages.restore(run_dir, unet)
         what = "samples from" if done else "already sampled from"
@@ -88,10 +101,15 @@ def ema(
         width = best(measured).width
         if width is None:
             averages.restore(run_dir, unet)
-            click.echo(f"U-Net {unet}: training's own average is the best; it is sampled from")
+            click.echo(
+                f"U-Net {unet}: training's own average is the best; it is sampled from", err=as_json
+            )
             return
     averages.install(run_dir, unet, width)
-    click.echo(f"U-Net {unet} samples from the average of width {width:g}; --restore undoes it")
+    click.echo(
+        f"U-Net {unet} samples from the average of width {width:g}; --restore undoes it",
+        err=as_json,
+    )
 
 
 def _show(found: list[Any], as_json: bool) -> None:

@@ -5,6 +5,7 @@
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,22 @@ def with_flags(message: str) -> str:
     return spelled(message, lambda name: "--" + name.replace("_", "-"))
 
 
+_USUAL = warnings.formatwarning
+
+
+def _in_a_line(message: Any, category: Any, *where: Any, **line: Any) -> str:
+    """A warning of ours without the place in the code, which a user has no use for."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _USUAL(message, category, *where, **line)
+
+
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Ends our exceptions in one sentence and their exit code, without a traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        warnings.formatwarning = _in_a_line
         try:
             command(*args, **kwargs)
         except ImagenScaleError as error:

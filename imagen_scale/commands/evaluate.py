@@ -14,6 +14,7 @@ from imagen_scale.commands.options import (
     sampling_options,
     unet_limit_option,
     unfinished_option,
+    whole_number,
 )
 from imagen_scale.errors import DiskProblem, UsageError, of_system
 from imagen_scale.sampling.options import SamplingOptions
@@ -114,9 +115,11 @@ def evaluate(
 
 
 def _tabulate(run_dir: Path, steps: str, *, as_json: bool, **how: Any) -> None:
-    counts = [int(part) if part.strip().isdecimal() else 0 for part in steps.split(",")]
+    counts = [whole_number(part.strip()) for part in steps.split(",")]
     if min(counts) < 1:
-        raise UsageError(f"--steps-table {steps}: give whole numbers from 1 on, e.g. 25,8,4,2,1.")
+        raise UsageError(
+            f"--steps-table {steps[:40]}: give whole numbers from 1 on, e.g. 25,8,4,2,1."
+        )
     if "steps" in how["options"].model_fields_set:
         raise UsageError("--steps-table says in how many steps; leave --steps out.")
     from imagen_scale.evaluation.steps_table import as_dicts, print_rows, tabulate, write_rows

@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.options import run_option, unfinished_option
+from imagen_scale.commands.options import run_option, unfinished_option, whole_number
 from imagen_scale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,9 +92,10 @@ def _export(
     force: bool,
     allow_unfinished: bool,
 ) -> None:
-    if unet is None or not (unet == "all" or (unet.isdecimal() and int(unet) > 0)):
-        raise UsageError(f"--unet {unet or ''}: name the U-Net: 1, 2, ... or all.")
-    from imagen_scale.runs.folders import find_run
+    if unet is None or not (unet == "all" or whole_number(unet) > 0):
+        raise UsageError(f"--unet {(unet or '')[:40]}: name the U-Net: 1, 2, ... or all.")
+    from imagen_scale.config import load_config
+    from imagen_scale.runs.folders import config_path, find_run
 
     run_dir = find_run(run)
     from imagen_scale_export.exporter import ExportOptions, check_cache, export_unet
@@ -116,7 +117,8 @@ def _export(
     if unet == "all":
         files = read_stages(run_dir, allow_unfinished)
     else:
-        files = [read_stage(run_dir, int(unet), allow_unfinished)]
+        number = load_config(config_path(run_dir)).check_number(int(unet), "unet")
+        files = [read_stage(run_dir, number, allow_unfinished)]
     check_cache(files, options)
     for file in files:
         folder = export_unet(file, options, click.echo)

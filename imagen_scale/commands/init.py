@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from imagen_scale.commands.console import Progress
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.plan import size_of
 from imagen_scale.errors import UsageError, option
+from imagen_scale.files.caches import expanded
 
 if TYPE_CHECKING:
     from imagen_scale.planning.sizing import Choice, Seen
@@ -35,8 +37,9 @@ def init(where: str | None, out: Path | None, memory: str | None, encoder: str |
         imagen-scale init lambdalabs/naruto-blip-captions --memory 12GB
     """
     data = _source(where)
-    name = Path(data.get("path") or "emoji").name.partition(".")[0]
-    path = out or Path(f"{name}.json")
+    place = Path(data.get("path") or "emoji")
+    name = place.resolve().name if place.name in ("", "..") else place.name
+    path = out or Path(f"{name.lstrip('.').partition('.')[0] or 'config'}.json")
     if path.exists():
         raise UsageError(f"{path}: exists already; name another file with {option('out')}.")
     card = size_of("--memory", memory)
@@ -68,23 +71,36 @@ def init(where: str | None, out: Path | None, memory: str | None, encoder: str |
     click.echo(f"  imagen.text_encoder_name  {encoder}")
     for line in foretold:
         click.echo(line)
+    quoted = shlex.quote(str(path))
     click.echo(
-        f"written: {path}\nnext: imagen-scale prepare --config {path}\n      "
-        f"imagen-scale train {path}"
+        f"written: {path}\nnext: imagen-scale prepare --config {quoted}\n      "
+        f"imagen-scale train {quoted}"
     )
 
 
 def _written(config: dict[str, Any]) -> str:
     """JSON with every list of plain values on one line."""
-    text = json.dumps(config, indent=2)
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda one: f"[{' '.join(one[1].split())}]", text)
+    lists = list[str]()
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: marked(inner) for key, inner in value.items()}
+        if not isinstance(value, list):
+            return value
+        if any(isinstance(inner, dict | list) for inner in value):
+            return [marked(inner) for inner in value]
+        lists.append(json.dumps(value))
+        return f"\0{len(lists) - 1}"  # no string of a configuration holds a NUL
+
+    text = json.dumps(marked(config), indent=2)
+    return re.sub(r'"\\u0000(\d+)"', lambda one: lists[int(one[1])], text)
 
 
 def _source(where: str | None) -> dict[str, Any]:
     """The section `data` for what is named."""
     if where is None:
         return {"source": "emoji"}
-    folder = Path(where).expanduser()
+    folder = expanded(where)
     if not folder.exists():
         if where.count("/") == 1 and not where.startswith((".", "/", "~")):
             return {"source": "huggingface", "path": where, "flip": True}
@@ -126,7 +142,16 @@ def _look(data: dict[str, Any], encoder: str) -> tuple["Seen", list[str]]:
         first = source.skipped[0]
         raise DataError(f"{data.get('path')}: no picture can be used. {first[0]}: {first[1]}")
     some = range(0, len(source), max(1, len(source) // LOOKED_AT))
-    sizes = [size for i in some if (size := source.size(i)) is not None]
+    sizes, damaged = list[tuple[int, int]](), list[str]()
+    for i in some:
+        try:
+            size = source.size(i)
+        except DataError as error:
+            damaged.append(str(error))
+        else:
+            sizes += [] if size is None else [size]
+    if len(damaged) == len(some):
+        raise DataError(f"{data.get('path')}: no picture can be used. {damaged[0]}")
     sides = [min(size) for size in sizes]
     reader = TextEncoder(encoder_folder(encoder))
     longest = max(len(one) for one in reader.encode([source.captions[i] for i in some]))
@@ -136,6 +161,10 @@ def _look(data: dict[str, Any], encoder: str) -> tuple["Seen", list[str]]:
         notes.append(cut_sentence(cut, len(sizes)))
     if source.skipped:
         notes.append(f"{len(source.skipped):,} are left out; `imagen-scale prepare` names them")
+    if damaged:
+        notes.append(
+            f"{len(damaged):,} of the {len(some):,} looked at cannot be read, e.g. {damaged[0]}"
+        )
     return Seen(len(source), sides, longest), notes
 
 

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,6 +17,22 @@ unet_limit_option = click.option("--unet-limit", type=int, help="Only the first 
 unfinished_option = click.option(
     "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
 )
+
+
+def whole_number(text: str) -> int:
+    """A number in figures; 0 where it is none, or longer than any that is meant."""
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
+class Number(click.FloatRange):
+    """A float as click takes it, but a finite one."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The number; "nan" and "inf" are none."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only

@@ -37,6 +37,10 @@ def prepare(
     checked = load_config(config_path, overrides)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: it is written as PNG; name it {Path(sheet).stem}.png.")
+    if sheet is not None and Path(sheet).exists():
+        raise UsageError(f"--sheet {sheet}: exists already; name another file.")
+    if sheet is not None and estimate:
+        raise UsageError("--estimate prepares nothing to be shown; leave --sheet out.")
     from imagen_scale.commands import preparation
     from imagen_scale.data import trial
 

@@ -18,8 +18,8 @@ def push(run: str | None, repo: str, private: bool, dry_run: bool) -> None:
     """Share RUN, by default the newest under runs/, on the Hugging Face hub.
 
     Uploads the weights to sample from, configuration, measures, the last grids and newest pictures,
-    and a card about them: RUN/README.md, which is written where there is none and taken as it is
-    where you wrote or changed it. Checkpoints and your data stay here.
+    and a card about them: RUN/README.md, which is written anew each time until you write or change
+    it; then it is taken as it is. Checkpoints and your data stay here.
 
     \b
         imagen-scale push runs/birds --repo me/birds --dry-run
@@ -28,7 +28,7 @@ def push(run: str | None, repo: str, private: bool, dry_run: bool) -> None:
     from imagen_scale.config import load_config
     from imagen_scale.files.atomic import write_atomically
     from imagen_scale.report import publication
-    from imagen_scale.report.model_card import model_card
+    from imagen_scale.report.model_card import is_untouched, model_card, signed
     from imagen_scale.runs.folders import config_path, find_run
 
     publication.check_repo(repo)
@@ -36,10 +36,10 @@ def push(run: str | None, repo: str, private: bool, dry_run: bool) -> None:
     stages = publication.finished_stages(run_dir, len(load_config(config_path(run_dir)).unets))
     files = publication.uploads(run_dir, stages)
     card = run_dir / publication.CARD
-    if card.exists():
+    if card.exists() and not is_untouched(card.read_text(encoding="utf-8", errors="replace")):
         say(f"{card} is taken as it is; delete it to have it written anew")
     else:
-        text = model_card(run_dir, repo, stages, files)
+        text = signed(model_card(run_dir, repo, stages, files))
         write_atomically(card, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         say(f"{card} is written: look at it, add a licence, say what it is for")
     if places := publication.named_places(stages):

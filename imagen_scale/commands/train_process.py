@@ -13,7 +13,7 @@ from imagen_scale.commands.errors import with_flags
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
-from imagen_scale.files.caches import settle_caches
+from imagen_scale.files.caches import expanded, settle_caches
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
 OPTIONS = (
@@ -47,7 +47,7 @@ def training_options(called: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
     """Where a run is written."""
-    return Path(run_dir or config.logging.run_dir or f"runs/{Path(config_path).stem}")
+    return Path(run_dir or expanded(config.logging.run_dir or f"runs/{Path(config_path).stem}"))
 
 
 @click.command(name="train.py")

@@ -49,7 +49,8 @@ def upscale(
     from imagen_scale.runs.folders import config_path, find_run
 
     run_dir = find_run(run)
-    number = unet or len(load_config(config_path(run_dir)).unets)
+    config = load_config(config_path(run_dir))
+    number = len(config.unets) if unet is None else config.check_number(unet, "unet")
     from imagen_scale.sampling.upscale import Upscaler, read_picture
 
     picture = read_picture(Path(file))
@@ -61,8 +62,9 @@ def upscale(
     path = Path(out) if out else Path(file).with_name(f"{Path(file).stem}_x{upscaler.factor:g}.png")
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: pictures are written as PNG; name it {path.stem}.png.")
-    if path.exists():
-        raise UsageError(f"{path}: exists already; name another file with --out.")
+    for one in (path, path.with_suffix(".json")):
+        if one.exists():
+            raise UsageError(f"{one}: exists already; name another file with --out.")
     with Progress() as progress:
         listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
         done = upscaler(picture, prompt, options, listener)

@@ -99,7 +99,7 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         None, description="Prepared pictures and text; null: ~/.cache/imagen-scale."
     )
-    cache_images_gb: Annotated[float, Field(ge=0)] = Field(
+    cache_images_gb: Annotated[float, Field(ge=0, le=1e9)] = Field(
         8.0, description="Resized pictures are stored up to this size, else decoded each time."
     )
 

@@ -14,6 +14,7 @@ from imagen_scale.config.network import TEXT_ENCODER_DIMS
 from imagen_scale.data.network import hub_reason
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, MissingExtraError
+from imagen_scale.files.caches import expanded
 
 Embedding = npt.NDArray[np.float32]  # (L, D): one row per token
 
@@ -63,7 +64,7 @@ def encoder_folder(name: str) -> Path:
         return Path(spec.submodule_search_locations[0]) / "model"
     if name in T5_NAMES:
         return _hub_folder(name, T5_NAMES[name])
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         return _hub_folder(name, name)
     if not (folder / "config.json").is_file() or not _weights(folder):

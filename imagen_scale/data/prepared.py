@@ -13,7 +13,7 @@ from imagen_scale.data.image_store import ImageStore, stored_sizes
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
-from imagen_scale.files.caches import cache_root
+from imagen_scale.files.caches import cache_root, expanded
 from imagen_scale.files.pictures import from_uint8
 
 
@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
 def cache_dir(config: Config) -> Path:
     """Folder of prepared data: `data.cache_dir`, or `cache_root`."""
     named = config.data.cache_dir
-    return cache_root() if named is None else Path(named).expanduser()
+    return cache_root() if named is None else expanded(named)
 
 
 def prepare(config: Config, progress: Progress | None = None, size: int | None = None) -> Prepared:

@@ -12,6 +12,7 @@ from imagen_scale.data.network import hub_reason
 from imagen_scale.data.storage import first_line
 from imagen_scale.diffusion.lowres import resize
 from imagen_scale.errors import DataError, MissingExtraError, option
+from imagen_scale.files.caches import expanded
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.sampling.stage import default_device
 
@@ -162,7 +163,7 @@ class Inception:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        path = None if name == INCEPTION else Path(name).expanduser()
+        path = None if name == INCEPTION else expanded(name)
         if path is not None and not path.is_file():
             raise DataError(f"{option('features')} {name}: no such file.")
         try:
@@ -238,7 +239,7 @@ class EfficientNet:
 
 def _model_folder(name: str, option: str) -> Path:
     """The folder `name`, else the hub's model of that name, downloaded if it is not there yet."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder
     import huggingface_hub

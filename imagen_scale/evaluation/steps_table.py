@@ -20,6 +20,7 @@ from imagen_scale.diffusion.reverse import num_evaluations
 from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
 from imagen_scale.evaluation.run import Split, choose_pictures
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.caches import expanded
 from imagen_scale.runs.folders import steps_table_path
 from imagen_scale.runs.inference import InferenceFile, read_stage
 from imagen_scale.sampling.measures import psnr_db, retrieval_accuracy, ssim
@@ -194,7 +195,7 @@ def _ways(
             # Of all stages: a single guidance scale is the base's.
             yield _Way("itself", file, taken.for_stages([file.stage] * stages)[entry])
         return
-    teacher = read_stage(Path(few.teacher), file.unet_number, allow_unfinished=True)
+    teacher = read_stage(expanded(few.teacher), file.unet_number, allow_unfinished=True)
     if teacher.stage.few_steps is None:
         for count in steps:
             taken = options.changed(steps=count, cond_scale=few.cond_scale)

@@ -37,11 +37,16 @@ def home() -> Path:
         return Path("/")
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~name` replaced; as it is where nobody here has that name."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's raises without a home
+
+
 def cache_root() -> Path:
     """The folder of all that this program keeps between its runs; it need not exist."""
     named = os.environ.get(VARIABLE)
     if named:
-        return Path(os.path.expanduser(named))  # noqa: PTH111  # Path's raises without a home
+        return expanded(named)
     return _in_home(".cache/imagen-scale")
 
 

@@ -1,5 +1,6 @@
 """The card of a run: what it is, what it learned from, how well, and how it is sampled."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,21 @@ from imagen_scale.runs.folders import data_report_path, evaluation_path
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.runs.records import DataReport, EvaluationRecord, read_record
 from imagen_scale.version import __version__
+
+
+def signed(text: str) -> str:
+    """A card with a mark by which it is known again as long as nobody has changed it."""
+    return f"{text}\n<!-- written by imagen-scale: {_hash(text)} -->\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is one that was `signed`, to the last letter."""
+    text, mark, rest = card.rpartition("\n<!-- written by imagen-scale: ")
+    return bool(mark) and rest == f"{_hash(text)} -->\n"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def model_card(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError, option
+from imagen_scale.files.caches import expanded
 from imagen_scale.runs.folders import (
     config_path,
     evaluation_path,
@@ -94,7 +95,7 @@ def named_places(stages: Sequence[InferenceFile]) -> list[str]:
         ("distill.teacher", config.distill and config.distill.teacher),
     ]  # fmt: skip
     return [f"{key} {value!r}" for key, value in named
-            if value and Path(value).expanduser().is_absolute()]  # fmt: skip
+            if value and expanded(value).is_absolute()]  # fmt: skip
 
 
 def check_repo(name: str) -> None:

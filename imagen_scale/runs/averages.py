@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imagen_scale.diffusion.ema_profiles import Mixture, Profile, mixture
@@ -55,7 +55,7 @@ def find_snapshots(run: Path, unet_number: int) -> Snapshots:
     trained = _trained(run, unet_number)
     files, profiles = [], []
     for path in snapshot_paths(run, unet_number):
-        found = re.fullmatch(r"step_(\d+)_width_([\d.]+)", path.stem)
+        found = re.fullmatch(r"step_(\d+)_width_(\d+(?:\.\d+)?)", path.stem)
         if found is None or int(found[1]) > trained.step:
             continue
         files.append(path)
@@ -141,7 +141,7 @@ def read_best(record: Path) -> dict[str, Any]:
         found = json.loads(record.read_text(encoding="utf-8"))
         measure, value, step = (found[name] for name in ("measure", "value", "step"))
         return {"measure": str(measure), "value": float(value), "step": int(step)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise CheckpointError(
             f"{record}: is damaged. Delete it; training with training.keep_best writes it anew."
         ) from None
@@ -166,11 +166,21 @@ def _put(made: Path, trained: InferenceFile, run: Path) -> None:
 
 
 def restore(run: Path, unet_number: int) -> bool:
-    """Puts back what training left; False where it never was taken away."""
+    """Puts back what training left; False where it never was taken away.
+
+    Raises:
+        CheckpointError: If it is not there.
+    """
     used = inference_path(run, unet_number)
     if not read_inference(used).average:
         return False
-    trained_path(run, unet_number).replace(used)
+    kept = trained_path(run, unet_number)
+    if not kept.is_file():
+        raise CheckpointError(
+            f"{kept}: not found: what training left is not here. Copy it from where the run was "
+            f"trained."
+        )
+    kept.replace(used)
     return True
 
 
@@ -185,11 +195,37 @@ def _mixed(
     # What no step changed stays what it is: the shares of all steps add up to 1.
     shares = made.coefficients / made.coefficients.sum()
     with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(path, "pt")) for path in snapshots.files]
+        files = [opened.enter_context(_snapshot(path)) for path in snapshots.files]
         for name in names:
             whole = None
-            for file, share in zip(files, shares.tolist(), strict=True):
-                part = share * file.get_tensor(name).double()
+            for read, share in zip(files, shares.tolist(), strict=True):
+                part = share * read(name).double()
                 whole = part if whole is None else whole.add_(part)
             assert whole is not None
             yield name, whole.float()
+
+
+@contextmanager
+def _snapshot(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Reads tensors of a saved average; CheckpointError where it has not what it should."""
+    with ExitStack() as opened:
+
+        def read(name: str) -> Tensor:
+            with _whole(path):
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+
+        with _whole(path):
+            file = opened.enter_context(safe_open(path, "pt"))
+        yield read
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, or of another network ({error}). Delete it: the averages beside it "
+            f"make others of nearly every width."
+        ) from None

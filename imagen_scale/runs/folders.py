@@ -15,7 +15,7 @@ RUN/config.json  data_report.json  evaluation.json  steps_table.json
 import difflib
 from pathlib import Path
 
-from imagen_scale.errors import UsageError, option
+from imagen_scale.errors import UsageError
 
 
 def config_path(run: Path) -> Path:
@@ -131,7 +131,8 @@ def bundle_path(folder: Path) -> Path:
 
 def export_dirs(run: Path) -> list[Path]:
     """Every folder that an export was made in."""
-    return sorted((run / "export").glob("unet*/*"))
+    found = (run / "export").glob("unet*/*")  # locks and what is being made are hidden
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def last_change(run: Path) -> float:
@@ -150,7 +151,8 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
     if run is not None:
         for folder in (Path(run), root / run):
             if config_path(folder).is_file():
-                return folder
+                # What is written beside a run is called after it: "." has no name.
+                return folder if folder.name not in ("", "..") else folder.resolve()
         names = [folder.name for folder in runs]
         close = difflib.get_close_matches(Path(run).name, names, n=1)
         raise UsageError(
@@ -161,6 +163,6 @@ def find_run(run: str | Path | None, root: Path = Path("runs")) -> Path:
     if not runs:
         raise UsageError(
             f"no run found under {root.resolve()}. Train one with `deepspeed launch/train.py "
-            f"--config configs/emoji_demo.json`, or name one with {option('run')}."
+            f"--config configs/emoji_demo.json`, or name the folder of one."
         )
     return max(runs, key=last_change)

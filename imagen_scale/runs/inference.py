@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imagen_scale.config import Config, StageConfig, dump_config, parse_config
+from imagen_scale.config import Config, StageConfig, dump_config, load_config, parse_config
 from imagen_scale.config.distillation import FewSteps
-from imagen_scale.errors import CheckpointError, option
+from imagen_scale.errors import CheckpointError, ConfigError, option
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.tensors import write_tensors
-from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.folders import config_path, inference_path
 
 INFERENCE_FORMAT = "imagen-scale inference 1"
 
@@ -91,17 +91,28 @@ def read_inference(path: Path) -> InferenceFile:
         raise CheckpointError(f"{path}: damaged ({error}). Restore it from a checkpoint.") from None
     if metadata.get("format") != INFERENCE_FORMAT:
         raise CheckpointError(f"{path}: not an inference file of imagen-scale.")
-    return InferenceFile(
-        path=path,
-        config=parse_config(metadata["config"], source=str(path)),
-        unet_number=int(metadata["unet_number"]),
-        text_embed_dim=int(metadata["text_embed_dim"]),
-        text_fingerprint=metadata["text_fingerprint"],
-        step=int(metadata["step"]),
-        steps=int(metadata["steps"]),
-        average=metadata.get("average", ""),
-        origin_sha256=metadata.get("origin_sha256"),
-    )
+    try:
+        found = InferenceFile(
+            path=path,
+            config=parse_config(metadata["config"], source=str(path)),
+            unet_number=int(metadata["unet_number"]),
+            text_embed_dim=int(metadata["text_embed_dim"]),
+            text_fingerprint=metadata["text_fingerprint"],
+            step=int(metadata["step"]),
+            steps=int(metadata["steps"]),
+            average=metadata.get("average", ""),
+            origin_sha256=metadata.get("origin_sha256"),
+        )
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged (what it says of itself: {error}). Restore it from a checkpoint."
+        ) from None
+    if not 1 <= found.unet_number <= len(found.config.unets):
+        raise CheckpointError(
+            f"{path}: damaged (it is of U-Net {found.unet_number}, and its cascade has U-Nets 1 to "
+            f"{len(found.config.unets)}). Restore it from a checkpoint."
+        )
+    return found
 
 
 def is_finished(path: Path, steps: int) -> bool:
@@ -140,6 +151,11 @@ def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> Inference
                if unet_number > 1 else ".")
         )  # fmt: skip
     file = read_inference(path)
+    if file.unet_number != unet_number:
+        raise CheckpointError(
+            f"{path}: is of U-Net {file.unet_number}, not {unet_number}. Put it where that one's "
+            f"is, or restore this one from a checkpoint."
+        )
     if not (file.is_finished or allow_unfinished):
         raise CheckpointError(
             f"{run}: U-Net {unet_number} is half-trained ({file.step} of {file.steps} steps). "
@@ -155,10 +171,22 @@ def read_stages(
     """`read_stage` of every stage of a run, or of the first so many.
 
     Raises:
+        CheckpointError: If one is missing, damaged, or of another cascade than the run's.
         UsageError: If `unet_limit` is out of range.
     """
     first = read_stage(run, 1, allow_unfinished)
-    last = len(first.config.unets)
+    cascade = first.config
+    with suppress(ConfigError):  # each file has its own: a run without its file can be sampled
+        cascade = load_config(config_path(run))
+    last = len(cascade.unets)
     if unet_limit is not None:
-        last = first.config.check_number(unet_limit, "unet_limit")
-    return [first, *(read_stage(run, n, allow_unfinished) for n in range(2, last + 1))]
+        last = cascade.check_number(unet_limit, "unet_limit")
+    files = [first, *(read_stage(run, n, allow_unfinished) for n in range(2, last + 1))]
+    for file in files:
+        sizes, theirs = (c.imagen.image_sizes[: file.unet_number] for c in (cascade, file.config))
+        if sizes != theirs:
+            raise CheckpointError(
+                f"{file.path}: was trained for {' -> '.join(map(str, theirs))} px, and the run is "
+                f"of {' -> '.join(map(str, sizes))} px. Put the run's own file there."
+            )
+    return files

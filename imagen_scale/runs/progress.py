@@ -93,5 +93,5 @@ def read_stage_progress(folder: Path, config: Config, unet_number: int) -> Stage
 
 def newest_picture(folder: Path) -> Path | None:
     """The picture written last: a grid drawn while training, or a sample."""
-    pictures = list(samples_dir(folder).glob("*.png"))
+    pictures = [path for path in samples_dir(folder).glob("*.png") if path.is_file()]
     return max(pictures, key=lambda path: path.stat().st_mtime, default=None)

@@ -109,6 +109,13 @@ class SamplingOptions(OptionModel):
                     if name != "cond_scale" or columns[name][i]:  # 0: the branch without text
                         columns[name][i] = value
                 continue
+            if "steps" not in self.model_fields_set:
+                columns["steps"][i] = min(columns["steps"][i], stage.timesteps)
+            elif columns["steps"][i] > stage.timesteps:
+                raise UsageError(
+                    f"{option('steps')} {columns['steps'][i]}: {stage.name} has {stage.timesteps} "
+                    f"times (imagen.timesteps); take at most so many."
+                )
             if columns["spacing"][i] == "auto":
                 columns["spacing"][i] = default_spacing(stage)
             # What corrects a picture is clamped, unless a percentile is asked for.

@@ -119,4 +119,4 @@ def read_picture(path: Path) -> Tensor:
         picture = load_whole_picture(path)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return from_uint8(torch.from_numpy(picture))
+    return from_uint8(torch.tensor(picture))

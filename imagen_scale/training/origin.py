@@ -8,6 +8,7 @@ from typing import NamedTuple
 from imagen_scale.config import Config, StageConfig
 from imagen_scale.errors import ConfigError
 from imagen_scale.files.atomic import sha256
+from imagen_scale.files.caches import expanded
 from imagen_scale.runs.checkpoint import list_checkpoints
 from imagen_scale.runs.folders import inference_path, unet_dir
 from imagen_scale.runs.inference import InferenceFile, read_inference
@@ -51,7 +52,7 @@ def find_origin(config: Config, unet_number: int, run_dir: Path, *, fresh: bool)
     written = config.stage(unet_number).start_from
     if written is None or (not fresh and list_checkpoints(unet_dir(run_dir, unet_number))):
         return None
-    return read_origin(config, unet_number, Path(written), run_dir, key="training.start_from")
+    return read_origin(config, unet_number, expanded(written), run_dir, key="training.start_from")
 
 
 def read_origin(config: Config, unet_number: int, run: Path, run_dir: Path, *, key: str) -> Origin:

@@ -16,6 +16,7 @@ from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared, real_pictures
 from imagen_scale.data.split import split
 from imagen_scale.diffusion.lowres import resize
+from imagen_scale.files.caches import expanded
 from imagen_scale.files.pictures import save_grid, to_uint8
 from imagen_scale.runs.folders import grid_path, inference_path
 from imagen_scale.runs.inference import read_inference
@@ -129,7 +130,7 @@ def _settings(stage: StageConfig, cond_scale: float) -> StageSettings:
 
 def _teachers(few: FewSteps, unet_number: int, inputs: Inputs) -> Tensor:
     """What a student's teacher makes of the same."""
-    teacher = Stage(read_inference(inference_path(Path(few.teacher), unet_number)),
+    teacher = Stage(read_inference(inference_path(expanded(few.teacher), unet_number)),
                     default_device())  # fmt: skip
     try:
         return teacher.sample(inputs, _settings(teacher.config, few.cond_scale))

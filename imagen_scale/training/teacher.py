@@ -14,6 +14,7 @@ from imagen_scale.diffusion.distillation import Segments
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ConfigError
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.caches import expanded
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import InferenceFile
@@ -97,7 +98,7 @@ def find_teacher(config: Config, unet_number: int, run_dir: Path) -> Origin:
     """
     stage = config.stage(unet_number)
     assert config.distill is not None
-    run = Path(config.distill.teacher)
+    run = expanded(config.distill.teacher)
     origin = read_origin(config, unet_number, run, run_dir, key=KEY)
     if few := stage.few_steps:
         problems = list(_differences(stage, origin.file.stage, run))

@@ -84,6 +84,11 @@ def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
                     f"{option(name)} {chosen[name]}: {stage.name} learned to take few steps in "
                     f"its own way; leave {option(name)} out."
                 )
+    if chosen["steps"] > stage.schedule.timesteps:
+        raise UsageError(
+            f"{option('steps')} {chosen['steps']}: {stage.name} has {stage.schedule.timesteps} "
+            f"times; take at most so many."
+        )
     if chosen["cache_interval"] > 1 and not stage.has_shallow:
         raise UsageError(
             f"{option('cache_interval')} {chosen['cache_interval']}: the graphs of {stage.name} "

@@ -24,6 +24,7 @@ from imagen_scale.data.sources.skipped import (
 )
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError
+from imagen_scale.files.caches import expanded
 
 MAX_SIDECAR_BYTES = 2**20  # more is no caption
 
@@ -41,7 +42,7 @@ class FolderSource(FileSource):
 
     def __init__(self, config: DataConfig) -> None:
         """Reads the captions and looks at every file's size and time, not at its contents."""
-        folder = Path(config.path or "").expanduser()
+        folder = expanded(config.path or "")
         if not config.path or not folder.is_dir():
             raise DataError(
                 f"data.path: {config.path!r} is not a folder; give the folder of pictures. "

@@ -13,6 +13,7 @@ from imagen_scale.data.sources.lists import csv_rows, matching, read_text
 from imagen_scale.data.sources.skipped import Skipped, named, noted, printable
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, MissingExtraError
+from imagen_scale.files.caches import expanded
 
 
 class HuggingFaceSource(FileSource):
@@ -135,7 +136,7 @@ def _roots(config: DataConfig) -> list[Path]:
     import datasets
     from huggingface_hub import constants
 
-    folder = Path(config.path or "").expanduser()
+    folder = expanded(config.path or "")
     roots = [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
     if folder.is_dir():
         roots.append(folder)
@@ -182,7 +183,7 @@ def _load_rows(config: DataConfig) -> Any:
         ) from None
 
     path = config.path or ""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.is_file():
         return _file_rows(datasets, folder)
     try:

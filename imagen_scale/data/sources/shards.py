@@ -13,11 +13,12 @@ from imagen_scale.data.sources.formats import PICTURES, ending_of
 from imagen_scale.data.sources.skipped import counted, printable
 from imagen_scale.data.sources.walk import files_below
 from imagen_scale.errors import DataError
+from imagen_scale.files.caches import expanded
 
 
 def shards(config: DataConfig) -> list[Path]:
     """The shards that `data.path` names: a tar, or a folder of them."""
-    path = Path(config.path or "").expanduser()
+    path = expanded(config.path or "")
     if path.is_dir():
         # Links on the way to the folder are the user's own; those in it are the data's.
         found = sorted(

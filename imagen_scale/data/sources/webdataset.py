@@ -26,6 +26,7 @@ from imagen_scale.data.sources.tar_index import Member, members, read_member
 from imagen_scale.data.sources.tar_samples import Sample, samples
 from imagen_scale.data.storage import fingerprint, first_line
 from imagen_scale.errors import DataError, EnvironmentProblem
+from imagen_scale.files.caches import expanded
 
 MAX_CAPTION_BYTES = 2**20  # of a .txt or .json; more is no caption
 
@@ -76,7 +77,7 @@ class WebDatasetSource(FileSource):
         if self._loose:
             told = counted(self._loose, "other picture is not used", "other pictures are not used")
             self.notes.append(f"{told}.")
-        self.notes += beside(Path(config.path or "").expanduser())
+        self.notes += beside(expanded(config.path or ""))
         tell_downloads(self._tars)
         status = [tar.stat() for tar in self._tars]
         self.fingerprint = fingerprint(
