@@ -145,6 +145,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         read_inference(path)
 
 
+def test_pictures_of_other_channels_are_not_drawn(tmp_path):
+    """Training refuses them; a file made by other means says so before any work."""
+    write_stage(tmp_path, 1, overrides=["imagen.channels=1"])
+    with pytest.raises(CheckpointError, match=r"draws 1 channels \(imagen\.channels\)"):
+        TrainedStages.load(tmp_path, unet_limit=1)
+
+
 def test_newest_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run found under"):

@@ -74,6 +74,7 @@ def test_the_seeds_block_has_the_stage_above_it_that_was_dropped():
         ('unets.0.dim="16"', r'unets.0.dim: "16" is not allowed: it should be a valid integer'),
         ("unets.0.dim=12", r"unets.0.dim: 12 is not divisible by 8; use 8 or 16"),
         ("unets.0.dim=4", r"unets.0.dim: 4 is not divisible by 8; use 8"),
+        ("unets.0.dim_mults=[2,4]", r"unets.0.dim_mults: .* so the first is 1, not 2; multiply"),
         ("unets.0.dim_mults=2", r"unets.0.dim_mults: 2 is not allowed: it should be a valid array"),
         ("unets.0.num_resnet_blocks=[1,2,3]", "num_resnet_blocks: 3 values for 2 levels"),
         ("unets.0.lowres_cond=true", "lowres_cond: true, but U-Net 1 is not conditioned"),

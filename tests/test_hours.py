@@ -78,13 +78,19 @@ def test_hours_are_steps_times_seconds_and_shrink_with_the_card():
         (["training.steps=60", "training.checkpoint_every=10", "training.keep_every=15"], 2 + 2),
     ],
 )
-def test_disk_is_checkpoints_that_are_kept_and_the_file_for_sampling(changes, kept):
-    config = tiny(*changes)
+@pytest.mark.parametrize("widths", [(), (0.05, 0.1)])
+def test_disk_is_checkpoints_that_are_kept_averages_and_the_file_for_sampling(
+    changes, kept, widths
+):
+    averages = (f"training.ema_widths={list(widths)}", "training.ema_snapshot_every=4")
+    config = tiny(*changes, *averages)
+    steps = range(1, config.stage(1, 384).steps + 1)
+    snapshots = len(widths) * sum(step % 4 == 0 or step == steps[-1] for step in steps)
     candidate = plan(config).choice
     parameters = candidate.activations.num_parameters
     one = candidate.cost.disk - 4 * parameters
     found = disk_left(candidate.cost, parameters, config.stage(1, 384))
-    assert found == kept * one + 4 * parameters
+    assert found == kept * one + (1 + snapshots) * 4 * parameters
 
 
 def test_both_stages_of_the_pokemon_cascade_train_within_two_days_on_12_gb():

@@ -329,6 +329,50 @@ def test_a_setup_is_chosen_once_and_kept(tmp_path):
         assert choose_setup(config.stage(1), tmp_path, found, told.append) == first
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("training.optimizer=adamw_8bit",),
+        ("training.precision=bf16",),
+        ('deepspeed.zero_optimization={"stage":1}',),
+        ("training.grad_clip=1.0",),
+    ],
+)
+def test_what_is_written_counts_for_a_run_with_checkpoints_too(tmp_path, changes):
+    written = ("memory.budget=2GB", "training.grad_clip=null", "training.precision=fp32")
+    kept = written_setup(tiny(*written).stage(1), 1, on_card=False)._replace(in_backward=True)
+    (tmp_path / "unet1" / "step_00000003").mkdir(parents=True)
+    keep_setup(tiny(*written).stage(1), tmp_path, kept)
+    stage = tiny(*written, *changes).stage(1)
+    found = choose_setup(stage, tmp_path, this_machine(1), print)
+    fresh = choose_setup(stage, tmp_path / "another", this_machine(1), print)
+    assert (found.optimizer, found.precision, found.zero) == (
+        fresh.optimizer, fresh.precision, fresh.zero
+    )  # fmt: skip
+    assert not found.in_backward
+
+
+def test_where_things_live_stays_as_it_is_where_it_may(tmp_path):
+    written = ("memory.budget=2GB", "training.grad_clip=null", "training.precision=fp32")
+    kept = written_setup(tiny(*written).stage(1), 1, on_card=False)._replace(in_backward=True)
+    (tmp_path / "unet1" / "step_00000003").mkdir(parents=True)
+    keep_setup(tiny(*written).stage(1), tmp_path, kept)
+    changed = tiny("memory.budget=3GB", *written[1:], "memory.checkpointing=blocks").stage(1)
+    assert choose_setup(changed, tmp_path, this_machine(1), print).in_backward
+    # Gradients of several processes have to be exchanged first.
+    assert not choose_setup(changed, tmp_path, this_machine(2), print).in_backward
+
+
+def test_the_optimizer_in_backward_is_for_one_process():
+    stage = tiny("memory.optimizer_in_backward=true", "training.grad_clip=null").stage(1)
+    said = r"optimizer_in_backward: true for U-Net 1, but 2 processes"
+    with pytest.raises(ConfigError, match=said):
+        written_setup(stage, 2, on_card=False)
+    with pytest.raises(ConfigError, match=said):
+        Planner(stage, SMALL_CARD._replace(ranks=2))
+    assert written_setup(stage, 1, on_card=False).in_backward
+
+
 def test_a_budget_that_nothing_fits_is_refused_with_the_nearest(tmp_path):
     config = tiny("memory.budget=1MB")
     with pytest.raises(EnvironmentProblem, match=r"budget 1MB: U-Net 1 does not fit.*at fault"):
@@ -415,6 +459,8 @@ def test_plan_writes_json_and_deepspeeds_settings(tiny_config, tmp_path):
 
 
 def test_plan_exits_with_1_when_nothing_fits_and_2_for_wrong_use(tiny_config):
+    done = run("--config", str(tiny_config), "--memory", "4GB", "--ram", "1GB")
+    assert done.exit_code == 2 and "--ram 1GB: 2 GB of it are the rest of" in done.output
     done = run("--config", str(tiny_config), "--memory", "10MB", "--ram", "16GB")
     assert done.exit_code == 1
     assert "At fault" in done.output

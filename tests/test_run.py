@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.tiny import TINY
+from support.tiny import TINY, write_run
 
 from imagen_scale.config import parse_config
 from imagen_scale.data.sources.opening import open_source
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 def check(run, *overrides, **flags):
     told = []
-    check_run(config(*overrides), run, told.append, **{"resume": False, "fresh": False} | flags)
+    check_run(config(*overrides), run, told.append, **{"resume": False, "fresh": []} | flags)
     return told
 
 
@@ -47,7 +47,25 @@ def test_what_makes_it_another_run_is_refused_by_name(run, change):
     with pytest.raises(ConfigError, match=key.replace(".", r"\.") + ".* -> ") as caught:
         check(run, change)
     assert value.strip("[]").split(",")[0].capitalize() in str(caught.value).title()
-    assert check(run, change, fresh=True) == []
+    assert check(run, change, fresh=[1, 2]) == []
+
+
+def test_one_stage_anew_does_not_change_what_the_other_was_begun_with(run):
+    begun = run / "unet2" / "step_00000003"
+    begun.mkdir(parents=True)
+    assert check(run, "unets.0.dim=16", fresh=[1]) == []  # that one's own
+    for change in ("training.seed=1", "imagen.image_sizes=[8,32]", "unets.1.dim=16"):
+        with pytest.raises(ConfigError, match=r"U-Net 2, half-trained there, could not go on"):
+            check(run, change, fresh=[1])
+        assert check(run, change, fresh=[1, 2]) == []
+    begun.rmdir()
+    assert check(run, "training.seed=1", fresh=[1]) == []
+
+
+def test_a_finished_stage_stands_for_itself(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "unet2" / "step_00000006").mkdir()
+    assert check(tmp_path / "run", "training.seed=1", fresh=[1]) == []
 
 
 def test_what_bends_the_curve_is_told(run):

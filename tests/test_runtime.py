@@ -285,7 +285,9 @@ def test_installed_alone_the_command_draws_the_runs_picture(wheel, exported, bun
         ([], "no prompt: give one or more"),
         (["sun", "--steps", "0"], "--steps 0: must be a whole number from 1 on"),
         (["sun", "--steps", "1,2,3"], "--steps: 3 values for 2 stage(s)"),
-        (["sun", "--cond-scale", "nan"], "--cond-scale nan: must be a number"),
+        (["sun", "--cond-scale", "nan"], "--cond-scale nan: must be a finite number"),
+        (["sun", "--seed", str(2**63)], "must be a whole number from 0 on, below 2^63"),
+        (["sun", "--threads", "-3"], "--threads -3: must be 0 or more"),
         (["sun", "--sampler", "euler"], "--sampler 'euler': take one of ddpm, ddim"),
         (["sun", "--eta", "0.5"], "--eta 0.5: goes with --sampler ddim, not dpmpp_2m"),
         (["sun", "--threshold", "2"], "--threshold 2.0: must be above 0 and at most 1"),
@@ -338,6 +340,12 @@ def test_a_bundle_of_links_is_a_bundle(bundled, tmp_path):
     assert bundle.Bundle(tmp_path / "linked").stages[1].size == 32
 
 
+FALSE = {
+    "image_size": 0, "channels": 1, "max_text_len": 0, "pred_type": "x", "thresholding": "all",
+    "percentile": 7, "lowres_time": 5000,
+}  # fmt: skip
+
+
 def damaged(folder, what):
     facts = json.loads((folder / "bundle.json").read_text())
     if what == "missing":
@@ -357,6 +365,8 @@ def damaged(folder, what):
         facts["stages"] = []
     elif what == "other":
         facts["stages"][1]["settings"]["steps"] = "25"
+    elif what in FALSE:
+        facts["stages"][1][what] = FALSE[what]
     elif what == "flat":
         facts["text"] = "minilm"
     elif what == "unlisted":
@@ -379,6 +389,7 @@ def damaged(folder, what):
         ("cut", "is damaged: stages is None"),
         ("empty", "is damaged: it has no stages"),
         ("other", "is damaged: steps is 25"),
+        *((name, f"is damaged: {name} is {value}") for name, value in FALSE.items()),
         ("flat", "is damaged: text is no JSON object"),
         ("unlisted", "is damaged: it does not list unet2/denoiser.onnx"),
         ("list", "is damaged: it is no JSON object"),
@@ -397,6 +408,14 @@ def test_what_is_no_bundle_and_what_is_no_option_is_said(bundled, tmp_path):
         Cascade(tmp_path)
     with pytest.raises(UsageError, match="stps: there is no such option; there are steps"):
         Cascade(bundled).sample("sun", stps=3)
+    for options, said in (
+        ({"cond_scale": 10**400}, "must be a finite number"),
+        ({"negative_prompt": ["a"]}, "is not a string"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Cascade(bundled).sample("sun", **options)
+    # No words are none, as in the main package: nothing is led away from.
+    Cascade(bundled).settings(negative_prompt=" ", cond_scale=1)
     with pytest.raises(UsageError, match="prompts: there is none"):
         Cascade(bundled).sample([])
 

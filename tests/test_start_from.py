@@ -107,4 +107,4 @@ def test_a_training_starts_with_these_weights_and_continues_without_them(launch,
     manifest = json.loads((cut / "unet1" / "step_00000006" / MANIFEST).read_text())
     assert manifest["origin"] == sha256
     with pytest.raises(ConfigError, match="training.start_from: .* -> None"):
-        check_run(configured(), cut, print, resume=False, fresh=False)
+        check_run(configured(), cut, print, resume=False, fresh=[])

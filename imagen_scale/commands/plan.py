@@ -64,6 +64,11 @@ def plan(
         precision = "bf16" if is_other else machine.auto_precision
         machine = machine._replace(card=card_bytes, auto_precision=precision)
     if ram_bytes is not None:
+        if ram_bytes <= SYSTEM_BYTES:
+            raise UsageError(
+                f"--ram {ram}: {SYSTEM_BYTES / 1e9:.0f} GB of it are the rest of the computer's; "
+                f"give the whole memory of the machine."
+            )
         machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
     ratio = calibration(machine.name)
     plans = []

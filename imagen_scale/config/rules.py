@@ -173,6 +173,11 @@ def _unet_checks(where: str, unet: UnetConfig, index: int, size: int | None) -> 
         problems.append(
             f"{where}.dim: {unet.dim} is not divisible by {NORM_GROUPS}; use {' or '.join(near)}."
         )
+    if unet.dim_mults[0] != 1 and not unet.memory_efficient:
+        problems.append(
+            f"{where}.dim_mults: the finest level works in dim channels, so the first is 1, not "
+            f"{unet.dim_mults[0]}; multiply {where}.dim instead, or set {where}.memory_efficient."
+        )
     for key in ("num_resnet_blocks", "layer_attns", "layer_cross_attns"):
         value = getattr(unet, key)
         if isinstance(value, tuple) and len(value) != unet.num_levels:

@@ -13,6 +13,7 @@ from imagen_scale.planning.setup import (
     WHOLE_MATRICES,
     Setup,
     accumulation,
+    check_in_backward,
     precision_of,
 )
 
@@ -39,9 +40,13 @@ class Choices:
     Args:
         stage: The U-Net.
         machine: What there is to spend.
+
+    Raises:
+        ConfigError: If what is written does not go with so many processes.
     """
 
     def __init__(self, stage: StageConfig, machine: Machine) -> None:
+        check_in_backward(stage, machine.ranks)
         self.stage, self.machine = stage, machine
         self.levels = stage.unet.num_levels
         self.precision = precision_of(stage, machine.auto_precision)

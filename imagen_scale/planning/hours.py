@@ -81,7 +81,7 @@ def hours(candidate: Candidate, stage: StageConfig, card: Card, machine: Machine
 
 
 def disk_left(cost: Cost, parameters: int, stage: StageConfig) -> int:
-    """Bytes that a U-Net's finished training leaves: checkpoints and the file for sampling.
+    """Bytes that a U-Net's finished training leaves: checkpoints, averages, the file for sampling.
 
     Args:
         cost: Of its step.
@@ -93,4 +93,6 @@ def disk_left(cost: Cost, parameters: int, stage: StageConfig) -> int:
     kept = training.keep_checkpoints
     if training.keep_every is not None:
         kept += stage.steps // math.lcm(training.keep_every, training.checkpoint_every)
-    return kept * (cost.disk - inference) + inference
+    # A snapshot of each average is written as the file for sampling is, and at the last step too.
+    snapshots = len(training.ema_widths) * -(-stage.steps // stage.ema_snapshot_every)
+    return kept * (cost.disk - inference) + (1 + snapshots) * inference

@@ -79,10 +79,13 @@ class Planner:
         """Finds the cheapest candidate that fits.
 
         Args:
-            keep: A setup whose checkpoints exist: where things live stays as it is.
+            keep: A setup whose checkpoints exist: where things live stays as it is, as far as the
+                configuration still allows it; checkpoints fit every mode.
         """
-        best = []
-        for mode in [mode_of(keep)] if keep else self.choices.modes():
+        best, modes = [], list(self.choices.modes())
+        if keep is not None and mode_of(keep) in modes:
+            modes = [mode_of(keep)]
+        for mode in modes:
             found = [
                 candidate
                 for checkpointing, offload in self.choices.checkpointings()

@@ -93,8 +93,9 @@ def written_setup(
         auto_precision: What `training.precision` "auto" means; bf16 on a card, else fp32.
 
     Raises:
-        ConfigError: If the batch sizes do not fit the number of processes.
+        ConfigError: If the batch sizes or the optimizer do not fit the number of processes.
     """
+    check_in_backward(stage, ranks)
     micro_batch = stage.micro_batch or max(1, stage.global_batch // ranks)
     in_backward, optimizer = bool(stage.optimizer_in_backward), stage.optimizer or "adamw"
     precision = precision_of(stage, auto_precision or ("bf16" if on_card else "fp32"))
@@ -116,6 +117,19 @@ def written_setup(
         zero=zero,
         ema_offload=bool(stage.memory.ema_offload),
     )
+
+
+def check_in_backward(stage: StageConfig, ranks: int) -> None:
+    """Refuses an optimizer inside backward where gradients have to be exchanged first.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    if stage.optimizer_in_backward and ranks > 1:
+        raise ConfigError(
+            f"memory.optimizer_in_backward: true for {stage.name}, but {ranks} processes train it: "
+            f"each would step on its own gradients. Start one process, or write false."
+        )
 
 
 def default_zero(ranks: int, precision: str, *, on_card: bool) -> dict[str, Any]:

@@ -156,6 +156,11 @@ def read_stage(run: Path, unet_number: int, allow_unfinished: bool) -> Inference
             f"{path}: is of U-Net {file.unet_number}, not {unet_number}. Put it where that one's "
             f"is, or restore this one from a checkpoint."
         )
+    if file.config.imagen.channels != 3:
+        raise CheckpointError(
+            f"{path}: draws {file.config.imagen.channels} channels (imagen.channels); pictures are "
+            f"made of 3, red, green and blue."
+        )
     if not (file.is_finished or allow_unfinished):
         raise CheckpointError(
             f"{run}: U-Net {unet_number} is half-trained ({file.step} of {file.steps} steps). "

@@ -40,7 +40,7 @@ class StageSettings(BaseModel):
 class SamplingOptions(OptionModel):
     """Options of a call; those of stages take one value for all, or a list with one for each."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Same seed, same picture; the j-th picture of a prompt uses seed + j."
     )
     num: Positive = Field(1, description="Pictures per prompt.")

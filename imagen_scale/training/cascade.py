@@ -8,7 +8,7 @@ from typing import Any
 from imagen_scale.config import Config, told_of_recipe
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import prepare
-from imagen_scale.planning.setup import written_setup
+from imagen_scale.planning.setup import check_in_backward, written_setup
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import is_finished
 from imagen_scale.training import ranks
@@ -71,9 +71,10 @@ def train(
     # anything is written.
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
+        check_in_backward(config.stage(number), world_size())
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
-    check_run(config, run_dir, say, resume=resume, fresh=fresh)
+    check_run(config, run_dir, say, resume=resume, fresh=numbers if fresh else [])
     origins = find_origins(config, numbers, run_dir, fresh=fresh)
     for number in numbers:
         check_stage_before(config.stage(number), run_dir, numbers)

@@ -10,13 +10,16 @@ from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.split import split
 from imagen_scale.errors import ConfigError, DataError, UsageError
 from imagen_scale.files.atomic import clear_temporary, write_atomically
+from imagen_scale.runs.checkpoint import list_checkpoints
 from imagen_scale.runs.folders import (
     config_path,
     data_report_path,
     grid_paths,
+    inference_path,
     samples_dir,
     unet_dir,
 )
+from imagen_scale.runs.inference import is_finished
 
 # Keys of `training` that bend the loss curve: they may change, and that is said.
 _TOLD = ("steps", "lr", "lr_schedule", "warmup_steps", "weight_decay",
@@ -91,7 +94,7 @@ def check_split(config: Config, source: Source) -> None:
 
 
 def check_run(
-    config: Config, run_dir: Path, say: Callable[[str], None], *, resume: bool, fresh: bool
+    config: Config, run_dir: Path, say: Callable[[str], None], *, resume: bool, fresh: list[int]
 ) -> None:
     """Refuses what cannot be continued.
 
@@ -100,7 +103,7 @@ def check_run(
         run_dir: Its folder, which may hold an earlier run.
         say: Told of what changed and may change.
         resume: Whether there has to be a run to continue.
-        fresh: Whether an earlier run is to be deleted.
+        fresh: U-Nets whose earlier training is to be deleted.
 
     Raises:
         UsageError: If there is nothing to resume, or the folder is not a run's.
@@ -118,18 +121,37 @@ def check_run(
                 f"into it. Name another folder with --run."
             )
         return
-    if fresh:
+    others = _half_trained(config, run_dir, fresh) if fresh else []
+    if fresh and not others:
         return
     before = parse_config(saved.read_text(encoding="utf-8"), source=str(saved))
     refused, told = _changes(before, config)
-    if refused:
+    anew = tuple(f"unets.{number - 1}." for number in fresh)
+    if refused := [change for change in refused if not change.startswith(anew)]:
+        remedy = (
+            f"{' and '.join(f'U-Net {number}' for number in others)}, half-trained there, could "
+            f"not go on with it. Undo the change, train that to its end first, or start all anew "
+            f"with --fresh alone."
+            if others
+            else "Undo the change, write to another folder with --run, or start anew with --fresh."
+        )
         raise ConfigError(
             f"{run_dir} was started with another configuration:\n  "
-            + "\n  ".join(refused)
-            + "\nUndo the change, write to another folder with --run, or start anew with --fresh."
-        )
+            + "\n  ".join(refused) + f"\n{remedy}"
+        )  # fmt: skip
     for change in told:
         say(f"changed since this run was started: {change}")
+
+
+def _half_trained(config: Config, run_dir: Path, fresh: list[int]) -> list[int]:
+    """U-Nets beside those trained anew that have begun and would be continued."""
+    return [
+        stage.number
+        for stage in config.stages()
+        if stage.number not in fresh
+        and list_checkpoints(unet_dir(run_dir, stage.number))
+        and not is_finished(inference_path(run_dir, stage.number), stage.steps)
+    ]
 
 
 def _holds_anything(folder: Path) -> bool:

@@ -145,11 +145,15 @@ class Bundle:
             raise _damaged(path, "it has no stages")
         for stage in facts["stages"]:
             _check(path, stage, STAGE)
+            _check_values(path, stage)
         if missing := sorted(set(_needed(facts["stages"])) - set(facts["files"])):
             raise _damaged(path, f"it does not list {missing[0]}")
         _check_files(folder, facts["files"], with_hash=check)
         self.text: dict[str, Any] = facts["text"]
         self.stages = [StageFacts(folder, stage) for stage in facts["stages"]]
+        for stage in self.stages:
+            if (stage["lowres_time"] or 0) not in range(stage.schedule.timesteps):
+                raise _damaged(path, f"lowres_time is {stage['lowres_time']}")
 
 
 def _needed(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -199,6 +203,24 @@ def _check(path: Path, found: Any, shape: Shape, where: str = "") -> None:
             _check(path, found.get(name), kind, name)
         elif not isinstance(found.get(name), kind):
             raise _damaged(path, f"{name} is {str(found.get(name))[:40]}")
+
+
+def _check_values(path: Path, stage: Mapping[str, Any]) -> None:
+    """Refuses a stage that says what no stage does.
+
+    Raises:
+        ExportError: Naming the first such value.
+    """
+    for name, holds in (
+        ("image_size", stage["image_size"] > 0 and stage["size_divisor"] > 0),
+        ("channels", stage["channels"] == 3),
+        ("max_text_len", stage["max_text_len"] > 0),
+        ("pred_type", stage["pred_type"] in ("eps", "v", "x0")),
+        ("thresholding", stage["thresholding"] in ("none", "clamp", "dynamic")),
+        ("percentile", 0 < stage["percentile"] <= 1),
+    ):
+        if not holds:
+            raise _damaged(path, f"{name} is {str(stage[name])[:40]}")
 
 
 def _damaged(path: Path, reason: str) -> ExportError:

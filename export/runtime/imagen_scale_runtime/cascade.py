@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .blank import is_blank
 from .bundle import Bundle, Conditioned, StageFacts
 from .errors import UsageError, option, spelled
 from .graphs import CPU, Engine, Runtime
@@ -105,7 +106,7 @@ class Cascade:
         """
         facts = self._bundle.stages[:stages]
         settings = settings_of(facts, options)
-        if options.get("negative_prompt"):
+        if not is_blank(options.get("negative_prompt") or ""):
             check_negative(facts, settings)
         return settings
 
@@ -241,8 +242,14 @@ def _check_call(captions: list[str], options: dict[str, Any]) -> None:
             raise UsageError(f"{name}: there is no such option; there are {', '.join(OPTIONS)}.")
     for name, least in (("seed", 0), ("num", 1), ("tile", 1), ("at_once", 1)):
         value = options.get(name)
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise UsageError(f"{option(name)} {value!r}: must be a whole number from {least} on.")
+        if value is not None and (not isinstance(value, int) or not least <= value < 2**63):
+            raise UsageError(
+                f"{option(name)} {str(value)[:40]}: must be a whole number from {least} on, below "
+                f"2^63."
+            )
+    negative = options.get("negative_prompt")
+    if not isinstance(negative, str | None):
+        raise UsageError(f"{option('negative_prompt')} {negative!r}: is not a string.")
 
 
 def _warn(sentence: str) -> None:

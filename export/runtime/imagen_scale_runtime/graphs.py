@@ -51,13 +51,15 @@ class Engine(NamedTuple):
         """Refuses what is not installed, before any work.
 
         Raises:
-            UsageError: Naming the option and what there is.
+            UsageError: Naming the option and what is allowed.
             MissingExtraError: With the command that installs it.
         """
         if self.runtime not in get_args(Runtime):
             raise UsageError(
                 f"{option('runtime')} {self.runtime}: take one of {', '.join(get_args(Runtime))}."
             )
+        if self.threads < 0:
+            raise UsageError(f"{option('threads')} {self.threads}: must be 0 or more.")
         if self.runtime == "openvino":
             if self.provider != CPU:
                 raise UsageError(

@@ -108,7 +108,9 @@ def _check(chosen: dict[str, Any]) -> None:
                 f"{option(name)} {chosen[name]!r}: take one of {', '.join(get_args(names))}."
             )
     if not _is_number(chosen["cond_scale"]):
-        raise UsageError(f"{option('cond_scale')} {chosen['cond_scale']!r}: must be a number.")
+        raise UsageError(
+            f"{option('cond_scale')} {str(chosen['cond_scale'])[:40]}: must be a finite number."
+        )
     if not _is_number(eta) or not 0 <= eta <= 1:
         raise UsageError(f"{option('eta')} {eta!r}: must be from 0 to 1.")
     if eta and chosen["sampler"] != "ddim":
@@ -122,4 +124,7 @@ def _check(chosen: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
