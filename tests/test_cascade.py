@@ -145,9 +145,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         read_inference(path)
 
 
+CHANNELS = ["imagen.channels=1", "unets.0.channels=1", "unets.1.channels=1"]
+
+
 def test_pictures_of_other_channels_are_not_drawn(tmp_path):
     """Training refuses them; a file made by other means says so before any work."""
-    write_stage(tmp_path, 1, overrides=["imagen.channels=1"])
+    write_stage(tmp_path, 1, overrides=CHANNELS)
     with pytest.raises(CheckpointError, match=r"draws 1 channels \(imagen\.channels\)"):
         TrainedStages.load(tmp_path, unet_limit=1)
 
