@@ -132,6 +132,11 @@ IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
     [
         (("training.precision=bf16", 'deepspeed.zero_optimization={"stage":0}'),
          "precision: bf16 needs fp32 master weights"),
+        (('deepspeed.zero_optimization={"stage":2,"round_robin_gradients":true}',),
+         "what is saved would be mixed up; leave it out"),
+        (('deepspeed.zero_optimization={"stage":3,"offload_optimizer":{"device":"nvme"}}',),
+         "offload_optimizer.device: averages and checkpoints .* set it to cpu"),
+        (('deepspeed.zero_optimization={"stage":2,"zenflow":{}}',), "zenflow: keeps masters"),
         (('memory.checkpointing=[["norms"],"blocks"]',), "1 values for the 2 levels of U-Net 1"),
         (("memory.checkpointing=[\"norms\"]",), "checkpointing: 1 values for 2 U-Nets"),
         (("memory.checkpointing=all",), "checkpointing: \"all\" is not allowed"),

@@ -306,4 +306,20 @@ def _deepspeed_checks(config: Config) -> list[str]:
             f"training.precision: {precision} needs fp32 master weights, which ZeRO keeps; set "
             f"deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
         )
+    where = "deepspeed.zero_optimization"
+    if zero.get("round_robin_gradients"):
+        problems.append(
+            f"{where}.round_robin_gradients: DeepSpeed 0.19 then tells of its masters in another "
+            f"order than it keeps them in, and what is saved would be mixed up; leave it out."
+        )
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        problems.append(
+            f"{where}.offload_optimizer.device: averages and checkpoints are made of the masters "
+            f"where they are, which has to be memory; set it to cpu."
+        )
+    if zero.get("zenflow") is not None:
+        problems.append(
+            f"{where}.zenflow: keeps masters and moments of its own, which would not be saved; "
+            f"leave it out."
+        )
     return problems
