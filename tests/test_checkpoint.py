@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from imagen_scale.errors import CheckpointError
+from imagen_scale.errors import CheckpointError, DiskProblem
 from imagen_scale.files.atomic import clear_temporary, temporary_path, write_atomically
 from imagen_scale.runs.checkpoint import (
     commit,
@@ -122,6 +122,31 @@ def test_pruning_does_not_count_what_was_passed_over(tmp_path):
         save(tmp_path, step)
     remove_old(tmp_path, 12, keep=2, good=6)
     assert names(tmp_path) == ["step_00000012", "step_00000006"]
+
+
+def test_a_file_of_a_checkpoints_name_is_nobodys_checkpoint(tmp_path):
+    file, told = tmp_path / "step_00000009", []
+    file.write_text("hi")
+    assert newest_good(tmp_path, told.append) == (None, None)
+    for step in (3, 6):
+        save(tmp_path, step)
+        remove_old(tmp_path, step, keep=1, good=3)
+    assert newest_good(tmp_path, told.append)[0].name == "step_00000006"
+    with pytest.raises(DiskProblem, match=r"step_00000009: stands where .* is no folder\. Move it"):
+        save(tmp_path, 9)
+    assert file.read_text() == "hi" and not told
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000006", "step_00000009"}
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_read_there_and_its_link_removed(tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    save(run, 1).rename(disk)
+    (run / "step_00000001").symlink_to(disk)
+    assert newest_good(run, print)[1]["step"] == 1
+    save(run, 2)
+    remove_old(run, 2, keep=1)
+    assert [path.name for path in run.iterdir()] == ["step_00000002"]
+    assert (disk / "manifest.json").is_file()
 
 
 def test_the_same_step_may_be_saved_again(tmp_path):

@@ -207,3 +207,35 @@ def test_what_is_best_is_kept_across_validations_and_training_again(tmp_path, pr
     best_record_path(tmp_path, 1).write_text("[]")  # damaged from outside: kept anew
     keep_if_best(SimpleNamespace(stage=stage, step=8, ema=None), saver, {"val_x_0_error": 9.5})
     assert saved[-1] == 8
+
+
+KILLED = """
+import os, runpy, sys
+from imagen_scale.training.saving import Saver
+save = Saver.save
+def save_and_die(self, session):
+    save(self, session)
+    os._exit(9)
+Saver.save = save_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.distributed
+def test_none_is_lost_to_a_kill_behind_the_last_checkpoint(tiny_config, launch, tmp_path):
+    script, run = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED)
+    options = (
+        "training.ema_widths=[0.1]", "training.ema_snapshot_every=3", "data.val_fraction=0.3",
+        "training.keep_best=val_loss", "training.val_every=6", "training.checkpoint_every=6",
+        "training.sample_every=null", "--unet", "1",
+    )  # fmt: skip
+    killed = launch(tiny_config, run, *options, plain=True, script=script, check=False)
+    assert killed.returncode == 9, killed.stderr
+    done = launch(tiny_config, run, *options, plain=True)
+    assert "its checkpoint is of step 6" in done.stdout
+    assert best_path(run, 1).is_file() and best_record_path(run, 1).is_file()
+    for step in (3, 6):
+        assert read_inference(snapshot_path(run, 1, step, 0.1)).step == step
+    assert read_inference(inference_path(run, 1)).is_finished

@@ -56,9 +56,22 @@ def test_figures_of_a_plan_are_found_anew(tmp_path, monkeypatch, text):
     assert {file: file.read_text() for file in files} == before
 
 
-@pytest.mark.parametrize("line", ["", '{"step": 5', "[]", "3", "{}", '{"step": "5"}', "[" * 9999])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b'{"step": 5',
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"step": "5"}',
+        b"[" * 9999,
+        b"\xff\xfe",
+        b"\0" * 99,
+    ],
+)
 def test_a_line_that_is_no_metrics_is_dropped(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n')
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
     drop_metrics_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -49,6 +49,11 @@ def test_averages_are_saved_a_sixteenth_of_the_steps_apart_with_a_report_before(
     assert "snapshot" in due_after(12, ema_widths=[0.1], ema_snapshot_every=7)  # the last
 
 
+def test_what_is_kept_of_a_step_is_saved_before_the_checkpoint_that_training_goes_on_from():
+    due = due_after(10, ema_widths=[0.1], ema_snapshot_every=5, val_every=5)
+    assert due == ["report", "validation", "snapshot", "checkpoint", "inference"]
+
+
 def test_pictures_may_never_be_due():
     assert due_after(12, sample_every=None) == ["report", "validation", "checkpoint", "inference"]
 

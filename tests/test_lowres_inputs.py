@@ -150,9 +150,16 @@ def test_pictures_are_drawn_once_for_the_same_weights(tmp_path):
     assert (nearest == torch.arange(len(train))).float().mean() > 2 / len(train)
     draw_samples(stage, run, prepared, train, said.append)
     assert path.stat().st_mtime_ns == written and len(said) == 1
+    whole = path.read_bytes()
+    for damaged in (whole[:2000], whole[:50], b"", b"\xff" * len(whole)):
+        path.write_bytes(damaged)
+        draw_samples(stage, run, prepared, train, said.append)
+        again = read_samples(stage, run)
+        assert all(np.array_equal(again[i], drawn[i]) for i in drawn)
+    assert said == 5 * said[:1]
     write_stage(run, 1, seed=1)  # other weights
     draw_samples(stage, run, prepared, train, said.append)
-    assert len(said) == 2
+    assert len(said) == 6
     with safe_open(path, "np") as file:
         assert set(file.metadata()) == {"origin", "pictures"}
 

@@ -1,6 +1,7 @@
 """What may be trained into an existing run's folder."""
 
 import json
+import os
 
 import pytest
 from support.tiny import TINY, write_run
@@ -8,6 +9,8 @@ from support.tiny import TINY, write_run
 from imagen_scale.config import parse_config
 from imagen_scale.data.sources.opening import open_source
 from imagen_scale.errors import ConfigError, DataError, UsageError
+from imagen_scale.files.atomic import temporary_path
+from imagen_scale.runs.folders import owner_path
 from imagen_scale.training.may_continue import (
     check_run,
     check_split,
@@ -93,6 +96,20 @@ def test_fresh_deletes_the_unets_it_is_asked_for_and_nothing_else(run):
     assert (run / "unet1" / "step_00000001").is_dir()
     assert not (run / "unet2").exists()
     assert [path.name for path in (run / "samples").iterdir()] == ["00000.png"]
+
+
+def test_what_starts_left_that_were_killed_as_they_took_the_run_is_cleared(tmp_path):
+    run = tmp_path / "killed"
+    run.mkdir()
+    held = owner_path(run, 1)
+    half = temporary_path(held.with_name(f"{held.name}.0f"))
+    # There is no process of such a number.
+    left = half.with_name(half.name.replace(f"-{os.getpid()}.", "-4194305."))
+    for path in (held, left):
+        path.touch()
+    check(run)
+    open_run(config(), run, fresh=[])
+    assert {path.name for path in run.iterdir()} == {held.name, "config.json"}
 
 
 def test_a_split_with_an_empty_part_is_refused():

@@ -8,6 +8,9 @@ import pytest
 from support.runs import assert_same_curve, losses, weights
 from support.tiny import TINY
 
+from imagen_scale.runs.folders import best_path, grid_path, inference_path, snapshot_path
+from imagen_scale.runs.inference import read_inference
+
 pytestmark = pytest.mark.distributed
 
 CPU = '"offload_optimizer":{"device":"cpu"}'
@@ -129,6 +132,42 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_curve(config
     assert setup["micro_batch"] * setup["accumulation"] == 16
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "free")
     assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+FULL = """
+import runpy, sys
+import torch
+from imagen_scale.training import loop
+validate, seen = loop.validate, set()
+def validate_the_second_time(session, *arguments):
+    if session.step not in seen:
+        seen.add(session.step)
+        torch.empty(2**60)
+    return validate(session, *arguments)
+loop.validate = validate_the_second_time
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_is_due_after_a_step_is_done_though_memory_runs_out_there(config, launch, tmp_path):
+    """At the last step too, which is not taken again."""
+    script, run = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL)
+    options = (
+        "training.steps=2", "training.warmup_steps=1", "training.val_every=1",
+        "data.val_fraction=0.3", "training.keep_best=val_loss", "training.ema_widths=[0.1]",
+        "training.ema_snapshot_every=1", "training.sample_every=1", "--unet", "1",
+    )  # fmt: skip
+    done = launch(config, run, *options, plain=True, script=script)
+    assert done.stdout.count("out of memory at step") == 2
+    rows = [json.loads(line) for line in (run / "unet1" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "val_loss", "colour_drift_mean"):
+        assert [row["step"] for row in rows if name in row] == [1, 2], name
+    assert best_path(run, 1).is_file()
+    for step in (1, 2):
+        assert snapshot_path(run, 1, step, 0.1).is_file() and grid_path(run, 1, step).is_file()
+    assert read_inference(inference_path(run, 1)).step == 2
 
 
 HOLES = """

@@ -6,18 +6,16 @@ looking, never through a pointer file.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imagen_scale.config.strict_json import parse_json
-from imagen_scale.errors import CheckpointError
+from imagen_scale.errors import CheckpointError, DiskProblem
 from imagen_scale.files.atomic import clear_temporary, sha256, sync
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -28,7 +26,16 @@ _STAGING_PREFIX = ".staging_"
 
 
 def staging_folder(parent: Path, step: int) -> Path:
-    """A fresh folder beside the final one; whatever an earlier crash left there is removed."""
+    """A fresh folder beside the final one; whatever an earlier crash left there is removed.
+
+    Raises:
+        DiskProblem: If something else than a folder stands where the checkpoint is to go.
+    """
+    final = _final(parent, step)
+    if os.path.lexists(final) and not final.is_dir():
+        raise DiskProblem(
+            f"{final}: stands where the checkpoint is to go and is no folder. Move it elsewhere."
+        )
     clear_staging(parent)
     folder = parent / f"{_STAGING_PREFIX}{step:08d}"
     folder.mkdir(parents=True)
@@ -63,7 +70,7 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
     sync(manifest)
     for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
         sync(folder)
-    final = staging.parent / f"step_{step:08d}"
+    final = _final(staging.parent, step)
     if final.exists():  # the same step again, after a resume that fell back behind it
         _discard(final)
     staging.rename(final)
@@ -72,10 +79,15 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Checkpoint folders, newest first; only looked at, not verified."""
+    """Checkpoint folders, newest first; only looked at, not verified.
+
+    A file of such a name is a user's own, and left alone.
+    """
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
+    found = [
+        path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()
+    ]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -155,9 +167,16 @@ def remove_old(
 
 
 def _discard(folder: Path) -> None:
+    if folder.is_symlink():  # to where a user moved it, who may remove it there
+        folder.unlink()
+        return
     doomed = folder.with_name(f"{_STAGING_PREFIX}{folder.name}")
     folder.rename(doomed)  # never half a checkpoint under its own name
     shutil.rmtree(doomed)
+
+
+def _final(parent: Path, step: int) -> Path:
+    return parent / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:

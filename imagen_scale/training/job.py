@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagen_scale.config import Config
 from imagen_scale.data.loading import loader_processes
@@ -18,6 +19,9 @@ from imagen_scale.training.samples import split_samples
 from imagen_scale.training.saving import Saver
 from imagen_scale.training.threads import cores_each, ranks_here
 from imagen_scale.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from imagen_scale.training.loop import Due
 
 
 class Job:
@@ -41,6 +45,7 @@ class Job:
         samples: Those of `prepared` that it is trained and validated on.
         num_workers: Processes that load them for each rank.
         saver: Its checkpoints and its file for sampling.
+        owed: A step after which memory ran out, and what is still due after it; else None.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Job:
             cores=cores_each(ranks_here()),
         )
         self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)
+        self.owed: tuple[int, Due] | None = None
 
     def _drawn_before(self) -> Drawn | None:
         """Pictures as the stage before draws them, made now if they are needed and not there."""

@@ -4,7 +4,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,16 +47,17 @@ class Due:
 
     The report comes first: it looks for weights that are not finite, so that nothing is saved of a
     diverged state, and it ends the mean of the losses there, so that a resumed run reports the same
-    means. The file for sampling comes after the checkpoint, for it is what says that all is done;
-    pictures are drawn from that file.
+    means. What is kept of this step for good comes before the checkpoint: a run that was killed
+    goes on behind that, and makes it no more. The file for sampling comes after it, for that is
+    what says that all is done; pictures are drawn from that file.
 
     A request to stop makes report and checkpoint due, puts off pictures, and ends training last.
     """
 
     report: bool
     validation: bool
-    checkpoint: bool
     snapshot: bool  # of the averages of `training.ema_widths`
+    checkpoint: bool
     inference: bool  # the file for sampling
     pictures: bool
 
@@ -85,8 +86,8 @@ class Due:
         return cls(
             report=every(log_every) or saves or is_stopping,
             validation=validation,
-            checkpoint=checkpoint or is_stopping,
             snapshot=snapshot,
+            checkpoint=checkpoint or is_stopping,
             inference=inference,
             pictures=pictures and not is_stopping,
         )
@@ -104,6 +105,8 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
     skipped, spikes = SkippedSteps(job), Spikes(job)
     taken: list[Stepped] = []  # by this rank since the last report
     with _telemetry(session, job) as telemetry, watchdog.phase("step"):
+        if job.owed is not None and job.owed[0] == session.step:
+            _carry_out(job.owed[1], session, job, telemetry)
         while session.step < stage.steps:
             lr = learning_rate(stage, session.step)
             # The first one may be slow on one rank only: it allocates and compiles.
@@ -171,28 +174,43 @@ def _telemetry(session: Session, job: Job) -> AbstractContextManager[Telemetry |
 
 
 def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None) -> None:
-    """Everything due but the report."""
+    """Everything due but the report; what is not done yet stays in `job.owed` until it is."""
     step, phase = session.step, job.watchdog.phase
-    if due.validation and job.samples.held_out is not None:
+
+    def validation() -> None:
+        if job.samples.held_out is None:
+            return
         with phase("validating"):
             measures = validate(session, job.samples.held_out, job.num_workers)
-            if telemetry is not None:
-                telemetry.write(step, **measures)
         with phase("saving"):
             keep_if_best(session, job.saver, measures)
-    if due.checkpoint:
-        save_checkpoint(session, job)
-    if due.snapshot:
+        if telemetry is not None:
+            telemetry.write(step, **measures)
+
+    def snapshot() -> None:
         with phase("saving"):
             job.saver.save_snapshots(session)
-    if due.inference:
+
+    def checkpoint() -> None:
+        if session.saved_step < step:
+            save_checkpoint(session, job)
+
+    def inference() -> None:
         with phase("saving"):
             job.saver.save_inference(session)
-    if due.pictures:
+
+    def pictures() -> None:
         with phase("drawing pictures"):
             from_rank_0(
                 lambda: show_grid(job.run_dir, job.stage, step, job.prepared, telemetry, job.say)
             )
+
+    for work in (validation, snapshot, checkpoint, inference, pictures):
+        if getattr(due, work.__name__):
+            job.owed = step, due
+            work()
+            due = replace(due, **{work.__name__: False})
+    job.owed = None
 
 
 def _report(

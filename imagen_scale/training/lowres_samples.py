@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from imagen_scale.config import StageConfig
@@ -117,5 +117,9 @@ def _redrawn(before: InferenceFile, prepared: Prepared, indices: Sequence[int]) 
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "np") as file:
-        return file.metadata() or {}
+    """What a file says it was made of; nothing where it is damaged, so that it is made anew."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}

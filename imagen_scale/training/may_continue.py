@@ -156,7 +156,7 @@ def _half_trained(config: Config, run_dir: Path, fresh: list[int]) -> list[int]:
 
 def _holds_anything(folder: Path) -> bool:
     """Whether there is more than a training leaves that was killed as it began."""
-    return any(not path.match(".unet*.owner") for path in folder.iterdir())
+    return any(not path.match(".*unet*.owner*") for path in folder.iterdir())
 
 
 def open_run(
@@ -173,6 +173,7 @@ def open_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in (config_path(run_dir), data_report_path(run_dir)):
         clear_temporary(run_dir, path.name)
+    clear_temporary(run_dir, ".unet*.owner.*")
     clear_temporary(samples_dir(run_dir), "unet*_step_*")
     for number in fresh:
         shutil.rmtree(unet_dir(run_dir, number), ignore_errors=True)

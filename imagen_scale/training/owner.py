@@ -3,6 +3,9 @@
 Each U-Net that is trained has an owner's file beside its folder, with host, process and start, and
 is touched every few seconds. On the owner's own machine a process number tells whether it lives; on
 another only whether the file is still touched.
+
+A file is there complete or not at all, and what is removed is the file that was judged: of several
+processes that find the same one dead, one gets its place.
 """
 
 import contextlib
@@ -11,10 +14,12 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from imagen_scale.errors import UsageError
+from imagen_scale.files.atomic import temporary_path
 from imagen_scale.runs.folders import owner_path
 from imagen_scale.training.beats import pid_namespace, started
 
@@ -69,15 +74,14 @@ class Owner:
         self._taken.clear()
 
     def _take(self, file: Path) -> None:
-        while True:
-            with contextlib.suppress(FileExistsError), file.open("x", encoding="utf-8") as opened:
-                opened.write(self._own)
-                self._taken.append(file)
-                return
-            other = _read(file)
-            if other is not None:
-                _refuse_the_living(file, other, self._say)
-                file.unlink(missing_ok=True)
+        while not _put(file, self._own):
+            try:
+                other = _content(file)
+            except FileNotFoundError:  # it has left
+                continue
+            _refuse_the_living(file, other, self._say)
+            _remove(file, other)
+        self._taken.append(file)
 
     def _touch(self) -> None:
         while not self._is_over.wait(TOUCH_S):
@@ -100,7 +104,7 @@ def check_owner(run_dir: Path, numbers: list[int]) -> None:
 
 
 def _refuse_the_living(file: Path, other: str, say: Callable[[str], None]) -> None:
-    """Returns once it is certain that the owner is gone."""
+    """Returns once it is certain that the owner is gone, or that the file is another's."""
     lives = _lives_here(other)
     if lives is False:
         return
@@ -144,9 +148,51 @@ def _in_use(file: Path, owner: str) -> UsageError:
     )
 
 
+def _put(file: Path, words: str) -> bool:
+    """Puts an owner's file where none is, complete from the first moment; whether it did."""
+    complete = _beside(file)
+    try:
+        complete.write_text(words, encoding="utf-8")
+        try:
+            os.link(complete, file)
+        except FileExistsError:
+            return False
+        except OSError:  # no links on this file system: whoever sees it empty looks again
+            with contextlib.suppress(FileExistsError), file.open("x", encoding="utf-8") as opened:
+                opened.write(words)
+                return True
+            return False
+        return True
+    finally:
+        complete.unlink(missing_ok=True)
+
+
+def _remove(file: Path, stale: str) -> None:
+    """Removes a file with this content; one that has taken its place since stays."""
+    if _read(file) != stale:
+        return
+    apart = _beside(file)
+    try:
+        file.rename(apart)  # which one process can do
+    except FileNotFoundError:
+        return
+    if (found := _content(apart)) != stale:  # renewed between the look and the move
+        _put(file, found)
+    apart.unlink()
+
+
+def _beside(file: Path) -> Path:
+    """A new name in the same folder."""
+    return temporary_path(file.with_name(f"{file.name}.{uuid.uuid4().hex}"))
+
+
+def _content(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")  # it may be damaged
+
+
 def _read(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8")
+        return _content(file)
     except OSError:
         return None
 

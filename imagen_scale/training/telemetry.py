@@ -168,11 +168,11 @@ class LineFile:
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Removes lines of steps that a resumed run repeats, and a last line cut by a kill."""
+    """Removes lines of steps that a resumed run repeats, and damaged ones, as a kill leaves one."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             is_kept = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -80,7 +80,8 @@ def _attempt(job: Job, setup: Setup) -> Finished | GoBack | Setup:
         less = _take_less(job, setup, session.step, outcome)
         release_memory()
         if session.has_whole_unsaved_steps:
-            save_checkpoint(session, job)  # weights and moments are whole: no step is lost
+            # Weights and moments are whole: no step is lost, nor what else is due after it.
+            save_checkpoint(session, job)
         return less
 
 
@@ -101,7 +102,7 @@ def _build(job: Job, setup: Setup) -> Session:
 def _train(job: Job, session: Session) -> Finished | GoBack:
     with job.watchdog.phase("loading a checkpoint"):
         job.saver.resume(session)
-    if session.step < job.stage.steps:
+    if session.step < job.stage.steps or job.owed is not None:
         outcome = train_steps(session, job)
         if isinstance(outcome, GoBack):
             return outcome
