@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.tiny import TINY, write_stage
+from support.tiny import TINY, write_run, write_stage
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import parse_config
@@ -153,6 +154,76 @@ def test_pictures_of_other_channels_are_not_drawn(tmp_path):
     write_stage(tmp_path, 1, overrides=CHANNELS)
     with pytest.raises(CheckpointError, match=r"draws 1 channels \(imagen\.channels\)"):
         TrainedStages.load(tmp_path, unet_limit=1)
+
+
+def say_otherwise(path, **facts):
+    """Writes an inference file anew that says other things of itself; None: nothing."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() | facts
+    known = {name: fact for name, fact in facts.items() if fact is not None}
+    save_file(load_weights(path), path, metadata=known)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        *(({name: None}, f"damaged (what it says of itself: '{name}')")
+          for name in ("config", "unet_number", "text_embed_dim", "text_fingerprint", "step",
+                       "steps")),
+        ({"step": "six"}, "damaged (what it says of itself: invalid literal for int()"),
+        ({"steps": "9" * 5000}, "damaged (what it says of itself: Exceeds the limit"),
+        ({"unet_number": "0"}, "damaged (it is of U-Net 0, and its cascade has U-Nets 1 to 2)"),
+        ({"unet_number": "3"}, "damaged (it is of U-Net 3, and its cascade has U-Nets 1 to 2)"),
+        ({"unet_number": "2"}, "is of U-Net 2, not 1. Put it where that one's is"),
+    ],
+)  # fmt: skip
+def test_a_file_that_says_what_cannot_be_is_damaged(tmp_path, facts, message):
+    write_stage(tmp_path, 1)
+    path = inference_path(tmp_path, 1)
+    say_otherwise(path, **facts)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):
+        TrainedStages.load(tmp_path, unet_limit=1)
+
+
+def test_a_file_in_the_place_of_another_stages_is_refused(tmp_path):
+    write_run(tmp_path)
+    shutil.copy(inference_path(tmp_path, 1), inference_path(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=r"unet2/.*: is of U-Net 1, not 2\. Put it where"):
+        TrainedStages.load(tmp_path)
+    done = cli("sample", "sun", "--run", tmp_path)
+    assert done.exit_code == 1 and "is of U-Net 1, not 2" in done.output
+
+
+def alone(run, size):
+    """The file of a first stage that was trained without a second one."""
+    changes = (f"imagen.image_sizes=[{size}]", f"unets={json.dumps(TINY['unets'][:1])}")
+    write_stage(run, 1, overrides=changes)
+    return inference_path(run, 1)
+
+
+def test_how_many_stages_there_are_is_the_runs_to_say(tmp_path):
+    run = write_run(tmp_path / "run")
+    shutil.copy(alone(tmp_path / "first", 16), inference_path(run, 1))
+    assert [one.shape[-1] for one in sample(run, "sun")] == [16, 32]
+    (run / "config.json").unlink()  # then the first file has to say it
+    assert [one.shape[-1] for one in sample(run, "sun")] == [16]
+
+
+def test_a_file_of_a_run_of_other_sizes_is_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    shutil.copy(alone(tmp_path / "first", 24), inference_path(run, 1))
+    with pytest.raises(
+        CheckpointError, match=r"unet1/.*: was trained for 24 px, and the run is of 16 px\. Put"
+    ):
+        TrainedStages.load(run)
+    write_run(run)
+    write_stage(tmp_path / "other", 2, overrides=["imagen.image_sizes=[16,48]"])
+    shutil.copy(inference_path(tmp_path / "other", 2), inference_path(run, 2))
+    with pytest.raises(CheckpointError, match="trained for 16 -> 48 px, .* of 16 -> 32 px"):
+        TrainedStages.load(run)
 
 
 def test_newest_run_is_found(tmp_path, monkeypatch):
@@ -305,11 +376,21 @@ def test_settings_per_stage(run):
         ({"threshold": 0.0}, "threshold 0.0: it should be greater than 0"),
         ({"sampler": "ddim", "eta": 1.5}, "eta 1.5: it should be less than or equal to 1"),
         ({"eta": 0.5}, "eta 0.5: goes with sampler ddim"),
+        ({"steps": 101}, "steps 101: U-Net 1 has 100 times (imagen.timesteps); take at"),
+        ({"steps": [100, 101]}, "steps 101: U-Net 2 has 100 times"),
     ],
 )
 def test_settings_that_cannot_work_are_named(run, settings, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         TrainedStages.load(run).settings(make(**settings))
+
+
+def test_steps_that_nobody_asked_for_are_as_many_as_there_are_times():
+    stages = parse_config(json.dumps(TINY), overrides=("imagen.timesteps=21",)).stages()
+    assert [one.steps for one in make().for_stages(list(stages))] == [21, 21]
+    assert [one.steps for one in make(seed=1).changed(num=2).for_stages(list(stages))] == [21, 21]
+    with pytest.raises(UsageError, match="has 21 times"):
+        make(steps=25).for_stages(list(stages))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from pathlib import Path
 import click
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from support import ROOT
 from support.environment import LAUNCHER_VARIABLES
 from support.tiny import TINY, write_stage
@@ -26,6 +28,7 @@ from imagen_scale.config.reference import reference
 from imagen_scale.config.section import Section
 from imagen_scale.errors import UsageError
 from imagen_scale.runs.folders import find_run, metrics_path
+from imagen_scale.runs.inference import INFERENCE_FORMAT
 from imagen_scale.runs.progress import find_runs
 from imagen_scale.runs.records import read_metrics
 
@@ -143,6 +146,28 @@ def test_config_show_writes_every_default_out(tiny_config, tmp_path):
         assert (done.exit_code, "one of the two" in done.stderr) == (2, True)
 
 
+# Warnings.
+
+
+def test_a_warning_is_a_line_and_those_of_others_say_where():
+    code = """
+import warnings
+from imagen_scale.commands.errors import user_errors
+
+@user_errors
+def command():
+    warnings.warn("data.path: 1 of 8 pictures is not used", stacklevel=2)
+    warnings.warn("of a library", DeprecationWarning)
+
+command()
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    ours, theirs, *_ = done.stderr.splitlines()
+    assert ours == "warning: data.path: 1 of 8 pictures is not used"
+    assert theirs == "<string>:8: DeprecationWarning: of a library"
+
+
 # Runs.
 
 
@@ -176,6 +201,18 @@ def test_runs_tells_how_far_each_stage_is(root):
     assert (two["step"], two["loss"], two["size"]) == (0, None, 32)
     assert half["picture"].endswith("unet1_step_00000003.png")
     assert "imagen: this key is required" in broken["problem"]
+
+
+def test_what_is_damaged_in_a_run_keeps_none_from_being_listed(root):
+    (root / "half" / "samples" / "unet1_step_00000006.png").symlink_to("gone.png")
+    file = root / "whole" / "unet1" / "inference.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata={"format": INFERENCE_FORMAT})  # and no facts
+    done = cli("runs", "--root", root, "--json")
+    assert done.exit_code == 0, done.output
+    found = {Path(run["run"]).name: run for run in json.loads(done.output)}
+    assert set(found) == {"whole", "half", "broken"}
+    assert [stage["is_finished"] for stage in found["whole"]["stages"]] == [False, True]
+    assert found["half"]["picture"].endswith("unet1_step_00000003.png")
 
 
 def test_runs_is_plain_where_it_is_piped(root):

@@ -93,6 +93,10 @@ def test_the_seeds_block_has_the_stage_above_it_that_was_dropped():
         ("training.micro_batch=3", "global_batch: 8 is not a multiple of micro_batch 3"),
         ("training.warmup_steps=6", "warmup_steps: 6 is not below the 6 steps"),
         ("training.lowres_aug_max=0.1", "lowres_sample_noise_level: 0.2 is above"),
+        (
+            "data.cache_images_gb=1e300",
+            "cache_images_gb: 1e.300 is not allowed: .*less than or equal",
+        ),
         ("data.source=folder", "data.path: required for source 'folder'"),
         ("deepspeed.zero_optimisation={}", r"did you mean zero_optimization\?"),
         ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
@@ -232,6 +236,19 @@ def test_a_hundred_thousand_keys_are_no_reason_to_wait():
 def test_places_in_a_list_are_plain_numbers(change):
     with pytest.raises(ConfigError, match="does not exist; the list has 2 entries"):
         parse_config(json.dumps(TINY), overrides=(change,))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data": {"source": "folder", "path": "a\0b"}},
+        {"training": {"sample_prompts": ["sun", "a\0b"]}},
+        {"deepspeed": {"a\0b": {}}},
+    ],
+)
+def test_a_nul_is_refused(changed):
+    with pytest.raises(ConfigError, match=r"'a\\x00b': holds a NUL, as no path may; remove it"):
+        parse_config(json.dumps(TINY | changed))
 
 
 @pytest.mark.parametrize("value", ["NaN", "[" * 100_000, '{"a": 1, "a": 2}', "\udcff"])

@@ -26,6 +26,20 @@ def teacher(tmp_path, monkeypatch):
     return write(tmp_path / "runs" / "first")
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The folders of the runs whose training was started, which ends at once."""
+    folders = []
+
+    def start(command, folder):
+        folders.append(str(folder))
+        return 0
+
+    for name in ("start", "run_launcher"):
+        monkeypatch.setattr(f"imagen_scale.commands.distill.{name}", start)
+    return folders
+
+
 def write(run, *changes):
     for number in (1, 2):
         write_stage(run, number, overrides=(*V, *changes))
@@ -96,6 +110,9 @@ def test_fewer_steps_are_learned_by_the_same_command(teacher):
         (("first", "--steps", "4,4,4", "--cond-scale", "2"), "--steps: 3 values for 2 stages"),
         (("first", "--steps", "4", "--cond-scale", "2,1,1"), "--cond-scale: 3 values for 2 stages"),
         (("first", "--steps", "17", "--cond-scale", "2"), "'17': give 1 to 16, or keep"),
+        (("first", "--steps", "9" * 5000, "--cond-scale", "2"), "9': give 1 to 16, or keep"),
+        (("first", "--steps", "4", "--cond-scale", "nan"), "'nan' is not a finite number"),
+        (("first", "--steps", "4", "--cond-scale", "2,inf"), "'inf' is not a finite number"),
         (("first", "--steps", "keep"), "distill.steps: null for every U-Net"),
         (("fisrt", "--steps", "4"), "Did you mean runs/first?"),
     ],
@@ -104,6 +121,59 @@ def test_wrong_use_is_one_sentence(words, said, teacher):
     done = distill(*words)
     assert done.exit_code == 2 and said in done.output, done.output
     assert not list(teacher.parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("to", ["", ".", "..", "quick/", "../quick", "runs/quick", "/quick"])
+def test_the_new_run_is_named_and_not_placed(teacher, started, to):
+    done = distill("first", "--steps", "4", "--cond-scale", "2", "--to", to)
+    assert done.exit_code == 2, done.output
+    assert f"--to {to}: is a name, of a folder beside runs/first; leave paths out" in done.output
+    assert not list(teacher.parents[1].rglob("quick*")) and not started
+
+
+@pytest.mark.parametrize("within", [".", "unet1"])
+def test_the_new_run_lies_beside_a_teacher_that_is_named_from_within(teacher, monkeypatch, within):
+    monkeypatch.chdir(teacher / within)
+    data, line = planned("." if within == "." else "..", "--steps", "4,2", "--cond-scale", "2")
+    student = teacher.with_name("first_steps4-2")
+    assert line[line.index("--config") + 1 :] == [f"{student}.json", "--run", str(student)]
+    assert data["distill"]["teacher"] == str(teacher)
+
+
+def test_the_same_call_goes_on_and_another_one_keeps_what_is_there(teacher, started):
+    words = ("first", "--steps", "4,keep", "--cond-scale", "2")
+    first, again = distill(*words), distill(*words)
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert "written: runs/first_steps4-keep.json" in first.stderr
+    assert "written" not in again.stderr
+    assert started == ["runs/first_steps4-keep"] * 2
+    path = teacher.with_name("first_steps4-keep.json")
+    assert load_config(path).distill.cond_scale == (2, 1)
+    of_the_user = json.dumps(json.loads(path.read_text()), indent=8)  # spelled in another way
+    path.write_text(of_the_user)
+    assert distill(*words).exit_code == 0
+    for text, scale in ((of_the_user, "3"), ("{", "2")):
+        path.write_text(text)
+        done = distill(*words[:-1], scale)
+        assert done.exit_code == 2
+        assert "runs/first_steps4-keep.json: exists already and says something else" in done.output
+        assert "`imagen-scale train runs/first_steps4-keep.json`" in done.output
+        assert path.read_text() == text
+    assert len(started) == 3
+
+
+def test_what_lies_where_a_run_is_trained_on_is_kept_as_well(teacher, started):
+    write_run(teacher.with_name("noise"))
+    path = teacher.with_name("noise_v.json")
+    path.write_text("{}")
+    words = ("noise", "--steps", "4,keep", "--cond-scale", "2")
+    done = distill(*words)
+    assert done.exit_code == 2 and "runs/noise_v.json: exists already and says" in done.output
+    assert path.read_text() == "{}" and not started
+    path.unlink()
+    distill(*words)
+    assert load_config(path).training.start_from == "runs/noise"
+    assert started == ["runs/noise_v"]
 
 
 def test_teachers_that_cannot_teach_say_what_to_do(teacher):

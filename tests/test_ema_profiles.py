@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.tiny import write_run
 
 from imagen_scale.commands.main import main
 from imagen_scale.diffusion import ema_profiles
 from imagen_scale.diffusion.ema_profiles import Profile, gamma_of, mixture, weights_of_steps
-from imagen_scale.errors import UsageError
+from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.runs import averages
 from imagen_scale.runs.folders import (
     best_path,
@@ -138,6 +138,81 @@ def test_what_cannot_be_made_is_refused_and_changes_nothing(run):
     assert not list(run.rglob("made*"))
 
 
+def cut(path, weights):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def of_fewer(path, weights):
+    del weights["final_conv.bias"]
+    save_file(weights, path)
+
+
+def of_another_shape(path, weights):
+    weights["final_conv.bias"] = weights["final_conv.bias"].sum(0, keepdim=True)  # it would spread
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize("damage", [cut, of_fewer, of_another_shape])
+def test_a_damaged_snapshot_is_named_and_changes_nothing(run, damage):
+    before = inference_path(run, 1).read_bytes()
+    path = snapshot_path(run, 1, 32, 0.1)
+    damage(path, load_file(path))
+    with pytest.raises(CheckpointError, match=f"{path}: damaged, or of another network .* Delete"):
+        averages.install(run, 1, 0.07)
+    assert inference_path(run, 1).read_bytes() == before
+    assert not list(run.rglob("made*"))
+    path.unlink()  # as it says
+    averages.install(run, 1, 0.07)
+
+
+def test_what_is_not_called_like_a_snapshot_is_none(run):
+    found = averages.find_snapshots(run, 1)
+    (found.files[0].parent / "step_4_width_..safetensors").touch()
+    assert averages.find_snapshots(run, 1) == found
+
+
+def test_what_training_left_and_is_gone_is_said(run):
+    averages.install(run, 1, 0.1)
+    trained_path(run, 1).unlink()
+    before = inference_path(run, 1).read_bytes()
+    done = CliRunner().invoke(main, ["ema", str(run), "--restore"])
+    assert done.exit_code == 1
+    assert f"{trained_path(run, 1)}: not found: what training left is not here" in done.output
+    assert inference_path(run, 1).read_bytes() == before
+
+
+@pytest.mark.parametrize("picked", [None, 0.1])
+def test_json_is_all_that_is_printed(run, monkeypatch, picked):
+    def best(found):
+        return next(one for one in found if one.width == picked)
+
+    monkeypatch.setattr("imagen_scale.evaluation.averages.best", best)
+    done = CliRunner().invoke(main, ["ema", str(run), "--num", "2", "--pick", "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)) == 9
+    assert ("of width 0.1; --restore" if picked else "own average is the best") in done.stderr
+    assert bool(read_inference(inference_path(run, 1)).average) == bool(picked)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--num", "3", "--width", "0.1"), "--num: goes with measuring, alone or with --pick"),
+        (("--json", "--best"), "--json: goes with measuring"),
+        (("--cond-scale", "2", "--restore"), "--cond-scale: goes with measuring"),  # the default
+        (("--width", "nan"), "'nan' is not a finite number"),
+        (("--cond-scale", "inf"), "'inf' is not a finite number"),
+        (("--width", "0.3"), "0.3 is not in the range"),
+        (("--unet", "9"), "unet 9: this cascade has U-Nets 1 to 2"),
+    ],
+)
+def test_wrong_use_is_one_sentence(run, words, message):
+    before = inference_path(run, 1).read_bytes()
+    done = CliRunner().invoke(main, ["ema", str(run), *words])
+    assert done.exit_code == 2 and message in done.output, done.output
+    assert inference_path(run, 1).read_bytes() == before
+
+
 def test_the_command_measures_and_picks(run):
     def told(*words):
         done = CliRunner().invoke(main, ["ema", str(run), *words])
@@ -168,7 +243,10 @@ def test_the_best_validation_is_sampled_from_and_the_trained_one_again(run):
     before = load_file(file.path)
     best = {name: value + 1 for name, value in before.items()}
     save_inference(file._replace(path=best_path(run, 1), step=8), best)
-    for text in ("{", "[]", "{}", '{"measure": "val_loss", "value": [], "step": 8}'):
+    for text in (
+        "{", "[]", "{}", '{"measure": "val_loss", "value": [], "step": 8}',
+        '{"measure": "val_loss", "value": 0.25, "step": 1e400}',
+    ):  # fmt: skip
         best_record_path(run, 1).write_text(text)
         assert "best.json: is damaged. Delete it" in told("--best", code=1)
     record = {"measure": "val_loss", "value": 0.25, "step": 8}

@@ -180,6 +180,8 @@ def test_room_is_checked_first(tmp_path):
         ([], 2, "name the U-Net: 1, 2, ... or all"),
         (["--unet", "0"], 2, "--unet 0: name the U-Net"),
         (["--unet", "x"], 2, "--unet x: name the U-Net"),
+        (["--unet", "9" * 5000], 2, f"--unet {'9' * 40}: name the U-Net"),
+        (["--unet", "9"], 2, "--unet 9: this cascade has U-Nets 1 to 2"),
         (["--unet", "1", "--run", "nowhere"], 2, "nowhere: not a run folder"),
         (["--unet", "1", "--batch", "8"], 2, "--batch 8: write MIN:OPT:MAX"),
         (["--unet", "2"], 1, "U-Net 2 is not trained yet"),

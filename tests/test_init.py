@@ -1,6 +1,7 @@
 """A first configuration: what it is made from, and that it can be trained as it is."""
 
 import json
+import shlex
 
 import pytest
 from click.testing import CliRunner
@@ -76,13 +77,18 @@ def test_small_sets_are_trained_for_fewer_steps(pictures, steps):
     assert chosen(Seen(30, [512], 9), 12 * GB)["data.val_fraction"].value == 0
 
 
-def test_the_command_looks_writes_and_gives_reasons(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "mine"
+def written(folder):
+    """A folder of three pictures with captions."""
     folder.mkdir()
     for i in range(3):
         Image.new("RGB", (80, 90), (i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a sun")
+    return folder
+
+
+def test_the_command_looks_writes_and_gives_reasons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = written(tmp_path / "mine")
     (folder / "3.png").write_bytes((folder / "0.png").read_bytes())
     done = cli("init", "mine", "--encoder", "minilm")
     assert done.exit_code == 0, done.output
@@ -99,9 +105,61 @@ def test_the_command_looks_writes_and_gives_reasons(tmp_path, monkeypatch):
     assert again.exit_code == 2 and "mine.json: exists already" in again.output
 
 
+def test_a_damaged_picture_is_noted_and_the_others_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = written(tmp_path / "mine")
+    (folder / "1.png").write_bytes(b"no picture")
+    done = cli("init", "mine", "--encoder", "minilm")
+    assert done.exit_code == 0, done.output
+    assert "noted: 1 of the 3 looked at cannot be read, e.g. 1.png: not a picture" in done.output
+    assert (tmp_path / "mine.json").is_file()
+
+
+def test_pictures_that_are_all_damaged_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for picture in written(tmp_path / "mine").glob("*.png"):
+        picture.write_bytes(b"no picture")
+    done = cli("init", "mine", "--encoder", "minilm")
+    assert done.exit_code == 2
+    assert "mine: no picture can be used. 0.png: not a picture" in done.output
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_a_folder_of_any_name_is_written_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "birds  [ 1,   2 ] 'of mine'"
+    written(tmp_path / name)
+    done = cli("init", name, "--encoder", "minilm")
+    assert done.exit_code == 0, done.output
+    assert load_config(tmp_path / f"{name}.json").data.path == name
+    following = done.output.partition("next: ")[2].splitlines()
+    commands = ("imagen-scale prepare --config", "imagen-scale train")
+    for line, words in zip(following, commands, strict=True):
+        assert shlex.split(line) == [*words.split(), f"{name}.json"]
+
+
+@pytest.mark.parametrize(
+    ("at", "where", "name"),
+    [("mine", ".", "mine.json"), ("mine/deep", "..", "mine.json"), (".", ".hidden", "hidden.json")],
+)
+def test_the_file_is_named_after_the_folder(tmp_path, monkeypatch, at, where, name):
+    for folder in ("mine", ".hidden"):
+        written(tmp_path / folder)
+    (tmp_path / "mine" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / at)
+    done = cli("init", where, "--encoder", "minilm")
+    assert done.exit_code == 0, done.output
+    assert f"written: {name}" in done.output
+    assert load_config(name).data.path == where
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("nowhere", "no such folder, and no name on the Hugging Face hub"), ("./a/b", "no such fol")],
+    [
+        ("nowhere", "no such folder, and no name on the Hugging Face hub"),
+        ("./a/b", "no such folder"),
+        ("~nobody-here/x", "~nobody-here/x: no such folder"),
+    ],
 )
 def test_what_is_not_there_is_said(tmp_path, monkeypatch, where, message):
     monkeypatch.chdir(tmp_path)

@@ -144,9 +144,22 @@ def test_drawings_have_no_size(tiny_config, tmp_path):
     assert "drawings, rendered at any size" in done.output and "OpenMoji" in done.output
 
 
-def test_wrong_use(tiny_config):
-    done = cli("prepare", "--config", tiny_config, "--sheet", "sheet.jpg")
-    assert done.exit_code == 2 and "name it sheet.png" in done.output
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sheet", "sheet.jpg"), "name it sheet.png"),
+        (("--sheet", "mine.png"), "--sheet mine.png: exists already; name another file"),
+        (("--sheet", "new.png", "--estimate"), "--estimate prepares nothing to be shown"),
+    ],
+)
+def test_wrong_use(tiny_config, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"a picture of the user's")
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    done = cli("prepare", "--config", tiny_config, "--set", cache, *words)
+    assert done.exit_code == 2 and message in done.output
+    assert (tmp_path / "mine.png").read_bytes() == b"a picture of the user's"
+    assert not (tmp_path / "cache").exists()  # said before there is work
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -80,6 +80,52 @@ def test_the_card_has_the_measures_and_one_that_is_there_stays(finished):
     assert (finished / "README.md").read_text() == "mine"
 
 
+def test_a_card_that_nobody_changed_is_written_anew(finished):
+    card = finished / "README.md"
+    push(finished, "--repo", "me/tiny", "--dry-run")
+    first = card.read_text()
+    done = push(finished, "--repo", "you/other", "--dry-run")
+    assert "is written" in done.stderr
+    assert card.read_text() != first and "hf download you/other --local-dir" in card.read_text()
+    assert "me/tiny" not in card.read_text() and "It was not measured" in card.read_text()
+    assert push(finished, "--repo", "me/tiny", "--dry-run").exit_code == 0
+    assert card.read_text() == first
+    evaluated = ["evaluate", "--run", str(finished), "--num", "2", "--steps", "1"]
+    assert CliRunner().invoke(main, evaluated).exit_code == 0
+    push(finished, "--repo", "me/tiny", "--dry-run")
+    assert "On 2 captions of train pictures:" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("# tiny", "# tine"),
+        lambda text: text + "\n",
+        lambda text: "x" + text,
+        lambda text: text.replace("imagen-scale: ", "imagen-scale: 0"),
+    ],
+)
+def test_a_card_that_was_changed_by_a_letter_stays(finished, change):
+    card = finished / "README.md"
+    push(finished, "--repo", "me/tiny", "--dry-run")
+    changed = change(card.read_text())
+    card.write_text(changed)
+    done = push(finished, "--repo", "you/other", "--dry-run")
+    assert done.exit_code == 0 and "is taken as it is; delete it" in done.stderr
+    assert card.read_text() == changed
+
+
+def test_links_that_lead_nowhere_are_left_out(finished):
+    for name in ("unet1_step_00000009.png", "00099_0123abcd.png", "sheet_00099.png"):
+        (finished / "samples" / name).symlink_to("gone.png")
+    done = push(finished, "--repo", "me/tiny", "--dry-run")
+    assert done.exit_code == 0, done.output
+    names = [line.split()[-1] for line in done.stdout.splitlines()[:-1]]
+    assert not [name for name in names if "99" in name or "09.png" in name]
+    assert "samples/unet1_step_00000006.png" in names and "samples/sheet_00012.png" in names
+    assert len([name for name in names if name.startswith("samples/0")]) == 2 * 8
+
+
 def test_places_of_this_machine_are_said(tmp_path):
     run = tmp_path / "tiny"
     for number in (1, 2):

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from imagen_scale_export.staging import staged
 from support import ROOT
 from support.tiny import TINY, write_run
 
@@ -30,7 +31,7 @@ from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids
 from imagen_scale.report.page import OTHERS, QUARTERS, SAMPLES
 from imagen_scale.runs import records
 from imagen_scale.runs.checkpoint import commit, staging_folder
-from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.folders import export_dir, inference_path
 from imagen_scale.runs.records import read_metrics
 from imagen_scale.sampling.runtimes import manifest
 from imagen_scale.training.telemetry import Telemetry
@@ -291,6 +292,18 @@ def test_an_export_of_earlier_weights_or_one_that_failed_is_shown_as_such(run):
     assert "not compared yet" in report(run)[0].text
     inference_path(run, 1).unlink()
     assert "the weights it was made from are not here" in report(run)[0].text
+
+
+def test_what_exporting_leaves_beside_an_export_is_no_damage(run):
+    with staged(export_dir(run, 1, "onnx-fp16"), force=False) as folder:
+        page, done = report(run)  # while it is made
+        assert "damaged" not in done.output + page.text
+        shutil.copy(export_dir(run, 1, "onnx-fp32") / "manifest.json", folder)
+    assert (folder.parent / ".lock").is_file()
+    (folder.parent / "notes.txt").touch()  # the user's own
+    page, done = report(run)
+    assert "damaged" not in done.output + page.text
+    assert page.text.count("export/unet1/onnx-fp16 2.5 MB") == 1
 
 
 def test_the_page_goes_where_it_is_asked_to_and_replaces_an_earlier_one(run, tmp_path):

@@ -284,6 +284,8 @@ def test_installed_alone_the_command_draws_the_runs_picture(wheel, exported, bun
     [
         ([], "no prompt: give one or more"),
         (["sun", "--steps", "0"], "--steps 0: must be a whole number from 1 on"),
+        (["sun", "--steps", "101"], "--steps 101: U-Net 1 (16 px) has 100 times; take at most so"),
+        (["sun", "--steps", "100,101"], "--steps 101: U-Net 2 (32 px) has 100 times"),
         (["sun", "--steps", "1,2,3"], "--steps: 3 values for 2 stage(s)"),
         (["sun", "--cond-scale", "nan"], "--cond-scale nan: must be a finite number"),
         (["sun", "--seed", str(2**63)], "must be a whole number from 0 on, below 2^63"),

@@ -51,7 +51,7 @@ LONG = " ".join(["rocket"] * 20)  # more than max_text_len
 
 @pytest.fixture(scope="module")
 def server(run):
-    with served(run, limits=Limits(pictures=4, steps=100, prompt=200, body=2**12)) as one:
+    with served(run, limits=Limits(pictures=4, steps=99, prompt=200, body=2**12)) as one:
         until(lambda: one.engine.state == "ready")
         yield one
 
@@ -294,7 +294,7 @@ def test_pictures_of_a_caller_who_left_are_never_begun(run, stream):
 
 def test_a_caller_who_leaves_in_the_middle_ends_the_work(server):
     before = server.metric('pictures_total{outcome="dropped"}')
-    line = send(server, prompt="sun", stream=True, steps=100)
+    line = send(server, prompt="sun", stream=True, steps=99)
     while b"image_generation.progress" not in line.recv(4096):
         pass
     line.close()
@@ -345,7 +345,8 @@ def left_in_the_middle(server):
         ({"prompt": "sun", "n": 0}, 400, "n", "greater than or equal to 1"),
         ({"prompt": "sun", "n": True}, 400, "n", "valid integer"),
         ({"prompt": "sun", "n": "2"}, 400, "n", "valid integer"),
-        ({"prompt": "sun", "steps": 101}, 400, "steps", "steps 101: at most 100"),
+        ({"prompt": "sun", "steps": 100}, 400, "steps", "steps 100: at most 99"),
+        ({"prompt": "sun", "steps": 101}, 400, "steps", "has 100 times"),
         ({"prompt": "sun", "steps": [1, 2, 3]}, 400, "steps", "3 values for 2 stage"),
         ({"prompt": "sun", "steps": {"a": 1}}, 400, "steps", "steps {'a': 1}"),
         ({"prompt": "sun", "size": "0x0"}, 400, "size", "auto, 16x16, 32x32"),

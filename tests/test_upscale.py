@@ -67,7 +67,10 @@ def test_the_network_sees_the_picture(run, tmp_path):
         (("gone.png",), "gone.png: no such file"),
         (("broken.png",), "broken.png: not a picture"),
         (("in.png", "--unet", 1), "--unet 1: U-Net 1 makes pictures from text"),
+        (("in.png", "--unet", 0), "--unet 0: this cascade has U-Nets 1 to 2"),
+        (("in.png", "--unet", 3), "--unet 3: this cascade has U-Nets 1 to 2"),
         (("in.png", "--out", "there.png"), "there.png: exists already"),
+        (("in.png", "--out", "q.png"), "q.json: exists already; name another file with --out"),
         (("in.png", "--out", "x.jpg"), "x.jpg: pictures are written as PNG"),
         (("in.png", "--tile", 31), "--tile 31: U-Net 2 takes tiles in multiples of 2"),
         (("in.png", "--cond-scale", 3), "--cond-scale: guidance follows a text"),
@@ -79,7 +82,9 @@ def test_wrong_use_is_one_sentence(run, tmp_path, monkeypatch, options, message)
     picture().save("in.png")
     picture().save("there.png")
     (tmp_path / "broken.png").write_text("no")
+    (tmp_path / "q.json").write_text("of the user")
     done = cli("upscale", *options, "--run", run)
     assert done.exit_code == 2
     assert message in done.output
+    assert (tmp_path / "q.json").read_text() == "of the user"
     assert "Traceback" not in done.output

@@ -1,6 +1,8 @@
 """Reading a configuration: JSON text, overrides, and every problem at once."""
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ def parse_config(text: str, source: str = "config", overrides: tuple[str, ...] =
     # First and alone: other messages repeat what they saw.
     if secrets := secret_problems(data):
         raise _config_error(source, secrets)
+    if nul := next((text for text in _texts(data) if "\0" in text), None):
+        raise ConfigError(f"{source}: {nul[:20]!a}: holds a NUL, as no path may; remove it.")
     data = fill_in(data)
     try:
         # Through JSON again: its strict mode takes a list for a tuple, Python's does not.
@@ -72,6 +76,15 @@ def parse_config(text: str, source: str = "config", overrides: tuple[str, ...] =
 def dump_config(config: Config) -> str:
     """The configuration as JSON text that `parse_config` reads back to the same value."""
     return config.model_dump_json(indent=2) + "\n"
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Every string in JSON data, keys among them."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        inner = chain(*node.items()) if isinstance(node, dict) else node
+        yield from chain.from_iterable(map(_texts, inner))
 
 
 def _config_error(source: str, problems: list[str]) -> ConfigError:

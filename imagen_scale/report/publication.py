@@ -74,13 +74,18 @@ def uploads(run: Path, stages: Sequence[InferenceFile]) -> list[Upload]:
 def _pictures(run: Path, unets: int) -> Iterator[Path]:
     """The last grid of each stage, and the newest sheets, grids and pictures that were made."""
     for number in range(1, unets + 1):
-        yield from grid_paths(run, number)[-1:]
+        yield from _there(grid_paths(run, number))[-1:]
     made = samples_dir(run)
     for pattern in ("sheet_*.png", "grid_*.png", "[0-9]*_*.png"):
-        for path in sorted(made.glob(pattern))[-MOST_SAMPLES:]:
+        for path in _there(sorted(made.glob(pattern)))[-MOST_SAMPLES:]:
             yield path
             if (beside := path.with_suffix(".json")).is_file():
                 yield beside
+
+
+def _there(paths: list[Path]) -> list[Path]:
+    """Those that are files: a link may lead nowhere."""
+    return [path for path in paths if path.is_file()]
 
 
 def named_places(stages: Sequence[InferenceFile]) -> list[str]:

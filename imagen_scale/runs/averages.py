@@ -30,6 +30,8 @@ from imagen_scale.runs.inference import (
     stream_inference,
 )
 
+Shapes = dict[str, tuple[torch.dtype, Iterable[int]]]
+
 WORST = 0.1  # error of a mixture that still is the average it is called
 
 
@@ -85,7 +87,7 @@ def write_average(snapshots: Snapshots, width: float, path: Path) -> None:
         )
     file = snapshots.trained._replace(path=path, average=f"power function of width {width:g}")
     shapes = _shapes(snapshots.trained.path)
-    stream_inference(file, shapes, _mixed(snapshots, made, list(shapes)))
+    stream_inference(file, shapes, _mixed(snapshots, made, shapes))
 
 
 def install(run: Path, unet_number: int, width: float) -> None:
@@ -184,19 +186,17 @@ def restore(run: Path, unet_number: int) -> bool:
     return True
 
 
-def _shapes(path: Path) -> dict[str, tuple[torch.dtype, Iterable[int]]]:
+def _shapes(path: Path) -> Shapes:
     with safe_open(path, "pt") as file:
         return {name: (torch.float32, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
-def _mixed(
-    snapshots: Snapshots, made: Mixture, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
+def _mixed(snapshots: Snapshots, made: Mixture, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
     # What no step changed stays what it is: the shares of all steps add up to 1.
     shares = made.coefficients / made.coefficients.sum()
     with ExitStack() as opened:
-        files = [opened.enter_context(_snapshot(path)) for path in snapshots.files]
-        for name in names:
+        files = [opened.enter_context(_snapshot(path, shapes)) for path in snapshots.files]
+        for name in shapes:
             whole = None
             for read, share in zip(files, shares.tolist(), strict=True):
                 part = share * read(name).double()
@@ -206,13 +206,15 @@ def _mixed(
 
 
 @contextmanager
-def _snapshot(path: Path) -> Iterator[Callable[[str], Tensor]]:
+def _snapshot(path: Path, shapes: Shapes) -> Iterator[Callable[[str], Tensor]]:
     """Reads tensors of a saved average; CheckpointError where it has not what it should."""
     with ExitStack() as opened:
 
         def read(name: str) -> Tensor:
             with _whole(path):
                 tensor: Tensor = file.get_tensor(name)
+                if (found := list(tensor.shape)) != (wanted := list(shapes[name][1])):
+                    raise SafetensorError(f"{name} is {found}, not {wanted}")
                 return tensor
 
         with _whole(path):
