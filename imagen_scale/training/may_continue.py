@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from imagen_scale.config import Config, dump_config, parse_config
+from imagen_scale.config import Config, dump_config, load_config
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.split import split
 from imagen_scale.errors import ConfigError, DataError, UsageError
@@ -124,7 +124,7 @@ def check_run(
     others = _half_trained(config, run_dir, fresh) if fresh else []
     if fresh and not others:
         return
-    before = parse_config(saved.read_text(encoding="utf-8"), source=str(saved))
+    before = load_config(saved)
     refused, told = _changes(before, config)
     anew = tuple(f"unets.{number - 1}." for number in fresh)
     if refused := [change for change in refused if not change.startswith(anew)]:
