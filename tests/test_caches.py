@@ -2,12 +2,25 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support import stranger
+from support.tiny import TINY
 
 from imagen_scale.commands.doctor.finding import examined
-from imagen_scale.files.caches import LIBRARIES, cache_root, cannot_write, hub_home, operators_dir
+from imagen_scale.commands.main import main
+from imagen_scale.commands.train_process import run_folder
+from imagen_scale.config import parse_config
+from imagen_scale.files.caches import (
+    LIBRARIES,
+    cache_root,
+    cannot_write,
+    expanded,
+    hub_home,
+    operators_dir,
+)
 
 needs_stranger = pytest.mark.skipif(bool(stranger.why_not()), reason=str(stranger.why_not()))
 SETTLED = (
@@ -43,6 +56,38 @@ def test_where_things_are_kept(monkeypatch, variables, root, hub):
     assert str(operators_dir()).startswith(f"{root}/torch_extensions/")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/e")
     assert str(operators_dir()) == "/e"
+
+
+def test_a_home_is_put_in_where_there_is_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    found = {path: str(expanded(path)) for path in ("~", "~/x", "x/~", "~nobody-here/x")}
+    assert found == {"~": "/h", "~/x": "/h/x", "x/~": "x/~", "~nobody-here/x": "~nobody-here/x"}
+    assert expanded(Path("~/x")) == Path("/h/x")
+    config = parse_config(json.dumps(TINY), overrides=("logging.run_dir=~/x",))
+    assert run_folder(config, "tiny.json", None) == Path("/h/x")
+    assert run_folder(config, "tiny.json", "given") == Path("given")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("data.path={}", "data.names=null", "data.source=folder"), "data.path: '{}' is not a"),
+        (("data.path={}", "data.names=null", "data.source=webdataset"), "data.path: '{}'"),
+        (("data.path={}", "data.names=null", "data.source=huggingface"), "the data set '{}'"),
+        (("data.cache_dir={}",), "data.cache_dir: '{}': there is no home ~nobody-here here"),
+        (("imagen.text_encoder_name={}",), "'{}' is no local folder"),
+    ],
+)
+def test_a_home_that_is_not_there_is_one_sentence(tiny_config, tmp_path, monkeypatch, changes,
+                                                  message):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    named = "~nobody-here/x"
+    changes = [f"data.cache_dir={tmp_path / 'cache'}", *changes]
+    words = [word for change in changes for word in ("--set", change.format(named))]
+    done = CliRunner().invoke(main, ["prepare", "--config", str(tiny_config), *words])
+    assert done.exit_code == 2, done.output
+    assert message.format(named) in done.output and done.output.count("\n") == 1
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_room_is_the_remedy_of_a_full_disk_only():

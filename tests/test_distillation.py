@@ -185,6 +185,12 @@ def test_another_stage_than_the_teachers_is_refused(change, said, teacher, tmp_p
         find_teacher(configured(teacher, change), 1, tmp_path)
 
 
+def test_a_teacher_in_the_home_is_found(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(teacher.parent))
+    found = find_teacher(configured(f"~/{teacher.name}"), 1, tmp_path)
+    assert found.file.path == inference_path(teacher, 1)
+
+
 def test_an_unfinished_and_an_eps_teacher_are_refused_with_what_to_do(tmp_path):
     write_stage(tmp_path / "eps", 1)
     with pytest.raises(ConfigError, match="predicts the noise.*start_from=.*unets.0.pred_type=v"):

@@ -39,6 +39,11 @@ def test_one_run_or_one_for_each_unet(run, tmp_path):
         configured(f'training.start_from=["{run}"]')
 
 
+def test_a_run_in_the_home_is_found(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert find(configured(start(f"~/{run.name}")), tmp_path).file.path == inference_path(run, 1)
+
+
 def test_another_prediction_schedule_and_size_may_start_from_it(run, tmp_path):
     changes = ("unets.0.pred_type=v", 'unets.0.schedule={"type":"cosine"}',
                "imagen.image_sizes=[32,64]")  # fmt: skip

@@ -13,6 +13,7 @@ from imagen_scale.data.image_store import ImageStore, stored_sizes
 from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.sources.screening import usable_source
 from imagen_scale.data.storage import Progress
+from imagen_scale.errors import DataError
 from imagen_scale.files.caches import cache_root, expanded
 from imagen_scale.files.pictures import from_uint8
 
@@ -27,9 +28,21 @@ class Prepared(NamedTuple):
 
 
 def cache_dir(config: Config) -> Path:
-    """Folder of prepared data: `data.cache_dir`, or `cache_root`."""
+    """Folder of prepared data: `data.cache_dir`, or `cache_root`.
+
+    Raises:
+        DataError: If it is in a home that is not there.
+    """
     named = config.data.cache_dir
-    return cache_root() if named is None else expanded(named)
+    if named is None:
+        return cache_root()
+    folder = expanded(named)
+    if str(folder).startswith("~"):
+        raise DataError(
+            f"data.cache_dir: {named!r}: there is no home {folder.parts[0]} here; name a folder "
+            f"(./{folder} is one beside you)."
+        )
+    return folder
 
 
 def prepare(config: Config, progress: Progress | None = None, size: int | None = None) -> Prepared:
