@@ -440,6 +440,15 @@ def test_few_steps_are_sampled_as_they_learned_it(bundled, tmp_path):
             cascade.settings(**wrong)
 
 
+def test_steps_of_a_bundle_are_no_more_than_its_times(bundled, tmp_path):
+    folder = shutil.copytree(bundled, tmp_path / "bundle")
+    facts = json.loads((folder / "bundle.json").read_text())
+    facts["stages"][1]["settings"]["steps"] = 300  # as bundles had it before that was refused
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    first, second = Cascade(folder).settings()
+    assert (first.steps, second.steps) == (facts["stages"][0]["settings"]["steps"], 100)
+
+
 def test_graphs_are_freed_when_they_are_not_kept(bundled):
     kept, freed = Cascade(bundled), Cascade(bundled, keep=False)
     for cascade in (kept, freed):

@@ -84,7 +84,9 @@ def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
                     f"{option(name)} {chosen[name]}: {stage.name} learned to take few steps in "
                     f"its own way; leave {option(name)} out."
                 )
-    if chosen["steps"] > stage.schedule.timesteps:
+    if asked["steps"] is None:  # of a bundle from before steps were held to the times
+        chosen["steps"] = min(chosen["steps"], stage.schedule.timesteps)
+    elif chosen["steps"] > stage.schedule.timesteps:
         raise UsageError(
             f"{option('steps')} {chosen['steps']}: {stage.name} has {stage.schedule.timesteps} "
             f"times; take at most so many."
