@@ -137,6 +137,8 @@ class Checker:
         if script == "launch/train.py":
             self._parse(train_process.command, script, words)
             return
+        if "@write_option(" in text:
+            text += '"--write"'
         for word in words:
             option = word.partition("=")[0]
             if option.startswith("--") and f'"{option}"' not in text:
