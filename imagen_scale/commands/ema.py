@@ -7,7 +7,7 @@ import click
 
 from imagen_scale.commands.console import Progress, open_console, say
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.options import Number
+from imagen_scale.commands.options import Number, named_here
 from imagen_scale.errors import UsageError
 
 
@@ -59,14 +59,12 @@ def ema(
     """
     if sum((width is not None, pick, take_best, restore)) > 1:
         raise UsageError("--width, --pick, --best and --restore: give one of them.")
-    is_given = click.get_current_context().get_parameter_source
-    for name in ("num", "features", "steps", "cond_scale", "as_json"):
-        is_asked = is_given(name) is click.core.ParameterSource.COMMANDLINE
-        if is_asked and (width is not None or take_best or restore):
-            raise UsageError(
-                f"--{name.removeprefix('as_').replace('_', '-')}: goes with measuring, alone or "
-                f"with --pick; leave it out."
-            )
+    of_measuring = named_here("num", "features", "steps", "cond_scale", "as_json")
+    if of_measuring and (width is not None or take_best or restore):
+        raise UsageError(
+            f"--{of_measuring[0].removeprefix('as_').replace('_', '-')}: goes with measuring, "
+            f"alone or with --pick; leave it out."
+        )
     from imagen_scale.config import load_config
     from imagen_scale.runs import averages
     from imagen_scale.runs.folders import config_path, find_run

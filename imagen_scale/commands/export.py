@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.options import run_option, unfinished_option, whole_number
+from imagen_scale.commands.options import named_here, run_option, unfinished_option, whole_number
 from imagen_scale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,10 +62,9 @@ def export(context: click.Context, **options: Any) -> None:
     if context.invoked_subcommand is None:
         is_bundle, out = options.pop("bundle"), options.pop("out")
         if is_bundle:
-            for name in ("batch", "target"):
-                options.pop(name)
-                if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                    raise UsageError(f"--{name}: is an engine's, and a bundle holds none.")
+            if of_engines := named_here("batch", "target"):
+                raise UsageError(f"--{of_engines[0]}: is an engine's, and a bundle holds none.")
+            del options["batch"], options["target"]
             _bundle(out=out, **options)
         elif out is not None:
             raise UsageError("--out: goes with --bundle; an export lies in its run.")

@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.sampling.option_facts import OptionFacts, facts_of
@@ -17,6 +18,12 @@ unet_limit_option = click.option("--unet-limit", type=int, help="Only the first 
 unfinished_option = click.option(
     "--allow-unfinished", is_flag=True, help="Accept stages whose training has not ended."
 )
+
+
+def named_here(*names: str) -> list[str]:
+    """Of a command's parameters those that stand on its command line, default or not."""
+    source = click.get_current_context().get_parameter_source
+    return [name for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
 def whole_number(text: str) -> int:

@@ -31,7 +31,7 @@ def staging_folder(parent: Path, step: int) -> Path:
     Raises:
         DiskProblem: If something else than a folder stands where the checkpoint is to go.
     """
-    final = _final(parent, step)
+    final = checkpoint_path(parent, step)
     if os.path.lexists(final) and not final.is_dir():
         raise DiskProblem(
             f"{final}: stands where the checkpoint is to go and is no folder. Move it elsewhere."
@@ -70,7 +70,7 @@ def commit(staging: Path, step: int, facts: dict[str, Any]) -> Path:
     sync(manifest)
     for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
         sync(folder)
-    final = _final(staging.parent, step)
+    final = checkpoint_path(staging.parent, step)
     if final.exists():  # the same step again, after a resume that fell back behind it
         _discard(final)
     staging.rename(final)
@@ -175,7 +175,8 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _final(parent: Path, step: int) -> Path:
+def checkpoint_path(parent: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a U-Net's folder."""
     return parent / f"step_{step:08d}"
 
 

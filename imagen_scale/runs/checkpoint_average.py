@@ -10,7 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imagen_scale.errors import UsageError, option
-from imagen_scale.runs.checkpoint import list_checkpoints, step_of, verify_checkpoint
+from imagen_scale.runs.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    step_of,
+    verify_checkpoint,
+)
 from imagen_scale.runs.folders import unet_dir
 from imagen_scale.runs.inference import InferenceFile, stream_inference
 from imagen_scale.runs.shares import Fragment, SavedShares
@@ -53,8 +58,7 @@ def averaged_at(run: Path, trained: InferenceFile, step: int) -> Iterator[Infere
         UsageError: If there is none.
     """
     check_step(run, trained.unet_number, step)
-    parent = unet_dir(run, trained.unet_number)
-    folder = parent / f"step_{step:08d}"
+    folder = checkpoint_path(unet_dir(run, trained.unet_number), step)
     verify_checkpoint(folder)
     with (
         tempfile.TemporaryDirectory(prefix=".average_", dir=run) as place,

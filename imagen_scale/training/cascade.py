@@ -71,9 +71,10 @@ def train(
     # anything is written.
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
-        check_in_backward(config.stage(number), world_size())
         if config.memory.budget is None:
             written_setup(config.stage(number), world_size(), on_card=False)
+        else:  # what is planned comes after the data
+            check_in_backward(config.stage(number), world_size())
     check_run(config, run_dir, say, resume=resume, fresh=numbers if fresh else [])
     origins = find_origins(config, numbers, run_dir, fresh=fresh)
     for number in numbers:

@@ -42,10 +42,8 @@ def choose_setup(
         EnvironmentProblem: If nothing fits `memory.budget`.
         ConfigError: If the batch sizes do not fit the number of processes.
     """
-    asked, kept = (
-        _asked(stage, found.ranks),
-        read_kept(setup_path(run_dir, stage.number), _Kept),
-    )
+    asked = _asked(stage, found.ranks)
+    kept = read_kept(setup_path(run_dir, stage.number), _Kept)
     if kept is not None and kept.asked == asked:
         return kept.setup
     machine = budget_machine(stage.memory, found)

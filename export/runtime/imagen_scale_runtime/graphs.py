@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -19,6 +18,7 @@ from .errors import (
     option,
 )
 from .sampling.card_loss import card_lost, is_card_lost
+from .sampling.openvino_core import core_of
 
 Runtime = Literal["onnx", "openvino"]
 CPU = "CPUExecutionProvider"
@@ -121,7 +121,7 @@ class Engine(NamedTuple):
         config = {"INFERENCE_PRECISION_HINT": "f32"}
         if self.threads:
             config["INFERENCE_NUM_THREADS"] = str(self.threads)
-        compiled = _core().compile_model(str(path), "CPU", config)
+        compiled = core_of(_openvino()).compile_model(str(path), "CPU", config)
 
         def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
             with _computing(path):
@@ -158,17 +158,6 @@ def _onnxruntime() -> Any:
             "for NVIDIA cards."
         ) from None
     return onnxruntime
-
-
-@cache
-def _core() -> Any:
-    """OpenVINO itself, once and to the end of the process.
-
-    The CPU plug-in of each `Core` gives its thread a stack for signal handlers, and gives the one
-    before it back when it goes. Two that do not go in reverse order leave the thread with a stack
-    that is no more: the next signal, as of a child that ends, is a segmentation fault.
-    """
-    return _openvino().Core()
 
 
 def _openvino() -> Any:

@@ -17,6 +17,7 @@ from imagen_scale.errors import ExportError, ShapeError, UsageError, option
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.runs.folders import export_dir
 from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.sampling.openvino_core import core_of
 from imagen_scale.sampling.runtimes.checks import check_files, check_origin
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.executors import Backend, Executor
@@ -28,7 +29,7 @@ from imagen_scale.sampling.runtimes.manifest import (
     read_manifest,
 )
 from imagen_scale.sampling.runtimes.onnx_runtime import onnx_backend
-from imagen_scale.sampling.runtimes.openvino_cpu import openvino_backend, openvino_core
+from imagen_scale.sampling.runtimes.openvino_cpu import import_openvino, openvino_backend
 from imagen_scale.sampling.runtimes.ports import DEEP, Precision, graph_name
 from imagen_scale.sampling.runtimes.tensorrt_rtx import tensorrt_backend
 from imagen_scale.sampling.runtimes.torch_unet import empty_unet
@@ -352,7 +353,8 @@ def _preferred(kind: str, device: torch.device) -> tuple[Precision, ...]:
 
 
 def _openvino_bf16(precision: Precision | None) -> bool:
-    capabilities: Any = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    core = core_of(import_openvino())
+    capabilities: Any = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and "BF16" not in capabilities:
         raise UsageError(
             f"{option('precision')} bf16: this processor computes bf16 no faster; use fp32."

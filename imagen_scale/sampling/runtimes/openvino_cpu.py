@@ -1,7 +1,6 @@
 """Graphs in OpenVINO, on the CPU."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import ExportError, MissingExtraError, option
+from imagen_scale.sampling.openvino_core import core_of
 from imagen_scale.sampling.runtimes.executors import Backend, computing
 
 # OpenVINO ---------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         try:
-            self.model = openvino_core().compile_model(path, "CPU", hints)
+            self.model = core_of(import_openvino()).compile_model(path, "CPU", hints)
         except RuntimeError as error:
             raise ExportError(f"{path}: OpenVINO cannot load it: {first_line(error)}") from None
         self.device = torch.device("cpu")
@@ -50,17 +50,6 @@ class OpenVino:
     def close(self) -> None:
         """Frees the compiled graph."""
         del self.model
-
-
-@cache
-def openvino_core() -> Any:
-    """OpenVINO's `Core`, once and to the end of the process; MissingExtraError without it.
-
-    The CPU plug-in of each `Core` gives its thread a stack for signal handlers, and gives the one
-    before it back when it goes. Two that do not go in reverse order leave the thread with a stack
-    that is no more: the next signal, as of a child that ends, is a segmentation fault.
-    """
-    return import_openvino().Core()
 
 
 def import_openvino() -> Any:

@@ -1,0 +1,1 @@
+../../../../imagen_scale/sampling/openvino_core.py
