@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
 SHOWN, STEPS, SCALE = 8, 25, 2.0
 PACKAGE, OTHER = "MinImagen 0.0.9", "imagen-pytorch 2.1.0"
-PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02")
+PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02",
+         "imagen.dynamic_thresholding_percentile=0.95")  # fmt: skip
 MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
 NOISE = (*PLAIN, "training.lr=0.002", "training.lowres_aug_max=0.2")
 # Changes to the demo's configuration.

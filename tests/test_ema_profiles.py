@@ -98,7 +98,7 @@ def growth(profile):
 def run(tmp_path):
     """A run whose first stage left averages: weights that grow with every step."""
     run = tmp_path / "run"
-    write_run(run)
+    write_run(run, overrides=("imagen.timesteps=21",))
     file = read_inference(inference_path(run, 1))
     file = file._replace(step=STEPS, steps=STEPS)
     weights = load_file(file.path)
@@ -225,6 +225,8 @@ def test_the_command_measures_and_picks(run):
     assert read_inference(inference_path(run, 1)).average == ""  # nothing is changed
     # The other averages are noise beside weights that were trained little.
     assert min(found, key=lambda one: one["x_0_error"])["width"] is None
+    drawn = json.loads(told("--num", "3", "--json", "--features", "efficientnet-lite0"))
+    assert all(math.isfinite(one["kid"]) for one in drawn)  # in 21 steps: there are no 25 times
     assert "training's own average is the best" in told("--num", "3", "--pick")
     assert "samples from the average of width 0.1" in told("--width", "0.1")
     assert "samples from training's own average" in told("--restore")

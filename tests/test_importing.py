@@ -278,6 +278,21 @@ def test_parameters_of_imagen_pytorch_become_a_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(True, 0.95), (False, None), ([False, False], None), ([False, True], 0.95)],
+)
+def test_predictions_that_were_only_cut_off_still_are(tmp_path, theirs, ours):
+    path = tmp_path / "theirs.json"
+    imagen = PYTORCH["imagen"] | {"dynamic_thresholding": theirs}
+    path.write_text(json.dumps(PYTORCH | {"imagen": imagen}))
+    done = cli("import-config", path)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["imagen"]["dynamic_thresholding_percentile"] == ours
+    note = "imagen.dynamic_thresholding_percentile: all U-Nets have one here, or none"
+    assert (note in done.stderr) == (theirs == [False, True])
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"type": "elucidated"}, "'elucidated' models have no counterpart"),

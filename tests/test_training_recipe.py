@@ -24,7 +24,8 @@ def test_one_word_changes_the_seeds_block_and_says_what():
     assert stage.unet.schedule.type == "cosine"
     assert told_of_recipe(modern) == (
         "training.recipe modern: unets.0.pred_type x0, unets.0.schedule cosine, "
-        "training.loss_weight v_clipped, training.lr 0.0005"
+        "training.loss_weight v_clipped, training.lr 0.0005; written otherwise and kept: "
+        "imagen.dynamic_thresholding_percentile 0.9 (the recipe: null)"
     )
 
 
@@ -34,6 +35,7 @@ def test_what_is_written_is_kept_and_named():
     assert config.unets[1].pred_type == "v"  # written there
     assert config.training.lr == 1e-3
     told = told_of_recipe(config)
+    assert "imagen.dynamic_thresholding_percentile null" in told
     assert "written otherwise and kept: unets.1.pred_type v (the recipe: x0), " in told
     assert told.endswith("training.lr 0.001 (the recipe: 0.008)")
 
@@ -41,7 +43,7 @@ def test_what_is_written_is_kept_and_named():
 @pytest.mark.parametrize("written", ["null", '{"shift_from":64}', '{"type":"linear"}'])
 def test_a_schedule_that_is_written_is_told_whatever_of_it_is(written):
     config = load_config(SEEDS_BLOCK, ("training.recipe=modern", f"unets.0.schedule={written}"))
-    kind = "none" if written == "null" else "linear"
+    kind = "null" if written == "null" else "linear"
     assert f"unets.0.schedule {kind} (the recipe: cosine)" in told_of_recipe(config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from imagen_scale.config import StageConfig
 from imagen_scale.data.encoder import encoder_folder
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ExportError, UsageError
@@ -27,6 +28,7 @@ from imagen_scale.sampling.runtimes.bundle import (
     Schedule,
     StagePart,
     TextPart,
+    Thresholding,
 )
 from imagen_scale.sampling.runtimes.exported import export_folder, load_conditioner, open_export
 from imagen_scale.sampling.runtimes.manifest import (
@@ -166,10 +168,8 @@ def _write_stage(
         dynamic_size=manifest.dynamic_size,
         max_text_len=stage.unet.max_text_len,
         pred_type=stage.unet.pred_type,
-        thresholding=(
-            "none" if stage.few_steps else "clamp" if stage.unet.lowres_residual else "dynamic"
-        ),
-        percentile=stage.imagen.dynamic_thresholding_percentile,
+        thresholding=thresholding(stage),
+        percentile=stage.threshold or 1.0,  # of nothing but "dynamic"
         lowres_time=schedule.level_to_time(lowres_level) if stage.is_super_resolution else None,
         lowres_residual=stage.unet.lowres_residual,
         few_steps=stage.few_steps is not None,
@@ -181,6 +181,13 @@ def _write_stage(
         denoiser_unguided=_unguided(manifest),
         verification=manifest.verification,
     )
+
+
+def thresholding(stage: StageConfig) -> Thresholding:
+    """What a program without torch does to the clean picture that a stage predicts."""
+    if stage.few_steps:
+        return "none"
+    return "clamp" if stage.threshold is None else "dynamic"
 
 
 def _unguided(manifest: Manifest) -> Graph:

@@ -218,7 +218,10 @@ def _loop(
     def threshold(x_0: Tensor) -> Tensor:
         if constants.steps is not None:
             return x_0
-        return dynamic_threshold(x_0, constants.dynamic_thresholding_percentile)
+        percentile = constants.dynamic_thresholding_percentile
+        if percentile is None or constants.lowres_residual:
+            return x_0.clamp(-1, 1)
+        return dynamic_threshold(x_0, percentile)
 
     def exported(x_t: Tensor, t: Tensor) -> Tensor:
         return bound(x_t.to(runtime.device), t.to(runtime.device)).cpu()

@@ -25,8 +25,8 @@ from imagen_scale.errors import UsageError
 @click.option("--num", type=click.IntRange(min=2), default=256, show_default=True,
               help="Pictures measured on.")  # fmt: skip
 @click.option("--features", help="Pick by KID on this network (see `evaluate`), which samples.")
-@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True,
-              help="Sampling steps for KID.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1),
+              help="Sampling steps for KID; default 25, or all that there are.")  # fmt: skip
 @click.option(
     "--cond-scale", type=Number(), default=2.0, show_default=True, help="Guidance for KID."
 )
@@ -41,7 +41,7 @@ def ema(
     restore: bool,
     num: int,
     features: str | None,
-    steps: int,
+    steps: int | None,
     cond_scale: float,
     as_json: bool,
 ) -> None:
@@ -87,10 +87,11 @@ def ema(
         from imagen_scale.evaluation.averages import best, measure_averages
         from imagen_scale.sampling.options import SamplingOptions
 
+        counted = {} if steps is None else {"steps": steps}
         with Progress() as progress:
             measured = measure_averages(
                 run_dir, unet, num=num, features=features,
-                options=SamplingOptions.make(steps=steps, cond_scale=cond_scale),
+                options=SamplingOptions.make(cond_scale=cond_scale, **counted),
                 progress=progress, say=say,
             )  # fmt: skip
         _show(measured, as_json)

@@ -61,10 +61,11 @@ class ImagenConfig(Section):
     auto_normalize_img: Literal[True] = Field(
         True, description="Pictures are scaled from [0, 1] to [-1, 1]; always so here."
     )
-    dynamic_thresholding_percentile: Annotated[float, Field(gt=0, le=1)] = Field(
+    dynamic_thresholding_percentile: Annotated[float, Field(gt=0, le=1)] | None = Field(
         0.9,
         description="Sampling: the predicted picture is scaled down where this percentile "
-        "of its absolute values is above 1 (Imagen paper, section 2.3).",
+        "of its absolute values is above 1 (Imagen paper, section 2.3); null: values beyond -1 "
+        "and 1 are cut off and the others stay. Stages of lowres_residual are always cut off.",
     )
     only_train_unet_number: PositiveInt | None = Field(
         None, description="Train this U-Net only (1-based), as `--unet` does."

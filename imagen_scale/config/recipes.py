@@ -41,6 +41,7 @@ def modern(data: dict[str, Any]) -> list[Change]:
         if i > 0 and unet.get("pred_type", "x0") == "x0"  # what it corrects is a picture
     ]
     changes.append(Change(("training", "loss_weight"), "v_clipped"))
+    changes.append(Change(("imagen", "dynamic_thresholding_percentile"), None))
     dims = [unet.get("dim", 128) for unet in unets]
     if all(isinstance(dim, int) and dim > 0 for dim in dims):
         rates = [float(f"{LR_TIMES_DIM / dim:.1g}") for dim in dims]
@@ -100,4 +101,6 @@ def _is_same(value: Any, wanted: Any) -> bool:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "null"
     return value["type"] if isinstance(value, dict) else str(value).lower()

@@ -110,6 +110,17 @@ class StageConfig:
         return self.imagen.image_sizes[self.number - 2] if self.number > 1 else None
 
     @property
+    def threshold(self) -> float | None:
+        """Percentile of dynamic thresholding; None: values beyond [-1, 1] are cut off.
+
+        A picture that is corrected lies where it belongs already: to scale one on white paper
+        down for the values that a correction takes beyond white would only move its colours.
+        """
+        if self.unet.lowres_residual:
+            return None
+        return self.imagen.dynamic_thresholding_percentile
+
+    @property
     def train_size(self) -> int:
         """Side of the pictures that training computes: the crop's where there is one."""
         return self.unet.crop or self.size

@@ -191,6 +191,12 @@ def _map_pytorch(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: lis
         head = unet.pop("attn_dim_head", 32)
         if head != 64:
             notes.append(f"unets.{i}: attention heads are 64 wide here, not {head}")
+    thresholded = imagen.pop("dynamic_thresholding", True)
+    dynamic = {bool(_of_unet(thresholded, i)) for i in range(len(unets))}
+    if dynamic == {False}:
+        imagen["dynamic_thresholding_percentile"] = None
+    elif False in dynamic:
+        notes.append("imagen.dynamic_thresholding_percentile: all U-Nets have one here, or none")
     for key in ("pred_objectives", "noise_schedules", "random_crop_sizes"):
         imagen.pop(key, None)
     notes.append("the networks differ inside: these parameters describe a new training")

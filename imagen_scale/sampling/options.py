@@ -67,7 +67,8 @@ class SamplingOptions(OptionModel):
     threshold: PerUnet[Annotated[float, Field(gt=0, le=1)] | None] = Field(
         None,
         description="Percentile of dynamic thresholding, above 0 and at most 1; by default the "
-        "configuration's, and none for stages of `lowres_residual`, which are clamped.",
+        "configuration's (`dynamic_thresholding_percentile`), which may be none; nor has a stage "
+        "of `lowres_residual` one. Without it values beyond -1 and 1 are cut off.",
     )
     guidance_interval: PerUnet[str | None] = Field(
         None,
@@ -118,9 +119,8 @@ class SamplingOptions(OptionModel):
                 )
             if columns["spacing"][i] == "auto":
                 columns["spacing"][i] = default_spacing(stage)
-            # What corrects a picture is clamped, unless a percentile is asked for.
-            if columns["threshold"][i] is None and not stage.unet.lowres_residual:
-                columns["threshold"][i] = stage.imagen.dynamic_thresholding_percentile
+            if columns["threshold"][i] is None:
+                columns["threshold"][i] = stage.threshold
         settings = [
             StageSettings(**dict(zip(columns, row, strict=True)))
             for row in zip(*columns.values(), strict=True)

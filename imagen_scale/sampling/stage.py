@@ -357,9 +357,8 @@ def denoiser_of(
 def thresholding(stage: StageConfig, percentile: float | None) -> Callable[[Tensor], Tensor]:
     """What is done to a predicted clean picture.
 
-    One that is corrected lies where it belongs already: to scale a picture on white paper down for
-    the values that a correction takes beyond white would only move its colours. What a stage of few
-    steps predicts before its last one is no picture, but leads to where the next step begins.
+    What a stage of few steps predicts before its last one is no picture, but leads to where the
+    next step begins.
 
     Args:
         stage: That predicts it.
@@ -367,9 +366,9 @@ def thresholding(stage: StageConfig, percentile: float | None) -> Callable[[Tens
     """
     if percentile is None and stage.few_steps is not None:
         return lambda x_0: x_0
-    if percentile is None and stage.unet.lowres_residual:
+    chosen = percentile or stage.threshold
+    if chosen is None:
         return lambda x_0: x_0.clamp(-1, 1)
-    chosen = percentile or stage.imagen.dynamic_thresholding_percentile
     return lambda x_0: dynamic_threshold(x_0, chosen)
 
 

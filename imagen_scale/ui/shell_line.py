@@ -24,7 +24,7 @@ def sample_command(
     run: Path,
     *,
     num_unets: int,
-    threshold: float,
+    threshold: float | None,
     allow_unfinished: bool = False,
 ) -> str:
     """`imagen-scale sample ...` with all that the picture depends on.

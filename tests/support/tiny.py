@@ -73,10 +73,10 @@ def write_stage(
     return unet
 
 
-def write_run(run: Path) -> Path:
+def write_run(run: Path, *, overrides: Sequence[str] = ()) -> Path:
     """Writes both stages; gives the run's folder back."""
     for number in (1, 2):
-        write_stage(run, number)
+        write_stage(run, number, overrides=overrides)
     return run
 
 

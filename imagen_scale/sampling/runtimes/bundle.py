@@ -21,6 +21,9 @@ BUNDLE_SCHEMA = 1
 TEXT_ENCODER, TOKENIZER = "text_encoder.onnx", "tokenizer.json"
 SCHEDULE, NULL_TEXT = "schedule.json", "null_text.json"
 
+# "dynamic" by a percentile, "clamp" to [-1, 1], or "none" before the last step.
+Thresholding = Literal["dynamic", "clamp", "none"]
+
 
 class Schedule(Section):
     """`schedule.json` of a stage: T times, of which T - 1 is all noise."""
@@ -75,8 +78,7 @@ class StagePart(Section):
     dynamic_size: bool
     max_text_len: int
     pred_type: PredType
-    # "dynamic" thresholding by `percentile`, "clamp" to [-1, 1], or "none" before the last step.
-    thresholding: Literal["dynamic", "clamp", "none"]
+    thresholding: Thresholding
     percentile: float
     lowres_time: int | None  # of the noise on the enlarged picture; None for the base
     lowres_residual: bool  # whether the prediction is added to the enlarged picture

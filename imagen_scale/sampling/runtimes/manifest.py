@@ -74,7 +74,7 @@ class SamplerConstants(Section):
     timesteps: int
     betas_sha256: str
     image_size: int
-    dynamic_thresholding_percentile: float
+    dynamic_thresholding_percentile: float | None
     lowres_sample_noise_level: float
     # Exports made before there were these have neither.
     schedule: ScheduleConfig | None = None

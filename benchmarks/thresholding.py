@@ -1,0 +1,57 @@
+"""What dynamic thresholding does to colours, on captions that were held out.
+
+\b
+    python benchmarks/quality.py --seeds 1 --steps 500 --only modern
+    python benchmarks/thresholding.py runs/quality/4_0 --write docs/sampling.md
+
+Measures the base stage of a run that has held-out pictures and cuts values off
+(imagen.dynamic_thresholding_percentile null), as it is and by percentiles, at several guidances.
+The run's evaluation.json is the last one's then.
+"""  # noqa: D301 - click reads the backspace
+
+from pathlib import Path
+
+import click
+from guidance_interval import measured
+from report import machine, table, write_between_marks, write_option
+
+MARK = "thresholding"
+GUIDANCES = (2.0, 3.0, 5.0)
+PERCENTILES = (None, 0.95, 0.995)
+COLUMNS = ("guidance", "percentile", "KID x 1000", "retrieval", "drift of colours, of 255",
+           "of their spread")  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--num", type=click.IntRange(min=2), default=128, show_default=True,
+              help="Held-out captions.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
+@write_option(MARK)
+def main(run: Path, num: int, steps: int, write: Path | None) -> None:
+    """See the module."""
+    rows = []
+    for guidance in GUIDANCES:
+        for percentile in PERCENTILES:
+            words = ["--cond-scale", str(guidance)]
+            if percentile is not None:
+                words += ["--threshold", str(percentile)]
+            captions, stage = measured(run, num, steps, words)
+            rows.append([
+                f"{guidance:g}", "cut off" if percentile is None else f"{percentile:g}",
+                f"{1000 * stage['kid']:.0f}", f"{stage['retrieval_accuracy']:.0%}",
+                f"{255 * stage['colour_mean_drift']:+.1f}",
+                f"{255 * stage['colour_std_drift']:+.1f}",
+            ])  # fmt: skip
+            click.echo(" | ".join(rows[-1]), err=True)
+    text = (
+        f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps; "
+        f"chance of retrieval {1 / captions:.1%}. {machine('torch')}"
+    )
+    click.echo(text)
+    if write is not None:
+        write_between_marks(write, MARK, text)
+
+
+if __name__ == "__main__":
+    main()
