@@ -225,7 +225,8 @@ def test_the_command_measures_and_picks(run):
     assert read_inference(inference_path(run, 1)).average == ""  # nothing is changed
     # The other averages are noise beside weights that were trained little.
     assert min(found, key=lambda one: one["x_0_error"])["width"] is None
-    drawn = json.loads(told("--num", "3", "--json", "--features", "efficientnet-lite0"))
+    words = ("--num", "2", "--json", "--cond-scale", "1", "--features", "efficientnet-lite0")
+    drawn = json.loads(told(*words))
     assert all(math.isfinite(one["kid"]) for one in drawn)  # in 21 steps: there are no 25 times
     assert "training's own average is the best" in told("--num", "3", "--pick")
     assert "samples from the average of width 0.1" in told("--width", "0.1")
