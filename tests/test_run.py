@@ -53,6 +53,22 @@ def test_what_makes_it_another_run_is_refused_by_name(run, change):
     assert check(run, change, fresh=[1, 2]) == []
 
 
+def test_another_spelling_of_a_folder_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def places(data, first):
+        start = json.dumps([str(first), None])
+        return f'data={{"source":"folder","path":"{data}"}}', f"training.start_from={start}"
+
+    open_run(config(*places("pictures", "a")), tmp_path / "run", fresh=[])
+    assert check(tmp_path / "run", *places("./pictures/", "~/a")) == []
+    assert check(tmp_path / "run", *places(tmp_path / "pictures", tmp_path / "a")) == []
+    for other in (places("others", "a"), places("pictures", "b")):
+        with pytest.raises(ConfigError, match=r"(data\.path|training\.start_from): .* -> "):
+            check(tmp_path / "run", *other)
+
+
 def test_one_stage_anew_does_not_change_what_the_other_was_begun_with(run):
     begun = run / "unet2" / "step_00000003"
     begun.mkdir(parents=True)

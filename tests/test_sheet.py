@@ -63,7 +63,7 @@ def test_rows_and_columns_and_what_all_have_in_common():
             assert (options.cond_scale, options.steps, options.seed) == (scale, steps, 7)
     prompts = plan_sheet(["sun", "key"], {"steps": [1, 2]})
     assert prompts.rows.captions == ["sun", "key"] and prompts.columns.name == "steps"
-    assert plan_sheet(["sun"], {}).columns.captions == ["sun"]
+    assert plan_sheet([" red\nsun"], {}).columns.captions == ["red sun"]  # a line of its own
 
 
 @pytest.mark.parametrize(

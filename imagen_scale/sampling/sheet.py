@@ -37,7 +37,7 @@ class Axis(NamedTuple):
     def captions(self) -> list[str]:
         """What is written beside each."""
         if self.name == PROMPT:
-            return [str(value) for value in self.values]
+            return [" ".join(str(value).split()) for value in self.values]
         label = {"cond_scale": "guidance"}.get(self.name, self.name.replace("_", " "))
         return [f"{label} {_text(value)}" for value in self.values]
 

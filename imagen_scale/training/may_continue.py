@@ -10,6 +10,7 @@ from imagen_scale.data.sources.opening import Source
 from imagen_scale.data.split import split
 from imagen_scale.errors import ConfigError, DataError, UsageError
 from imagen_scale.files.atomic import clear_temporary, write_atomically
+from imagen_scale.files.caches import expanded
 from imagen_scale.runs.checkpoint import list_checkpoints
 from imagen_scale.runs.folders import (
     config_path,
@@ -42,6 +43,10 @@ _MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
                  "tf32", "cudnn_benchmark", "compile", "channels_last", "deterministic",
                  *_TOLD),
 }  # fmt: skip
+
+
+# Folders, which have several spellings.
+_PLACES = ("data.path", "text.encoder", "training.start_from", "distill.teacher")
 
 
 def unet_numbers(config: Config, asked: int | None) -> list[int]:
@@ -189,6 +194,12 @@ def open_run(
         )
 
 
+def _place(written: Any) -> Any:
+    if isinstance(written, list):
+        return [_place(one) for one in written]
+    return expanded(written).resolve() if isinstance(written, str) else written
+
+
 def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """Differences as 'key: old -> new': those that make it another run, and those to be told."""
     refused: list[str] = []
@@ -197,7 +208,7 @@ def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     def compare(path: str, old: Any, new: Any) -> None:
         section, _, key = path.partition(".")
         allowed = _MAY_CHANGE.get(section, ())
-        if old == new or allowed is None:
+        if old == new or allowed is None or (path in _PLACES and _place(old) == _place(new)):
             return
         if key in allowed:
             if section == "training" and key in _TOLD:
