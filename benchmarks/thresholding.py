@@ -16,7 +16,7 @@ from guidance_interval import measured
 from report import machine, table, write_between_marks, write_option
 
 MARK = "thresholding"
-GUIDANCES = (2.0, 3.0, 5.0)
+GUIDANCES = (2.0, 3.0)
 PERCENTILES = (None, 0.95, 0.995)
 COLUMNS = ("guidance", "percentile", "KID x 1000", "retrieval", "drift of colours, of 255",
            "of their spread")  # fmt: skip
