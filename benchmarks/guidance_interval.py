@@ -23,8 +23,8 @@ from imagen_scale.runs.folders import evaluation_path
 MARK = "guidance-interval"
 # The last row is guidance in no step.
 INTERVALS = ("0:1", "0.2:1", "0.4:1", "0:0.8", "0:0.6", "0.2:0.8", None)
-COLUMNS = ("guidance in", "evaluations a picture", "KID x 1000", "retrieval",
-           "drift of colours, of 255", "of their spread")  # fmt: skip
+MEASURES = ("KID x 1000", "retrieval", "drift of colours, of 255", "of their spread")
+COLUMNS = ("guidance in", "evaluations a picture", *MEASURES)
 
 
 @click.command(help=__doc__)
@@ -44,11 +44,8 @@ def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None)
         captions, stage = measured(run, num, steps, words)
         # An interval counts in shares of the steps, wherever their times are.
         guided = 0 if interval is None else len(guided_times(spaced_times(steps, steps), interval))
-        rows.append([
-            "no step" if interval is None else interval, str(steps + guided),
-            f"{1000 * stage['kid']:.0f}", f"{stage['retrieval_accuracy']:.0%}",
-            f"{255 * stage['colour_mean_drift']:+.1f}", f"{255 * stage['colour_std_drift']:+.1f}",
-        ])  # fmt: skip
+        where = "no step" if interval is None else interval
+        rows.append([where, str(steps + guided), *cells(stage)])
         click.echo(" | ".join(rows[-1]), err=True)
     text = (
         f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps, "
@@ -67,6 +64,14 @@ def measured(run: Path, num: int, steps: int, words: list[str]) -> tuple[int, di
     subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
     facts = json.loads(evaluation_path(run).read_text())
     return facts["captions"], facts["stages"][0]
+
+
+def cells(stage: dict[str, Any]) -> list[str]:
+    """The columns of `MEASURES`."""
+    return [
+        f"{1000 * stage['kid']:.0f}", f"{stage['retrieval_accuracy']:.0%}",
+        f"{255 * stage['colour_mean_drift']:+.1f}", f"{255 * stage['colour_std_drift']:+.1f}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

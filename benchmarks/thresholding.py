@@ -12,14 +12,13 @@ The run's evaluation.json is the last one's then.
 from pathlib import Path
 
 import click
-from guidance_interval import measured
+from guidance_interval import MEASURES, cells, measured
 from report import machine, table, write_between_marks, write_option
 
 MARK = "thresholding"
 GUIDANCES = (2.0, 3.0)
 PERCENTILES = (None, 0.95, 0.995)
-COLUMNS = ("guidance", "percentile", "KID x 1000", "retrieval", "drift of colours, of 255",
-           "of their spread")  # fmt: skip
+COLUMNS = ("guidance", "percentile", *MEASURES)
 
 
 @click.command(help=__doc__)
@@ -37,12 +36,8 @@ def main(run: Path, num: int, steps: int, write: Path | None) -> None:
             if percentile is not None:
                 words += ["--threshold", str(percentile)]
             captions, stage = measured(run, num, steps, words)
-            rows.append([
-                f"{guidance:g}", "cut off" if percentile is None else f"{percentile:g}",
-                f"{1000 * stage['kid']:.0f}", f"{stage['retrieval_accuracy']:.0%}",
-                f"{255 * stage['colour_mean_drift']:+.1f}",
-                f"{255 * stage['colour_std_drift']:+.1f}",
-            ])  # fmt: skip
+            way = "cut off" if percentile is None else f"{percentile:g}"
+            rows.append([f"{guidance:g}", way, *cells(stage)])
             click.echo(" | ".join(rows[-1]), err=True)
     text = (
         f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps; "

@@ -1,5 +1,6 @@
 """What may be trained into a run's folder, checked before anything is written."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,7 +198,7 @@ def open_run(
 def _place(written: Any) -> Any:
     if isinstance(written, list):
         return [_place(one) for one in written]
-    return expanded(written).resolve() if isinstance(written, str) else written
+    return os.path.realpath(expanded(written)) if isinstance(written, str) else written
 
 
 def _changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
