@@ -10,6 +10,7 @@ each interval, with the same captions and seeds. The run's evaluation.json is th
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,23 @@ MEASURES = ("KID x 1000", "retrieval", "drift of colours, of 255", "of their spr
 COLUMNS = ("guidance in", "evaluations a picture", *MEASURES)
 
 
+OPTIONS = (
+    click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path)),
+    click.option("--num", type=click.IntRange(min=2), default=128, show_default=True,
+                 help="Held-out captions."),
+    click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True),
+)  # fmt: skip
+
+
+def of_base(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what measures the base stage of a run."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.command(help=__doc__)
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--num", type=click.IntRange(min=2), default=128, show_default=True,
-              help="Held-out captions.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
+@of_base
 @click.option("--cond-scale", type=float, default=2.0, show_default=True)
 @write_option(MARK)
 def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None) -> None:

@@ -12,7 +12,7 @@ The run's evaluation.json is the last one's then.
 from pathlib import Path
 
 import click
-from guidance_interval import MEASURES, cells, measured
+from guidance_interval import MEASURES, cells, measured, of_base
 from report import machine, table, write_between_marks, write_option
 
 MARK = "thresholding"
@@ -22,10 +22,7 @@ COLUMNS = ("guidance", "percentile", *MEASURES)
 
 
 @click.command(help=__doc__)
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--num", type=click.IntRange(min=2), default=128, show_default=True,
-              help="Held-out captions.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
+@of_base
 @write_option(MARK)
 def main(run: Path, num: int, steps: int, write: Path | None) -> None:
     """See the module."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from imagen_scale.diffusion.guidance import guide
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
-from imagen_scale.diffusion.thresholding import dynamic_threshold
+from imagen_scale.diffusion.thresholding import into_range
 from imagen_scale.errors import ParityError
 from imagen_scale.models.unet import TextCond, UNet
 from imagen_scale.sampling.options import StageSettings
@@ -218,10 +218,8 @@ def _loop(
     def threshold(x_0: Tensor) -> Tensor:
         if constants.steps is not None:
             return x_0
-        percentile = constants.dynamic_thresholding_percentile
-        if percentile is None or constants.lowres_residual:
-            return x_0.clamp(-1, 1)
-        return dynamic_threshold(x_0, percentile)
+        corrects = constants.lowres_residual
+        return into_range(x_0, None if corrects else constants.dynamic_thresholding_percentile)
 
     def exported(x_t: Tensor, t: Tensor) -> Tensor:
         return bound(x_t.to(runtime.device), t.to(runtime.device)).cpu()

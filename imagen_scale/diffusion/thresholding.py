@@ -21,6 +21,11 @@ def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:
     return x_0.clamp(-s, s) / s
 
 
+def into_range(x_0: Tensor, percentile: float | None) -> Tensor:
+    """Predicted clean images in [-1, 1]: scaled by a percentile, or cut off where it is None."""
+    return x_0.clamp(-1, 1) if percentile is None else dynamic_threshold(x_0, percentile)
+
+
 def abs_quantile(x: Tensor, q: float) -> Tensor:
     """Per-image quantile of |x| with linear interpolation, (B,).
 

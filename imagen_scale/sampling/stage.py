@@ -18,7 +18,7 @@ from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.lowres import enlarge
 from imagen_scale.diffusion.sampler import sample
 from imagen_scale.diffusion.spacing import visited_times
-from imagen_scale.diffusion.thresholding import dynamic_threshold
+from imagen_scale.diffusion.thresholding import into_range
 from imagen_scale.diffusion.tiles import Tile, TiledDenoiser
 from imagen_scale.errors import EnvironmentProblem, UsageError, option
 from imagen_scale.runs.inference import InferenceFile
@@ -367,9 +367,7 @@ def thresholding(stage: StageConfig, percentile: float | None) -> Callable[[Tens
     if percentile is None and stage.few_steps is not None:
         return lambda x_0: x_0
     chosen = percentile or stage.threshold
-    if chosen is None:
-        return lambda x_0: x_0.clamp(-1, 1)
-    return lambda x_0: dynamic_threshold(x_0, chosen)
+    return lambda x_0: into_range(x_0, chosen)
 
 
 def default_device() -> torch.device:
