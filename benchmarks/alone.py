@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 from packaging.requirements import Requirement
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 
 MARK = "alone"
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,9 +110,7 @@ def main(run: Path, bundle: Path, rounds: int, write: Path | None) -> None:
         f"{table(columns, rows)}\n\n"
         f"{rounds} processes each, in turn, medians; {machine('torch', 'onnxruntime')}"
     )
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 import torch
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 from torch import Tensor
 
 from imagen_scale.data.prepared import prepare
@@ -75,9 +75,7 @@ def main(
         f"{count} captions, {rounds} rounds; guidance {cond_scale:g}, and 1 above the base stage; "
         f"fp32 in {runtime}, {torch.get_num_threads()} threads; {machine('torch')}",
     ])  # fmt: skip
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 def measure(

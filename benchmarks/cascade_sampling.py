@@ -21,7 +21,7 @@ from typing import Any
 import click
 import peers
 import torch
-from report import table, write_between_marks, write_option
+from report import publish, table, write_option
 from sampling import facts, minimagen_unet, say, seconds_of, write_run
 from torch import Tensor
 
@@ -136,9 +136,7 @@ def main(rounds: int, folder: Path, write: Path | None, is_inside: bool) -> None
     if not is_inside:
         peers.run_inside(folder, __file__)
     text = page(measure(rounds), rounds)
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 if __name__ == "__main__":

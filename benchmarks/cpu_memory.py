@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 
 from imagen_scale.config import load_config
 
@@ -102,9 +102,7 @@ def main(unets: tuple[int, ...], batch: int, write: Path | None) -> None:
     """Trains, prints the table, writes it."""
     trained = [train(number, *way, batch) for number in unets for way in WAYS]
     text = f"{machine('torch', 'deepspeed')}\n\n{table(COLUMNS, [one.row for one in trained])}"
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
     sys.exit(any(abs(one.ratio - 1) > TOLERANCE for one in trained))
 
 

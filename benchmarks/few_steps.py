@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from PIL import Image
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 from torch import Tensor
 
 from imagen_scale.config.sections import DataConfig
@@ -102,13 +102,11 @@ def main(
         f"each caption; {train_steps} steps of training, {distill_steps} of teaching, one of "
         f"each. {machine('torch')}"
     )
-    click.echo(text)
+    publish(text, write, MARK)
     picture = out / "few_steps.png" if write is None else write.with_name("few_steps_open.png")
     shown = [drawn[0], *drawn[1 + len(taught) :]]
     save_grid(picture, [to_uint8(torch.stack([made[i] for made in ours])) for ours in shown
                         for i in range(SHOWN)], list(KINDS))  # fmt: skip
-    if write is not None:
-        write_between_marks(write, MARK, text)
 
 
 def run(*words: Any) -> None:

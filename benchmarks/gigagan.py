@@ -24,7 +24,7 @@ import click
 import numpy as np
 import peers
 import torch
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,9 +116,8 @@ def main(steps: int, pictures: int, folder: Path, out: Path, write: Path | None)
     text = page(rows, real, captions, steps)
     drawn = [to_uint8(row.pictures[:SHOWN]) for row in rows]
     save_grid(out / "pictures.png", [*drawn, to_uint8(real[:SHOWN])], captions[:SHOWN])
-    click.echo(text)
+    publish(text, write, MARK)
     if write is not None:
-        write_between_marks(write, MARK, text)
         write.with_suffix(".png").write_bytes((out / "pictures.png").read_bytes())
 
 

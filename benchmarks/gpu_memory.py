@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from report import machine, table, versions, write_between_marks, write_option
+from report import machine, publish, table, versions, write_option
 
 from imagen_scale.config import Config, load_config, parse_bytes, parse_config
 from imagen_scale.data.sequence import Batch
@@ -351,9 +351,7 @@ def main(
         rows.append(row(name, task["limit"], found))
     title = f"{'; '.join(names)}; {versions(*PACKAGES)}." if names else machine(*PACKAGES)
     text = page(title, rows, steps)
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
     sys.exit(failed)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 
 from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.spacing import spaced_times
@@ -64,9 +64,7 @@ def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None)
         f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps, "
         f"guidance {cond_scale:g}; chance of retrieval {1 / captions:.1%}. {machine('torch')}"
     )
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 def measured(run: Path, num: int, steps: int, words: list[str]) -> tuple[int, dict[str, Any]]:

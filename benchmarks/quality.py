@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import peers
-from report import machine, split_at_marks, table, write_between_marks
+from report import machine, publish, split_at_marks, table
 
 from imagen_scale.config import load_config
 from imagen_scale.data.prepared import prepare, real_pictures
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "emoji_demo.json"
 SHOWN, STEPS, SCALE = 8, 25, 2.0
 PACKAGE, OTHER = "MinImagen 0.0.9", "imagen-pytorch 2.1.0"
+MODERN, EQUAL = "modern", "modern, in MinImagen's time"
 PLAIN = ("training.recipe=null", "imagen.lowres_sample_noise_level=0.02",
          "imagen.dynamic_thresholding_percentile=0.95")  # fmt: skip
 MINIMAGENS = (*PLAIN, "training.lr=0.0001", "training.lowres_aug_max=1.0")
@@ -44,9 +45,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "MinImagen's way, our trainer": MINIMAGENS,
     "noise, lr 2e-3": NOISE,
     "v, lr 2e-3": (*NOISE, "unets.0.pred_type=v", "unets.1.pred_type=v"),
-    "modern": (),
+    MODERN: (),
     "modern, Muon": ("training.optimizer=muon",),
     OTHER: (*PLAIN, "unets.0.max_text_len=256", "unets.1.max_text_len=256"),
+    EQUAL: (),  # last: the folders in --out are numbered in this order
 }
 
 
@@ -82,22 +84,32 @@ def main(
     mark = f"quality-{steps}"  # a document has one part, and one picture, for each
     if write is not None:
         split_at_marks(write, mark)
-    names = list(only or RECIPES)
+    names = [name for name in RECIPES if name in only or not only]
+    if EQUAL in names and not {MODERN, PACKAGE} <= set(names):
+        raise click.UsageError(f"--only {EQUAL!r} is as long as {PACKAGE!r}: ask for it and for "
+                               f"{MODERN!r}, too.")  # fmt: skip
     if {PACKAGE, OTHER} & set(names):
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
-    wanted = {name: (peer_seeds or seeds) if name in (PACKAGE, OTHER) else seeds for name in names}
+    few = peer_seeds or seeds
+    wanted = {name: few if name in (PACKAGE, OTHER, EQUAL) else seeds for name in names}
     for seed in range(max(wanted.values())):
         for name in (name for name in names if seed < wanted[name]):
             run = out / f"{list(RECIPES).index(name)}_{seed}"
-            changes = [*RECIPES[name], f"training.steps={steps}", f"training.seed={seed}"]
+            taken = steps_in_equal_time(found, steps)[seed] if name == EQUAL else steps
+            changes = [*RECIPES[name], f"training.steps={taken}", f"training.seed={seed}"]
             found[name].append(measured(name, run, changes, folder, pictures))
             click.echo(f"{name}, seed {seed}: {found[name][-1]}", err=True)
     text = report(found, steps, pictures)
-    click.echo(text)
+    publish(text, write, mark)
     if write is not None:
-        write_between_marks(write, mark, text)
         draw(write.with_name(f"{mark}.png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
+
+
+def steps_in_equal_time(found: dict[str, list[Measured]], steps: int) -> list[int]:
+    """How many steps the recipe takes in the time of MinImagen's base, for each seed."""
+    pairs = zip(found[PACKAGE], found[MODERN], strict=False)
+    return [round(steps * package.seconds / ours.seconds) for package, ours in pairs]
 
 
 def common() -> list[str]:
@@ -191,9 +203,14 @@ def report(found: dict[str, list[Measured]], steps: int, pictures: int) -> str:
     ]  # fmt: skip
     columns = ("recipe", "seeds", "base, CPU s", "x_0 error", "drift of 255", "without guidance",
                "KID x 1000", "over the enlarged picture, dB", "drift of 255, 64 px")  # fmt: skip
+    equal = ""
+    if EQUAL in found:
+        taken = steps_in_equal_time(found, steps)[: len(found[EQUAL])]
+        equal = f", in MinImagen's time {' and '.join(map(str, taken))}"
     return (
-        f"{table(columns, rows)}\n\n{steps} steps of each stage, {pictures} held-out pictures; of "
-        f"several seeds mean and, in brackets, least and most. {machine('torch', 'deepspeed')}"
+        f"{table(columns, rows)}\n\n{steps} steps of each stage{equal}, {pictures} held-out "
+        f"pictures; of several seeds mean and, in brackets, least and most. "
+        f"{machine('torch', 'deepspeed')}"
     )
 
 

@@ -48,6 +48,13 @@ def write_option(mark: str, help: str = "A document.") -> Callable[[Any], Any]:
     return click.option("--write", type=kind, callback=check, help=help)
 
 
+def publish(text: str, document: Path | None, mark: str) -> None:
+    """Prints what was measured, and puts it into a document where one is asked for."""
+    click.echo(text)
+    if document is not None:
+        write_between_marks(document, mark, text)
+
+
 def write_between_marks(document: Path, name: str, text: str) -> None:
     """Replaces what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 

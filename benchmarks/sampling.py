@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import click
 import peers
 import torch
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 from torch import Tensor
 
 from imagen_scale.config import Config, load_config
@@ -255,9 +255,7 @@ def main(
     if not is_inside:
         peers.run_inside(folder, __file__)
     text = measure(only, rounds, pictures)
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "serving"
@@ -210,9 +210,7 @@ def main(
         f"{runtime}, `--max-batch {max_batch}`; {each} pictures of each caller of `serve`, one of "
         f"the command; {machine('torch', 'uvicorn', 'fastapi')}"
     )
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from report import table, versions, write_between_marks, write_option
+from report import publish, table, versions, write_option
 
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.sequence import split_indices
@@ -107,9 +107,8 @@ def main(
         f"{len(captions)} captions, {seeds} picture{'s' * (seeds > 1)} each; guidance "
         f"{cond_scale:g}; stages trained for {trained} steps; {versions('torch')}.",
     ])  # fmt: skip
-    click.echo(text)
+    publish(text, write, MARK)
     if write is not None:
-        write_between_marks(write, MARK, text)
         chosen = [captions.index(caption) for caption in SHOWN]
         rows = [to_uint8(real[chosen])]
         rows += [to_uint8(shown[row][chosen]) for row in ROWS if row.is_pictured]

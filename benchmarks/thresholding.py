@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 from guidance_interval import MEASURES, cells, measured, of_base
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 
 MARK = "thresholding"
 GUIDANCES = (2.0, 3.0)
@@ -40,9 +40,7 @@ def main(run: Path, num: int, steps: int, write: Path | None) -> None:
         f"{table(COLUMNS, rows)}\n\n{captions} held-out captions, base stage, {steps} steps; "
         f"chance of retrieval {1 / captions:.1%}. {machine('torch')}"
     )
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import click
 import peers
 import torch
-from report import machine, table, write_between_marks, write_option
+from report import machine, publish, table, write_option
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -526,9 +526,7 @@ def main(
         sys.exit(done.returncode)
     repeats = {"base": base_repeats, "super": super_repeats}
     text, verdicts = measure_all(names, repeats, real=whole_step)
-    click.echo(text)
-    if write is not None:
-        write_between_marks(write, MARK, text)
+    publish(text, write, MARK)
     sys.exit(not all(verdict.is_kept for verdict in verdicts))
 
 

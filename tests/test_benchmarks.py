@@ -13,13 +13,14 @@ import click
 import gpu_memory
 import peers
 import pytest
+import quality
 import serving
 import torch
 import training_memory
 from card_parts import machine, pages, pictures, runtime_switches, switches, ways
 from card_parts.measurement import LeftOut, Measurement
 from card_parts.processes import Processes
-from report import split_at_marks, table, write_between_marks
+from report import publish, split_at_marks, table, write_between_marks
 from support import ROOT
 from support.environment import LAUNCHER_VARIABLES
 from training_memory import MINIMAGEN, NETWORKS, OURS, PLAIN, Measured, Whole
@@ -41,13 +42,15 @@ def test_a_table_is_markdown():
     assert table(["", "bytes"], [["ours", "1"]]) == "|  | bytes |\n| --- | ---: |\n| ours | 1 |"
 
 
-def test_only_the_part_between_the_marks_is_replaced(tmp_path):
+def test_only_the_part_between_the_marks_is_replaced(tmp_path, capsys):
     document = tmp_path / "a.md"
     page = "# Title\n<!-- x: begin -->{}<!-- x: end -->\n<!-- y: begin -->\n<!-- y: end -->\n"
     document.write_text(page.format(" old "))
     for text in ("first", "second"):
-        write_between_marks(document, "x", text)
+        publish(text, document, "x")
         assert document.read_text() == page.format(f"\n{text}\n")
+    publish("third", None, "x")
+    assert capsys.readouterr().out == "first\nsecond\nthird\n"
 
 
 @pytest.mark.parametrize("text", [None, "no marks", "<!-- x: end --> <!-- x: begin -->"])
@@ -65,6 +68,26 @@ def test_the_memory_document_has_the_marks(module):
     text = (ROOT / "docs" / "memory.md").read_text()
     assert f"<!-- {module.MARK}: begin -->" in text
     assert f"<!-- {module.MARK}: end -->" in text
+
+
+# --------------------------------------------------------------------------------------- quality
+
+
+def test_the_recipe_takes_as_many_steps_as_minimagens_time_allows():
+    nothing = quality.Measured(*[0.0] * 7)
+    found = {
+        quality.PACKAGE: [nothing._replace(seconds=seconds) for seconds in (200.0, 150.0)],
+        quality.MODERN: [nothing._replace(seconds=100.0)] * 3,
+        quality.EQUAL: [nothing],
+    }
+    assert quality.steps_in_equal_time(found, 500) == [1000, 750]
+    assert "500 steps of each stage, in MinImagen's time 1000, 64" in quality.report(found, 500, 64)
+
+
+def test_equal_time_is_refused_without_what_it_is_equal_to(capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--only", quality.EQUAL, "--only", quality.MODERN])
+    assert "ask for it and for 'modern', too" in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------- training_memory
