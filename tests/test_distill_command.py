@@ -85,6 +85,14 @@ def test_a_stage_may_be_kept_and_everything_said_otherwise(teacher):
     assert "runs/quick" in line
 
 
+def test_what_a_student_cannot_take_over_is_not(teacher):
+    write(teacher, "imagen.loss_type=huber", "data.val_fraction=0.3", "training.val_x0=true",
+          "training.keep_best=val_x_0_error", "training.ema_widths=[0.1]")  # fmt: skip
+    data, _ = planned("first", "--steps", "4,2", "--cond-scale", "2")
+    assert data["imagen"]["loss_type"] == "l2"
+    assert (data["training"]["keep_best"], data["training"]["ema_widths"]) == ("val_loss", [])
+
+
 def test_fewer_steps_are_learned_by_the_same_command(teacher):
     section = {"teacher": str(teacher), "steps": [4, None], "cond_scale": [2, 1]}
     write(teacher.with_name("first_steps4-keep"), f"distill={json.dumps(section)}")

@@ -162,6 +162,11 @@ def test_a_teacher_in_bf16_answers_nearly_the_same_and_neither_learns(teacher):
         ((), {"steps": 1, "teacher_steps": 101}, "distill.teacher_steps: 101, .* 100 times"),
         (("training.start_from=runs/x",), {}, "training.start_from: a student starts from its"),
         (("training.loss_weight=min_snr",), {}, 'loss_weight: "min_snr" counts the first step'),
+        (
+            ("imagen.loss_type=l1", "training.loss_weight=null"),
+            {},
+            "imagen.loss_type: l1, but a student's loss is one of weighted squared errors",
+        ),
         ((), {"cond_scale": 0.0}, "distill.cond_scale: 0.0 is not allowed"),
     ],
 )

@@ -171,6 +171,16 @@ def test_what_is_not_called_like_a_snapshot_is_none(run):
     assert averages.find_snapshots(run, 1) == found
 
 
+def test_a_width_is_kept_as_it_was_written(tmp_path):
+    for width in (0.05, 0.0055, 0.0105):
+        path = snapshot_path(tmp_path, 1, 8, width)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    path.with_name("step_00000008_width_0.100.safetensors").touch()  # an older version's
+    found = [one.width for one in averages.list_snapshots(tmp_path, 1)]
+    assert sorted(found) == [0.0055, 0.0105, 0.05, 0.1]
+
+
 def test_what_training_left_and_is_gone_is_said(run):
     averages.install(run, 1, 0.1)
     trained_path(run, 1).unlink()
@@ -200,6 +210,8 @@ def test_json_is_all_that_is_printed(run, monkeypatch, picked):
         (("--num", "3", "--width", "0.1"), "--num: goes with measuring, alone or with --pick"),
         (("--json", "--best"), "--json: goes with measuring"),
         (("--cond-scale", "2", "--restore"), "--cond-scale: goes with measuring"),  # the default
+        (("--cond-scale", "2"), "--cond-scale: is of drawing pictures, for KID; give --features"),
+        (("--steps", "7", "--pick"), "--steps: is of drawing pictures, for KID; give --features"),
         (("--width", "nan"), "'nan' is not a finite number"),
         (("--cond-scale", "inf"), "'inf' is not a finite number"),
         (("--width", "0.3"), "0.3 is not in the range"),
@@ -233,6 +245,31 @@ def test_the_command_measures_and_picks(run):
     assert "samples from training's own average" in told("--restore")
     done = CliRunner().invoke(main, ["ema", str(run), "--pick", "--restore"])
     assert done.exit_code == 2 and "give one of them" in done.output
+
+
+def test_few_steps_are_picked_by_kid_alone(tmp_path):
+    """Of the noise levels between its own a student learned nothing."""
+    run = tmp_path / "run"
+    write_run(run, overrides=(
+        'distill={"teacher": "t", "steps": [2, null], "cond_scale": 2}', "unets.0.pred_type=v",
+        "training.loss_weight=v_clipped",
+    ))  # fmt: skip
+    file = read_inference(inference_path(run, 1))
+    weights = load_file(file.path)
+    for step in (2, 4, 6):
+        save_inference(file._replace(path=snapshot_path(run, 1, step, 0.1), step=step), weights)
+
+    def told(*words, code=0):
+        done = CliRunner().invoke(main, ["ema", str(run), "--num", "2", *words])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    assert "--features: U-Net 1 takes 2 steps, of which the error" in told(code=2)
+    assert "leave --cond-scale out" in told(
+        "--features", "efficientnet-lite0", "--cond-scale", "3", code=2
+    )
+    table = told("--features", "efficientnet-lite0")
+    assert "KID x 1000" in table and "error of the predicted" not in table
 
 
 def test_the_best_validation_is_sampled_from_and_the_trained_one_again(run):
@@ -271,23 +308,41 @@ def test_what_is_best_is_kept_across_validations_and_training_again(tmp_path, pr
         saved.append(step)
         return step != 5  # the disk is full at step 5
 
-    saver = SimpleNamespace(run_dir=tmp_path, save_average=save_average)
+    said = []
+    saver = SimpleNamespace(
+        run_dir=tmp_path, save_average=save_average, pictures="a", say=said.append
+    )
     training = SimpleNamespace(keep_best="val_loss")
     stage = SimpleNamespace(number=1, training=training)
     best_record_path(tmp_path, 1).parent.mkdir(parents=True)
     losses = [(1, 0.5), (2, 0.7), (3, math.nan), (4, 0.4), (3, 0.6), (4, 0.4), (5, 0.3), (6, 0.35)]
     for step, loss in losses:
         session = SimpleNamespace(stage=stage, step=step, ema=None)
-        keep_if_best(session, saver, {"val_loss": loss})
-    assert saved == [1, 4, 5, 6]
-    kept = json.loads(best_record_path(tmp_path, 1).read_text())
-    assert kept == {"measure": "val_loss", "value": 0.35, "step": 6}
-    training.keep_best = "val_x_0_error"  # another measure begins anew
-    keep_if_best(SimpleNamespace(stage=stage, step=7, ema=None), saver, {"val_x_0_error": 9.0})
-    assert saved[-1] == 7
-    best_record_path(tmp_path, 1).write_text("[]")  # damaged from outside: kept anew
-    keep_if_best(SimpleNamespace(stage=stage, step=8, ema=None), saver, {"val_x_0_error": 9.5})
-    assert saved[-1] == 8
+        keep_if_best(session, saver, {"val_loss": loss}, 16)
+    assert saved == [1, 4, 5, 6] and said == []
+    record = best_record_path(tmp_path, 1)
+    best = {"measure": "val_loss", "value": 0.35, "step": 6}
+    assert json.loads(record.read_text()) == best | {"samples": 16, "pictures": "a"}
+
+    def at(step, samples, **measures):
+        session = SimpleNamespace(stage=stage, step=step, ema=None)
+        keep_if_best(session, saver, measures, samples)
+        return saved[-1] == step, said[-1] if said else None
+
+    # What was measured on other samples or by another measure does not compare.
+    kept, why = at(7, 8, val_loss=0.9)
+    assert kept and "of step 6, does not compare (samples 16, now 8)" in why
+    saver.pictures = "b"
+    assert at(8, 8, val_loss=1.5) == (True, why.replace("6", "7").replace("samples 17, now 8",
+              "other pictures").replace("step 7 on", "step 8 on"))  # fmt: skip
+    training.keep_best = "val_x_0_error"
+    kept, why = at(9, 8, val_x_0_error=9.0)
+    assert kept and "(measure val_loss, now val_x_0_error)" in why
+    assert at(10, 8, val_x_0_error=9.5) == (False, why)
+    record.write_text("[]")  # damaged from outside: kept anew
+    assert at(11, 8, val_x_0_error=9.5) == (True, why)
+    record.write_text(json.dumps({"measure": "val_x_0_error", "value": 9.0, "step": 6}))
+    assert at(12, 8, val_x_0_error=9.5) == (False, why)  # an older version's
 
 
 KILLED = """

@@ -23,7 +23,12 @@ from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.redraw import redraw
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Inputs, Stage
-from imagen_scale.training.lowres_samples import check_stage_before, draw_samples, read_samples
+from imagen_scale.training.lowres_samples import (
+    check_stage_before,
+    draw_samples,
+    draws_from_between,
+    read_samples,
+)
 from imagen_scale.training.objective import Objective
 from imagen_scale.training.samples import split_samples
 
@@ -164,6 +169,38 @@ def test_pictures_are_drawn_once_for_the_same_weights(tmp_path):
         assert set(file.metadata()) == {"origin", "pictures"}
 
 
+def test_how_much_is_left_of_a_picture_is_spread_over_the_pictures(tmp_path, monkeypatch):
+    run, kept = tmp_path / "run", []
+    write_stage(run, 1)
+    made = config(lowres_samples=0.5)
+    stage, prepared = made.stage(STAGE), prepare(made)
+    train = split_indices(prepared.source.keys, 0)[0]
+    seeds = []
+
+    def draws(stage, pictures, inputs, settings, *, kept: float):
+        levels.append((kept, len(pictures)))
+        seeds.extend(inputs.seeds)
+        return pictures
+
+    levels = []
+    monkeypatch.setattr("imagen_scale.training.lowres_samples.redraw", draws)
+    draw_samples(stage, run, prepared, train, kept.append)
+    assert sum(count for _, count in levels) == len(train) and len(levels) > 2
+    assert all(0.3 < level < 0.8 for level, _ in levels)
+    assert sorted(seeds) == list(range(len(train)))
+    drawn, real = read_samples(stage, run), real_pictures(prepared, train, 16)
+    for i, picture in zip(train, real, strict=True):  # each under its own number
+        assert torch.equal(from_uint8(torch.from_numpy(drawn[i])[None])[0], picture)
+
+
+@pytest.mark.parametrize(("steps", "whether"), [(1, False), (2, False), (4, True)])
+def test_few_steps_may_all_be_from_noise_alone(steps, whether):
+    data = {"distill": {"teacher": "t", "steps": [steps, None], "cond_scale": 2}}
+    made = parse_config(json.dumps(TINY | data), overrides=("unets.0.pred_type=v",))
+    assert draws_from_between(made, 1) is whether
+    assert draws_from_between(config(), 1)
+
+
 def test_a_stage_before_that_is_not_trained_is_refused_by_name(tmp_path):
     stage = config(lowres_samples=0.5).stage(STAGE)
     with pytest.raises(ConfigError, match=r"samples of U-Net 1, which is not trained.*--unet 1"):
@@ -204,3 +241,6 @@ def test_two_ranks_train_a_cascade_with_both(launch, tmp_path):
     done = launch(path, tmp_path / "run", processes=2)
     assert done.stdout.count("pictures with U-Net 1 to learn from") == 1
     assert read_inference(inference_path(tmp_path / "run", 2)).is_finished
+    lowres_samples_path(tmp_path / "run", 2).unlink()
+    done = launch(path, tmp_path / "run", processes=2)  # nothing is left to learn from any
+    assert "U-Net 2: already trained" in done.stdout and "to learn from" not in done.stdout

@@ -106,6 +106,10 @@ def test_a_stage_has_the_schedule_that_is_written():
         (("training.loss_weight=snr",), "loss_weight: \"snr\" is not allowed"),
         (('unets.0.schedule={"kind":"cosine"}',), "schedule.kind: unknown key; .*type"),
         (('unets.0.schedule={"shift_from":0}',), "shift_from: 0 is not allowed"),
+        (('unets.0.schedule={"shift_from":65537}',), "shift_from: 65537 is not allowed"),
+        (("training.lr=1e300",), r"training.lr: 1e\+300 is not allowed"),
+        (("training.weight_decay=1e7",), "training.weight_decay: 10000000.0 is not allowed"),
+        (("training.ema_widths=[0.05,0.1,0.0500000001]",), "has one twice"),
     ],
 )  # fmt: skip
 def test_recipes_that_cannot_work_are_refused(changes, message):
@@ -267,11 +271,23 @@ def test_stratified_times_belong_to_seed_and_position_alone():
     # Two ranks with micro-batches of 2, and a run that is continued in its last step.
     for part in (positions.view(-1, 2, 2)[:, 1].flatten(), positions[16:]):
         assert torch.equal(objective.draw(part, shape, "train").t, together.t[part])
-    assert not torch.equal(objective.draw(positions, shape, "validation").t, together.t)
     drawn = plain.draw(positions, shape, "train")
     assert not torch.equal(drawn.t, together.t)
     for name in ("eps", "keep_mask", "lowres_t"):  # all else is drawn as without
         assert torch.equal(getattr(drawn, name), getattr(together, name))
+
+
+def test_a_validation_sees_all_noise_levels_however_large_the_global_batch():
+    """It takes the first few samples; of a step's strata these are neighbouring times."""
+    positions, shape = torch.arange(32), torch.Size((3, 4, 4))
+    for seed in range(4):
+        words = ("training.global_batch=2048", f"training.seed={seed}")
+        stratified, plain = (
+            Objective(configured(*words, *more).stage(1), CPU).draw(positions, shape, "validation")
+            for more in (("training.stratified_times=true",), ())
+        )
+        assert torch.equal(stratified.t, plain.t)
+        assert len(set((stratified.t // 20).tolist())) >= 4  # of five
 
 
 # The loss at little noise and at much ------------------------------------------------------------

@@ -15,9 +15,11 @@ from imagen_scale.training.may_continue import (
     check_run,
     check_split,
     check_text_width,
+    keep_warmup,
     open_run,
     unet_numbers,
 )
+from imagen_scale.training.rates import learning_rate
 
 
 def config(*overrides):
@@ -91,6 +93,33 @@ def test_what_bends_the_curve_is_told(run):
     assert check(run, "training.steps=60") == [
         "changed since this run was started: training.steps: 6 -> 60"
     ]
+
+
+def test_a_training_that_is_made_longer_keeps_the_warmup_it_began_with(tmp_path):
+    """Null is a tenth of the steps; the rate would fall back, and rise for hundreds of them."""
+    run, long = tmp_path / "run", "training.steps=10000"
+    short = config("training.steps=500", "training.warmup_steps=null")
+    open_run(short, run, fresh=[])
+    asked = config(long, "training.warmup_steps=null")
+    assert keep_warmup(asked, run, fresh=[]) is asked  # nothing has begun
+    assert keep_warmup(asked, tmp_path / "none", fresh=[]) is asked
+    (run / "unet1" / "step_00000400").mkdir(parents=True)
+    kept = keep_warmup(asked, run, fresh=[])
+    assert [stage.warmup_steps for stage in kept.stages()] == [50, 1000]
+    assert [learning_rate(kept.stage(1), step) for step in (48, 49, 50)] == pytest.approx(
+        [0.98e-3, 1e-3, 1e-3]
+    )
+    assert keep_warmup(asked, run, fresh=[1]) is asked
+    told = []
+    check_run(kept, run, told.append, resume=False, fresh=[])
+    assert "changed since this run was started: training.warmup_steps: None -> [50, 1000]" in told
+    open_run(kept, run, fresh=[])
+    again = keep_warmup(asked, run, fresh=[])  # the same command once more
+    assert [stage.warmup_steps for stage in again.stages()] == [50, 1000]
+    written = config(long, "training.warmup_steps=7")
+    assert keep_warmup(written, run, fresh=[]) is written
+    shorter = config("training.steps=40", "training.warmup_steps=null")
+    assert keep_warmup(shorter, run, fresh=[]) is shorter  # it would not be below the steps
 
 
 def test_what_does_not_matter_is_not_mentioned(run):

@@ -1,19 +1,21 @@
 """A loss that jumps is told, or ends training before anything of it is saved."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
 from imagen_scale.errors import ImagenScaleError
-from imagen_scale.training.spikes import Spikes
+from imagen_scale.runs.folders import metrics_path
+from imagen_scale.training.spikes import Spikes, reports_before
 
 
-def spikes(on_spike="tell"):
+def spikes(on_spike="tell", before=None):
     said = []
     training = SimpleNamespace(on_spike=on_spike)
     job = SimpleNamespace(stage=SimpleNamespace(name="U-Net 1", training=training), say=said.append)
-    return Spikes(job), said
+    return Spikes(job, before or {}), said
 
 
 def test_a_loss_above_five_times_the_usual_is_told_and_is_not_usual_itself():
@@ -57,3 +59,23 @@ def test_training_may_stop_there():
     with pytest.raises(ImagenScaleError, match="the newest checkpoint is of step 4.*training.lr"):
         watching.look(7, 8.0, 1.0, 4)
     assert said == []
+
+
+def test_a_training_that_goes_on_knows_what_was_usual(tmp_path):
+    """As if it had never stopped, jumps and reports without a norm included."""
+    rows = [{"step": step, "loss": 1 + step / 100, "grad_norm": 2.0 if step % 3 else None}
+            for step in range(1, 40)]  # fmt: skip
+    rows[25]["loss"] = 90.0
+    whole, _ = spikes()
+    for row in rows[:30]:
+        whole.look(row["step"], row["loss"], row["grad_norm"], 0)
+    path = metrics_path(tmp_path, 1)
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row | {"unet": 1}) + "\n" for row in rows))
+    before = reports_before(tmp_path, 1, 30)
+    assert before == {name: usual.recent() for name, usual in whole._usual.items()}
+    assert before["loss"][-1] == 1.3 and len(before["loss"]) == 20 and 90.0 not in before["loss"]
+    stops, _ = spikes("stop", before)
+    with pytest.raises(ImagenScaleError, match=r"at step 31 the loss is 80, .*on_spike=tell"):
+        stops.look(31, 80.0, 2.0, 30)
+    assert reports_before(tmp_path / "none", 1, 30) == {"loss": [], "grad_norm": []}

@@ -224,6 +224,8 @@ def test_a_continued_run_is_the_same_run(zero, precision, processes, config, lau
     undo_last_checkpoint(run, 2)
     for path in averages:
         path.unlink()
+    stray = snapshot_path(run, 2, 5, 0.2)  # of steps that are repeated, which may be others then
+    stray.touch()
     (run / "unet2" / ".staging_00000006").mkdir()  # a save that the kill interrupted
     with (run / "unet2" / "metrics.jsonl").open("a") as file:
         file.write('{"unet": 2, "st')  # a line that it cut
@@ -235,7 +237,7 @@ def test_a_continued_run_is_the_same_run(zero, precision, processes, config, lau
     after = weights(run, 2)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert [path.read_bytes() for path in averages] == saved
-    assert not (run / "unet2" / ".staging_00000006").exists()
+    assert not (run / "unet2" / ".staging_00000006").exists() and not stray.exists()
 
 
 def test_a_training_with_nothing_left_says_what_goes_on(config, launch, reference, tmp_path):
@@ -472,6 +474,22 @@ def test_a_step_that_is_not_a_number_is_left_out_and_many_end_the_run(config, la
     assert "training.lr" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert list_checkpoints(run / "unet1")[0].name == "step_00000003"
+
+
+def test_a_spike_stops_the_same_command_again_and_a_lower_rate_gets_past_it(
+    config, launch, tmp_path
+):
+    run = tmp_path / "run"
+    options = ("--unet", "1", "training.on_spike=stop", "training.steps=12", "training.lr=0.5",
+               "training.checkpoint_every=2", "training.lr_schedule=constant")  # fmt: skip
+    said = []
+    for _ in range(2):
+        stopped = launch(config, run, *options, plain=True, check=False)
+        assert stopped.returncode == 1, stopped.stdout
+        said.append(stopped.stderr)
+    assert said[0] == said[1] and "times the usual" in said[0]
+    calm = launch(config, run, *options, "training.lr=1e-6", plain=True)
+    assert "training.lr: 0.5 -> 1e-06" in calm.stdout
 
 
 def test_wrong_use_is_one_sentence_and_exit_code_2(config, launch, reference, tmp_path):

@@ -47,6 +47,21 @@ def test_a_schedule_that_is_written_is_told_whatever_of_it_is(written):
     assert f"unets.0.schedule {kind} (the recipe: cosine)" in told_of_recipe(config)
 
 
+def test_a_network_that_predicts_noise_keeps_the_plain_loss(modern):
+    """Weighed like a picture's, nearly all of its loss would be that of the last times."""
+    for written, weights in (
+        (("eps", "eps"), (None, None)), (("eps", "x0"), (None, "v_clipped")),
+        (("x0", "v"), ("v_clipped", "v_clipped")),
+    ):  # fmt: skip
+        for unet, pred_type in zip(modern["unets"], written, strict=True):
+            unet["pred_type"] = pred_type
+        config = parse_config(json.dumps(modern))
+        assert tuple(stage.loss_weight for stage in config.stages()) == weights
+    modern["unets"][0]["pred_type"] = "eps"
+    told = told_of_recipe(parse_config(json.dumps(modern)))
+    assert 'training.loss_weight [null, "v_clipped"], ' in told
+
+
 @pytest.fixture
 def modern():
     """Both stages of TINY, with nothing written that the recipe fills in."""

@@ -242,10 +242,12 @@ def _configuration(
         "lr_schedule": "cosine",
         "ema_decay": 0.99 if longest <= SHORT else 0.999,
         "ema_widths": [],
+        # The other measure is of noise levels that few steps do not know.
+        "keep_best": config.training.keep_best and "val_loss",
     }
     often = max(1, longest // 20)
     data["logging"] |= {"run_dir": None, "log_every": min(config.logging.log_every, often)}
-    data["imagen"]["only_train_unet_number"] = None
+    data["imagen"] |= {"only_train_unet_number": None, "loss_type": "l2"}  # which is weighted
     return data
 
 

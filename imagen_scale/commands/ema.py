@@ -27,9 +27,7 @@ from imagen_scale.errors import UsageError
 @click.option("--features", help="Pick by KID on this network (see `evaluate`), which samples.")
 @click.option("--steps", type=click.IntRange(min=1),
               help="Sampling steps for KID; default 25, or all that there are.")  # fmt: skip
-@click.option(
-    "--cond-scale", type=Number(), default=2.0, show_default=True, help="Guidance for KID."
-)
+@click.option("--cond-scale", type=Number(), help="Guidance for KID; default 2.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @user_errors
 def ema(
@@ -42,7 +40,7 @@ def ema(
     num: int,
     features: str | None,
     steps: int | None,
-    cond_scale: float,
+    cond_scale: float | None,
     as_json: bool,
 ) -> None:
     """Choose the average of the weights of a U-Net of RUN (default the newest under runs/).
@@ -64,6 +62,11 @@ def ema(
         raise UsageError(
             f"--{of_measuring[0].removeprefix('as_').replace('_', '-')}: goes with measuring, "
             f"alone or with --pick; leave it out."
+        )
+    if features is None and (of_kid := named_here("steps", "cond_scale")):
+        raise UsageError(
+            f"--{of_kid[0].replace('_', '-')}: is of drawing pictures, for KID; give --features, "
+            f"e.g. efficientnet-lite0, too, or leave it out."
         )
     from imagen_scale.config import load_config
     from imagen_scale.runs import averages
@@ -87,11 +90,12 @@ def ema(
         from imagen_scale.evaluation.averages import best, measure_averages
         from imagen_scale.sampling.options import SamplingOptions
 
-        counted = {} if steps is None else {"steps": steps}
+        asked = {"steps": steps, "cond_scale": cond_scale}
+        given = {name: value for name, value in asked.items() if value is not None}
         with Progress() as progress:
             measured = measure_averages(
                 run_dir, unet, num=num, features=features,
-                options=SamplingOptions.make(cond_scale=cond_scale, **counted),
+                options=SamplingOptions.make(**given),
                 progress=progress, say=say,
             )  # fmt: skip
         _show(measured, as_json)
@@ -118,11 +122,13 @@ def _show(found: list[Any], as_json: bool) -> None:
     from rich.table import Table
 
     table = Table("width", box=None, pad_edge=False, header_style="bold")
-    table.add_column("error of the predicted picture", justify="right")
+    if found[0].x_0_error is not None:
+        table.add_column("error of the predicted picture", justify="right")
     if found[0].kid is not None:
         table.add_column("KID x 1000", justify="right")
     for one in found:
         name = "training's own" if one.width is None else f"{one.width:g}"
+        error = [] if one.x_0_error is None else [f"{one.x_0_error:.5f}"]
         kid = [] if one.kid is None else [f"{1000 * one.kid:.2f}"]
-        table.add_row(name, f"{one.x_0_error:.5f}", *kid)
+        table.add_row(name, *error, *kid)
     open_console().print(table)

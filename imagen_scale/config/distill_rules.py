@@ -56,6 +56,11 @@ def _of_training(stage: StageConfig) -> list[str]:
             f"noise says nothing of the picture; distil a teacher that predicts v or x0. One that "
             f"predicts the noise learns v by training.start_from."
         )
+    if stage.imagen.loss_type != "l2":
+        problems.append(
+            f"imagen.loss_type: {stage.imagen.loss_type}, but a student's loss is one of weighted "
+            f"squared errors; set it to l2."
+        )
     if stage.loss_weight in ("eps", "min_snr", "sigmoid"):
         problems.append(
             f"training.loss_weight: {json.dumps(stage.loss_weight)} counts the first step, from "

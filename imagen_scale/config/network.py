@@ -83,7 +83,7 @@ class ScheduleConfig(Section):
         description="linear: MinImagen's, betas from 1e-4 to 0.02 (Ho et al. 2020). cosine: that "
         "of Nichol & Dhariwal 2021, which spends more times at middle noise.",
     )
-    shift_from: PositiveInt | None = Field(
+    shift_from: Annotated[int, Field(gt=0, le=65536)] | None = Field(
         None,
         description="Give the picture the SNR that this side in pixels would have: times "
         "(shift_from / own side)^2 (Hoogeboom et al. 2023), since large pictures drown later. "

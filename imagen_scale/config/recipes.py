@@ -4,6 +4,7 @@ Keys that are written keep what is written, so that a configuration says all tha
 """
 
 import copy
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,16 +41,23 @@ def modern(data: dict[str, Any]) -> list[Change]:
         for i, unet in enumerate(unets)
         if i > 0 and unet.get("pred_type", "x0") == "x0"  # what it corrects is a picture
     ]
-    changes.append(Change(("training", "loss_weight"), "v_clipped"))
+    # Of predicted noise this weight would make nearly all of the loss that of the last times.
+    weights = [None if unet.get("pred_type") == "eps" else "v_clipped" for unet in unets]
+    changes.append(Change(("training", "loss_weight"), _for_each(weights)))
     changes.append(Change(("imagen", "dynamic_thresholding_percentile"), None))
     dims = [unet.get("dim", 128) for unet in unets]
     if all(isinstance(dim, int) and dim > 0 for dim in dims):
         rates = [float(f"{LR_TIMES_DIM / dim:.1g}") for dim in dims]
-        changes.append(Change(("training", "lr"), rates if len(set(rates)) > 1 else rates[0]))
+        changes.append(Change(("training", "lr"), _for_each(rates)))
     if len(unets) > 1:
         changes.append(Change(("training", "lowres_aug_max"), 0.2))
         changes.append(Change(("imagen", "lowres_sample_noise_level"), 0.02))
     return changes
+
+
+def _for_each(values: list[Any]) -> Any:
+    """A list with one value for each U-Net, or the value of all."""
+    return values if len(set(values)) > 1 else values[0]
 
 
 RECIPES = {"modern": modern}
@@ -101,6 +109,6 @@ def _is_same(value: Any, wanted: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return "null"
-    return value["type"] if isinstance(value, dict) else str(value).lower()
+    if isinstance(value, dict):
+        return str(value["type"])
+    return value if isinstance(value, str) else json.dumps(value)

@@ -9,6 +9,8 @@ T = TypeVar("T")
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+MOST = 1e6  # of a rate: far above any that trains, and a float32 holds its products
+Rate = Annotated[float, Field(gt=0, le=MOST)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PerLevel: TypeAlias = T | tuple[T, ...]  # one value, or one per resolution level of the U-Net

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from imagen_scale.config.section import (
+    MOST,
     CheckpointingLevel,
     LossWeightName,
     NaturalInt,
@@ -14,6 +15,7 @@ from imagen_scale.config.section import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Rate,
     Section,
     Share,
     TrainingPrecision,
@@ -145,9 +147,11 @@ class TrainingConfig(Section):
         "momentum, the rest by AdamW: one moment less, no ZeRO). Or one per U-Net. null: adamw, or "
         "what memory.budget needs.",
     )
-    lr: PerUnet[PositiveFloat] = Field(1e-4, description="Peak rate, or one per U-Net.")
+    lr: PerUnet[Rate] = Field(1e-4, description="Peak rate, or one per U-Net.")
     betas: tuple[Probability, Probability] = Field((0.9, 0.99), description="AdamW's betas.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's weight decay.")
+    weight_decay: Annotated[float, Field(ge=0, le=MOST)] = Field(
+        0.01, description="AdamW's weight decay."
+    )
     decay_matrices_only: bool = Field(
         False,
         description="Only weights of linear layers and convolutions decay; biases, scales of "
@@ -183,6 +187,14 @@ class TrainingConfig(Section):
         "training, e.g. [0.05, 0.1]: `imagen-scale ema` makes the average of any length out of "
         "their snapshots. See [Recipes](recipes.md).",
     )
+
+    @field_validator("ema_widths")
+    @classmethod
+    def _are_different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{value:g}" for value in values}) < len(values):  # as their files are named
+            raise ValueError(f"{list(values)} has one twice, and each takes memory; write it once.")
+        return values
+
     ema_snapshot_every: PositiveInt | None = Field(
         None, description="Steps between these snapshots. null: a sixteenth of the steps."
     )

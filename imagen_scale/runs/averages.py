@@ -35,6 +35,14 @@ Shapes = dict[str, tuple[torch.dtype, Iterable[int]]]
 WORST = 0.1  # error of a mixture that still is the average it is called
 
 
+class Snapshot(NamedTuple):
+    """One saved average."""
+
+    path: Path
+    step: int
+    width: float
+
+
 class Snapshots(NamedTuple):
     """Saved averages of one U-Net, those of the training that ended last."""
 
@@ -55,19 +63,23 @@ def find_snapshots(run: Path, unet_number: int) -> Snapshots:
         UsageError: If nothing was saved.
     """
     trained = _trained(run, unet_number)
-    files, profiles = [], []
-    for path in snapshot_paths(run, unet_number):
-        found = re.fullmatch(r"step_(\d+)_width_(\d+(?:\.\d+)?)", path.stem)
-        if found is None or int(found[1]) > trained.step:
-            continue
-        files.append(path)
-        profiles.append(Profile(int(found[1]), float(found[2])))
-    if not files:
+    saved = [one for one in list_snapshots(run, unet_number) if one.step <= trained.step]
+    if not saved:
         raise UsageError(
             f"{run}: U-Net {unet_number} has no saved averages up to step {trained.step}. Train "
             f"with training.ema_widths, e.g. [0.05, 0.1]."
         )
-    return Snapshots(trained, files, profiles)
+    profiles = [Profile(one.step, one.width) for one in saved]
+    return Snapshots(trained, [one.path for one in saved], profiles)
+
+
+def list_snapshots(run: Path, unet_number: int) -> list[Snapshot]:
+    """What lies there of `training.ema_widths`, in the order of steps; other files are not told."""
+    found = [
+        (path, re.fullmatch(r"step_(\d+)_width_(\d+(?:\.\d+)?)", path.stem))
+        for path in snapshot_paths(run, unet_number)
+    ]
+    return [Snapshot(path, int(name[1]), float(name[2])) for path, name in found if name]
 
 
 def write_average(snapshots: Snapshots, width: float, path: Path) -> None:
@@ -133,6 +145,9 @@ def install_best(run: Path, unet_number: int) -> dict[str, Any]:
 def read_best(record: Path) -> dict[str, Any]:
     """Which validation was the best one: "measure", "value" and "step".
 
+    And of what: "samples", their number, and "pictures", the fingerprint of all; None where an
+    older version did not say.
+
     Args:
         record: The file of it, `best_record_path`.
 
@@ -142,8 +157,9 @@ def read_best(record: Path) -> dict[str, Any]:
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
         measure, value, step = (found[name] for name in ("measure", "value", "step"))
-        return {"measure": str(measure), "value": float(value), "step": int(step)}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        of = {name: found.get(name) for name in ("samples", "pictures")}
+        return {"measure": str(measure), "value": float(value), "step": int(step), **of}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError):
         raise CheckpointError(
             f"{record}: is damaged. Delete it; training with training.keep_best writes it anew."
         ) from None

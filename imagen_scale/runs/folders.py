@@ -4,7 +4,7 @@
 RUN/config.json  data_report.json  evaluation.json  steps_table.json
     .unetN.owner
     unetN/inference.safetensors  metrics.jsonl  setup.json  step_00001000/...
-    unetN/ema/step_00001000_width_0.050.safetensors  trained.safetensors
+    unetN/ema/step_00001000_width_0.05.safetensors  trained.safetensors
     unetN/lowres_samples.safetensors  tensorboard/events...
     unetN/ema/best.safetensors  best.json
     samples/00001_0123abcd.png (.json)  unetN_step_00001000.png
@@ -50,7 +50,7 @@ def inference_path(run: Path, unet_number: int) -> Path:
 
 def snapshot_path(run: Path, unet_number: int, step: int, width: float) -> Path:
     """An average of `training.ema_widths` after a step."""
-    name = f"step_{step:08d}_width_{width:.3f}.safetensors"
+    name = f"step_{step:08d}_width_{width:g}.safetensors"
     return unet_dir(run, unet_number) / "ema" / name
 
 

@@ -21,6 +21,7 @@ from imagen_scale.training.may_continue import (
     check_run,
     check_split,
     check_text_width,
+    keep_warmup,
     open_run,
     unet_numbers,
 )
@@ -75,6 +76,7 @@ def train(
             written_setup(config.stage(number), world_size(), on_card=False)
         else:  # what is planned comes after the data
             check_in_backward(config.stage(number), world_size())
+    config = keep_warmup(config, run_dir, fresh=numbers if fresh else [])
     check_run(config, run_dir, say, resume=resume, fresh=numbers if fresh else [])
     origins = find_origins(config, numbers, run_dir, fresh=fresh)
     for number in numbers:

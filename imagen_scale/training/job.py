@@ -11,10 +11,15 @@ from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.split import split
 from imagen_scale.planning.machine import joined, this_machine
 from imagen_scale.training.link import link_bytes_per_s
-from imagen_scale.training.lowres_samples import Drawn, draw_samples, read_samples
+from imagen_scale.training.lowres_samples import (
+    Drawn,
+    draw_samples,
+    draws_from_between,
+    read_samples,
+)
 from imagen_scale.training.origin import Origin
 from imagen_scale.training.preemption import StopRequest
-from imagen_scale.training.ranks import from_all, from_rank_0, world_size
+from imagen_scale.training.ranks import from_all, from_rank_0, told_by_rank_0, world_size
 from imagen_scale.training.samples import split_samples
 from imagen_scale.training.saving import Saver
 from imagen_scale.training.threads import cores_each, ranks_here
@@ -68,6 +73,7 @@ class Job:
         self.machine = joined(from_all((platform.node(), here)))
         # The learned null embedding of every caption is as wide as the encoder's features.
         self.stage = config.stage(unet_number, prepared.embeddings.dim)
+        self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)
         self.samples = split_samples(config, self.stage, prepared, self._drawn_before())
         self.num_workers = loader_processes(
             config.data.num_workers,
@@ -75,16 +81,25 @@ class Job:
             and config.data.fit != "random_crop",
             cores=cores_each(ranks_here()),
         )
-        self.saver = Saver(config, self.stage, run_dir, prepared, say, origin=origin)
         self.owed: tuple[int, Due] | None = None
 
     def _drawn_before(self) -> Drawn | None:
         """Pictures as the stage before draws them, made now if they are needed and not there."""
         if self.stage.small_size is None or not self.stage.training.lowres_samples:
             return None
+        if from_rank_0(self.saver.is_finished):
+            return None
+        before = self.stage.number - 1
+        if not draws_from_between(self.config, before):
+            self.say(
+                f"{self.stage.name}: training.lowres_samples is left out: every step of U-Net "
+                f"{before} starts where next to nothing is left of a picture, so that what it "
+                f"draws fits none"
+            )
+            return None
         with self.watchdog.phase("drawing pictures"):
             train, _ = split(self.config.data, self.prepared.source)
-            from_rank_0(
+            told_by_rank_0(
                 lambda: draw_samples(self.stage, self.run_dir, self.prepared, train, self.say)
             )
         return read_samples(self.stage, self.run_dir)

@@ -23,10 +23,10 @@ from imagen_scale.training.ranks import from_rank_0, mean_over_ranks, rank, worl
 from imagen_scale.training.rates import learning_rate
 from imagen_scale.training.session import Session
 from imagen_scale.training.skipped_steps import SkippedSteps
-from imagen_scale.training.spikes import Spikes
+from imagen_scale.training.spikes import Spikes, reports_before
 from imagen_scale.training.stepping import Stepped
 from imagen_scale.training.telemetry import Telemetry
-from imagen_scale.training.validation import validate
+from imagen_scale.training.validation import num_validated, validate
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def train_steps(session: Session, job: Job) -> Finished | GoBack:
     """
     stage, watchdog, first = session.stage, job.watchdog, session.step
     loaded = Feed(watchdog.loading(_micro_batches(session, job)), session.engine.device)
-    skipped, spikes = SkippedSteps(job), Spikes(job)
+    before = from_rank_0(lambda: reports_before(job.run_dir, stage.number, first))
+    skipped, spikes = SkippedSteps(job), Spikes(job, before)
     taken: list[Stepped] = []  # by this rank since the last report
     with _telemetry(session, job) as telemetry, watchdog.phase("step"):
         if job.owed is not None and job.owed[0] == session.step:
@@ -183,7 +184,8 @@ def _carry_out(due: Due, session: Session, job: Job, telemetry: Telemetry | None
         with phase("validating"):
             measures = validate(session, job.samples.held_out, job.num_workers)
         with phase("saving"):
-            keep_if_best(session, job.saver, measures)
+            samples = num_validated(session, job.samples.held_out)
+            keep_if_best(session, job.saver, measures, samples)
         if telemetry is not None:
             telemetry.write(step, **measures)
 

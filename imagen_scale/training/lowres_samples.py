@@ -10,25 +10,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from imagen_scale.config import StageConfig
+from imagen_scale.config import Config, StageConfig
 from imagen_scale.data.embeddings import pad_embeddings
 from imagen_scale.data.encoder import MAX_TOKENS
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.seeds import seeded
+from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import CheckpointError, ConfigError
 from imagen_scale.files.atomic import sha256, write_atomically
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import inference_path, lowres_samples_path
 from imagen_scale.runs.inference import InferenceFile, read_inference
-from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.real_inputs import real_inputs
 from imagen_scale.sampling.redraw import redraw
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Stage, default_device
+from imagen_scale.sampling.stage_schedule import stage_schedule
 from imagen_scale.training.memory_use import release_memory
 
 MOST_PIXELS = 2**24  # of all of them: 4096 pictures of 64 px, 256 of 256 px
 KEPT = 0.3, 0.8  # alpha_bar where they are drawn from, evenly between
+LEVELS = 8  # of it: pictures of one level are drawn together
 
 Drawn = dict[int, npt.NDArray[np.uint8]]
 
@@ -58,6 +61,19 @@ def check_stage_before(stage: StageConfig, run_dir: Path, numbers: Sequence[int]
         )
 
 
+def draws_from_between(config: Config, unet_number: int) -> bool:
+    """Whether a stage can be started from a picture under noise: of few steps none may be there.
+
+    Args:
+        config: The run.
+        unet_number: Of the stage, from 1.
+    """
+    settings = _settings(config, unet_number)
+    schedule = stage_schedule(config.stage(unet_number))
+    times = visited_times(schedule, settings.steps, settings.spacing)
+    return any(schedule.abar[t] >= KEPT[0] for t in times)
+
+
 def draw_samples(
     stage: StageConfig, run_dir: Path, prepared: Prepared, train: Sequence[int],
     say: Callable[[str], None],
@@ -82,10 +98,10 @@ def draw_samples(
     say(f"{stage.name}: drawing {len(chosen)} pictures with U-Net {before.unet_number} to learn "
         f"from (training.lowres_samples)")  # fmt: skip
     try:
-        pictures = _redrawn(before, prepared, chosen)
+        indices, pictures = _redrawn(before, prepared, chosen)
     finally:
         release_memory()
-    tensors = {"indices": torch.tensor(chosen), "pictures": pictures}
+    tensors = {"indices": torch.tensor(indices), "pictures": pictures}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, made_of))
 
@@ -97,23 +113,33 @@ def read_samples(stage: StageConfig, run_dir: Path) -> Drawn:
     return dict(zip(indices.tolist(), pictures, strict=True))
 
 
-def _redrawn(before: InferenceFile, prepared: Prepared, indices: Sequence[int]) -> torch.Tensor:
-    """Pictures as a stage draws them from its default settings, (N, 3, h, h) uint8."""
+def _redrawn(
+    before: InferenceFile, prepared: Prepared, indices: Sequence[int]
+) -> tuple[list[int], torch.Tensor]:
+    """Pictures as a stage draws them from its default settings, (N, 3, h, h) uint8, and which."""
+    drawn: list[int] = []
     parts = []
     least, most = KEPT
     with closing(Stage(before, default_device())) as stage:
-        stages = before.config.stages(before.text_embed_dim)[: before.unet_number]
-        settings = SamplingOptions().for_stages(stages)[-1]
+        settings = _settings(before.config, before.unet_number)
         together = stage.batch_size()
-        for start in range(0, len(indices), together):
-            part = indices[start : start + together]
-            embeds = [prepared.embeddings.stored(prepared.source.captions[i]) for i in part]
-            features, mask = pad_embeddings(embeds, MAX_TOKENS)
-            text = Text(features.float(), mask)
-            inputs, real = real_inputs(prepared, part, stage.config, text, seed=start)
-            kept = least + (most - least) * seeded("kept", start) / 2**63
-            parts.append(to_uint8(redraw(stage, real, inputs, settings, kept=kept)))
-    return torch.from_numpy(np.concatenate(parts).transpose(0, 3, 1, 2).copy())
+        for level in range(LEVELS):
+            kept = least + (most - least) * (level + 0.5) / LEVELS
+            of_level = [i for i in indices if seeded("kept", i) * LEVELS >> 63 == level]
+            for start in range(0, len(of_level), together):
+                part = of_level[start : start + together]
+                embeds = [prepared.embeddings.stored(prepared.source.captions[i]) for i in part]
+                features, mask = pad_embeddings(embeds, MAX_TOKENS)
+                text = Text(features.float(), mask)
+                inputs, real = real_inputs(prepared, part, stage.config, text, seed=len(drawn))
+                parts.append(to_uint8(redraw(stage, real, inputs, settings, kept=kept)))
+                drawn += part
+    return drawn, torch.from_numpy(np.concatenate(parts).transpose(0, 3, 1, 2).copy())
+
+
+def _settings(config: Config, unet_number: int) -> StageSettings:
+    """How a stage draws where nothing is asked for."""
+    return SamplingOptions().for_stages(config.stages()[:unet_number])[-1]
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -149,6 +149,37 @@ def check_run(
         say(f"changed since this run was started: {change}")
 
 
+def keep_warmup(config: Config, run_dir: Path, *, fresh: list[int]) -> Config:
+    """A run's configuration with the warm-up that its U-Nets began with.
+
+    Where `training.warmup_steps` is null it follows from the steps; a training that is made longer
+    would rise once more, from far below the rate that it had reached.
+
+    Args:
+        config: The run, as it is asked for now.
+        run_dir: Its folder, which may hold an earlier run.
+        fresh: U-Nets that begin anew.
+    """
+    if config.training.warmup_steps is not None or not config_path(run_dir).is_file():
+        return config
+    stages, before = config.stages(), load_config(config_path(run_dir)).stages()
+    if len(stages) != len(before):
+        return config  # refused by `check_run`
+    warmups = [
+        old.warmup_steps
+        if new.number not in fresh and list_checkpoints(unet_dir(run_dir, new.number))
+        else new.warmup_steps
+        for new, old in zip(stages, before, strict=True)
+    ]
+    if warmups == [stage.warmup_steps for stage in stages] or any(
+        warmup >= stage.steps for warmup, stage in zip(warmups, stages, strict=True)
+    ):
+        return config
+    kept = warmups[0] if len(set(warmups)) == 1 else tuple(warmups)
+    training = config.training.model_copy(update={"warmup_steps": kept})
+    return config.model_copy(update={"training": training})
+
+
 def _half_trained(config: Config, run_dir: Path, fresh: list[int]) -> list[int]:
     """U-Nets beside those trained anew that have begun and would be continued."""
     return [

@@ -29,6 +29,9 @@ class Draws(NamedTuple):
     corners: Tensor | None  # top and left of the crops, (B, 2) int64; `unets[i].crop` only
 
 
+TRAINING = "train"  # keeps the random numbers of a step apart from those of validation
+
+
 class Losses(NamedTuple):
     """What a batch of B samples cost."""
 
@@ -57,11 +60,11 @@ class Objective:
             self.factors = loss_factors(self.schedule, self.pred_type, stage.loss_weight)
         self.lowres_times = max(1, round(stage.timesteps * stage.training.lowres_aug_max))
 
-    def loss(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
+    def loss(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = TRAINING) -> Tensor:
         """Mean loss over a batch, a float32 scalar; see `losses`."""
         return self.losses(unet, batch, purpose).mean()
 
-    def losses(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = "train") -> Tensor:
+    def losses(self, unet: Callable[..., Tensor], batch: Batch, purpose: str = TRAINING) -> Tensor:
         """Loss of each sample of a batch, (B,) float32; see `timed_losses`."""
         return self.timed_losses(unet, batch, purpose).values
 
@@ -187,8 +190,9 @@ class Objective:
         samples = [self._draw_one(position, shape, purpose) for position in positions.tolist()]
         t, eps, keep_mask, lowres_t, lowres_eps, corners = zip(*samples, strict=True)
         times = torch.stack(t)
-        if self.stage.training.stratified_times:
-            times = _at(self.device, self._stratified(positions, purpose))
+        # A validation takes another number of samples: of a step's strata it would see some.
+        if self.stage.training.stratified_times and purpose == TRAINING:
+            times = _at(self.device, self._stratified(positions))
         return Draws(
             times,
             torch.stack(eps),
@@ -198,13 +202,13 @@ class Objective:
             None if self.crop is None else torch.stack(corners),
         )
 
-    def _stratified(self, positions: Tensor, purpose: str) -> Tensor:
+    def _stratified(self, positions: Tensor) -> Tensor:
         """Times of the samples at `positions`, (B,) int64 on the host."""
         training, global_batch = self.stage.training, self.stage.global_batch
         times = []
         for position in positions.tolist():
             step, slot = divmod(position, global_batch)
-            seed = seeded("times", purpose, training.seed, self.stage.seed_index, step)
+            seed = seeded("times", TRAINING, training.seed, self.stage.seed_index, step)
             times.append(stratified_time(seed, slot, global_batch, self.schedule.timesteps))
         return torch.tensor(times)
 

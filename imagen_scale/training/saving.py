@@ -14,6 +14,7 @@ from imagen_scale.data.prepared import Prepared
 from imagen_scale.errors import CheckpointError, DiskProblem, EnvironmentProblem
 from imagen_scale.planning.setup import Setup
 from imagen_scale.runs import checkpoint, folders, inference
+from imagen_scale.runs.averages import list_snapshots
 from imagen_scale.training.ema import Ema
 from imagen_scale.training.origin import Origin
 from imagen_scale.training.ranks import (
@@ -82,6 +83,7 @@ class Saver:
         from_rank_0(lambda: checkpoint.clear_staging(self.folder))
         folder, manifest = from_rank_0(lambda: checkpoint.newest_good(self.folder, self.say))
         if folder is None:
+            self._drop_snapshots_after(0)
             return
         _refuse_another_run(folder, manifest, self)
         self._tell_of_pictures(manifest)
@@ -93,10 +95,22 @@ class Saver:
         session.engine.load_loss_scale(manifest.get("loss_scale"))
         session.step = session.saved_step = self._good = manifest["step"]
         self.say(self._where(session.step))
+        if session.step < self.steps:
+            self._drop_snapshots_after(session.step)
         facts = _facts(session.setup)
         if changed := [f"{key} {manifest[key]} -> {facts[key]}" for key in facts
                        if manifest.get(key, facts[key]) != facts[key]]:  # fmt: skip
             self.say(f"saved with another setup: {', '.join(changed)}")
+
+    def _drop_snapshots_after(self, step: int) -> None:
+        """Deletes averages of steps that are about to be repeated, maybe otherwise."""
+
+        def drop() -> None:
+            for snapshot in list_snapshots(self.run_dir, self.stage.number):
+                if snapshot.step > step:
+                    snapshot.path.unlink(missing_ok=True)
+
+        from_rank_0(drop)
 
     def _where(self, step: int) -> str:
         """Where a training goes on, or that there is nothing left."""

@@ -39,15 +39,24 @@ def validate(session: Session, held_out: CaptionedImages, num_workers: int) -> d
     return {name: mean_over_ranks(torch.stack(of).mean()) for name, of in found.items() if of}
 
 
+def num_validated(session: Session, held_out: CaptionedImages) -> int:
+    """Samples that a validation takes, over all ranks: the first ones, the same each time."""
+    return _steps(session, held_out) * session.setup.micro_batch * world_size()
+
+
+def _steps(session: Session, held_out: CaptionedImages) -> int:
+    together = session.setup.micro_batch * world_size()
+    return min(session.stage.training.val_batches, math.ceil(len(held_out) / together))
+
+
 def _batches(session: Session, held_out: CaptionedImages, num_workers: int) -> Iterator[Batch]:
     """This rank's share of the pictures, from the first at every validation."""
     micro_batch = session.setup.micro_batch
-    together = micro_batch * world_size()
     return batches(
         held_out,
         start_step=0,
-        steps=min(session.stage.training.val_batches, math.ceil(len(held_out) / together)),
-        global_batch=together,
+        steps=_steps(session, held_out),
+        global_batch=micro_batch * world_size(),
         micro_batch=micro_batch,
         rank=rank(),
         world_size=world_size(),
