@@ -66,8 +66,8 @@ class Measured(NamedTuple):
 
 @click.command(help=__doc__)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--peer-seeds", type=click.IntRange(min=1),
-              help="Of the published packages, which take long; default --seeds.")  # fmt: skip
+@click.option("--seeds-of", type=(click.Choice(list(RECIPES)), click.IntRange(min=1)),
+              multiple=True, help="Of a recipe that takes long.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True)
 @click.option("--pictures", type=click.IntRange(min=2), default=96, show_default=True,
               help="Held-out pictures that are measured.")  # fmt: skip
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 def main(
-    seeds: int, peer_seeds: int | None, steps: int, pictures: int, only: tuple[str, ...],
+    seeds: int, seeds_of: tuple[tuple[str, int], ...], steps: int, pictures: int, only: tuple[str, ...],
     folder: Path, out: Path, write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
@@ -91,8 +91,7 @@ def main(
     if {PACKAGE, OTHER} & set(names):
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
-    few = peer_seeds or seeds
-    wanted = {name: few if name in (PACKAGE, OTHER, EQUAL) else seeds for name in names}
+    wanted = {name: dict(seeds_of).get(name, seeds) for name in names}
     for seed in range(max(wanted.values())):
         for name in (name for name in names if seed < wanted[name]):
             run = out / f"{list(RECIPES).index(name)}_{seed}"
