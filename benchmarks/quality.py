@@ -77,8 +77,8 @@ class Measured(NamedTuple):
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A document.")
 def main(
-    seeds: int, seeds_of: tuple[tuple[str, int], ...], steps: int, pictures: int, only: tuple[str, ...],
-    folder: Path, out: Path, write: Path | None,
+    seeds: int, seeds_of: tuple[tuple[str, int], ...], steps: int, pictures: int,
+    only: tuple[str, ...], folder: Path, out: Path, write: Path | None,
 ) -> None:  # fmt: skip
     """See the module."""
     mark = f"quality-{steps}"  # a document has one part, and one picture, for each

@@ -192,26 +192,43 @@ FORM = """
 import json, sys
 from pathlib import Path
 import gradio
+from imagen_scale.config import load_config
 from imagen_scale.runs.inference import learned_stages
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.ui.form import Form
+from imagen_scale.ui.history import Facts
+run = Path(sys.argv[1])
+own = SamplingOptions().for_stages(load_config(run / "config.json").stages())
 with gradio.Blocks():
-    form = Form([16, 32], "torch", learned_stages(Path(sys.argv[1]), 2))
+    form = Form([16, 32], "torch", own, learned_stages(run, 2))
 fields = {name: [(field.value, field.interactive) for field in form.options[name]]
           for name in ("steps", "cond_scale")}
-asked = form.read(["sun", "torch", *(field.value for field in form.fields[2:])])
-print(json.dumps([fields, asked.options]))
+values = {field: field.value for field in form.fields} | {form.prompt: "sun"}
+asked = [form.read(list(values.values()))]
+asked.append(form.read(list((values | {form.options["sampler"][0]: "heun"}).values())))
+for stages in json.loads(sys.argv[2]):
+    stages = [stage | {"runtime": "torch"} for stage in stages]
+    filled = form.fill(Facts(prompt="sun", seed=3, stages=stages))
+    asked.append(form.read(list((values | filled).values())))
+print(json.dumps([fields, *(one.options for one in asked)]))
 """
 
 
 def test_the_page_fixes_what_was_learned_and_asks_for_nothing_that_was_left_alone(run):
     assert {number: one.steps for number, one in learned_stages(run, 2).items()} == {1: 4}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORM, run], capture_output=True,
-                          text=True, check=True)  # fmt: skip
-    fields, options = json.loads(done.stdout)
+    others = {"threshold": [None, 0.7], "sampler": ["ddim", "heun"]}
+    made = [settings(run, cond_scale=[1, 1], **more) for more in ({}, others)]
+    recorded = json.dumps([[stage.model_dump() for stage in one] for one in made])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORM, run, recorded],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    fields, options, with_heun, *again = json.loads(done.stdout)
     assert fields == {"steps": [[4, False], [25, True]], "cond_scale": [[1.0, False], [1.0, True]]}
     assert set(options) == {"steps", "cond_scale", "seed", "negative_prompt"}
     cascade = TrainedStages.load(run)
     assert cascade.settings(checked(Request("sun", options, "torch")))[0].sampler == "ddim"
-    asked = checked(Request("sun", options | {"sampler": "heun"}, "torch"))
-    with pytest.raises(UsageError, match="sampler heun: U-Net 1 learned"):
-        cascade.settings(asked)
+    found = cascade.settings(checked(Request("sun", with_heun, "torch")))
+    assert [stage.sampler for stage in found] == ["ddim", "heun"]
+    # "Take these settings" asks for the same again: of the stages that leave a choice.
+    for before, asked in zip(made, again, strict=True):
+        assert cascade.settings(checked(Request("sun", asked, "torch"))) == before
+    assert "threshold" not in again[0]

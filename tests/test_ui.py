@@ -264,7 +264,8 @@ def test_of_many_pictures_the_newest_are_shown(tmp_path):
         ["--steps", "3,2", "--seed", "7"],
         ["--steps", "3,2", "--cond-scale", "2.5,-1", "--sampler", "ddim,heun", "--eta", "0.5,0",
          "--spacing", "linear", "--threshold", "0.8", "--tile", "16", "--negative-prompt",
-         "-no 'key'", "--unet-limit", "2"],
+         "-no 'key'", "--unet-limit", "2", "--guidance-interval", "0.5:1,none",
+         "--cache-interval", "1,2"],
         ["--steps", "2", "--unet-limit", "1", "--precision", "bf16"],
     ],
     ids=["usual", "every option", "one stage"],
@@ -275,7 +276,7 @@ def test_the_command_of_a_picture_makes_it_again(run, tmp_path, words, prompt):
              if word != "--negative-prompt"]  # fmt: skip
     sample("sample", "--run", str(run), *words, "--runtime", "torch", "--", prompt)
     (entry,) = read_history(run / "samples").entries
-    command = sample_command(entry.facts, run, num_unets=2, threshold=0.9)
+    command = sample_command(entry.facts, run, num_unets=2, thresholds=[0.9, 0.9])
     parsed = shlex.split(command)
     Checker().check(Command(parsed, "history"))
     at = 2 if parsed[2] == prompt else parsed.index("--run")
@@ -295,7 +296,9 @@ def test_any_prompt_survives_the_command_line(tmp_path_factory, prompt, negative
             {"steps": 1, "cond_scale": 3, "sampler": "ddim", "spacing": "linear",
              "runtime": "onnxruntime 1.0 (CPU)"}]}
     )  # fmt: skip
-    line = sample_command(facts, ROOT / "a run", num_unets=1, threshold=0.9, allow_unfinished=True)
+    line = sample_command(
+        facts, ROOT / "a run", num_unets=1, thresholds=[0.9], allow_unfinished=True
+    )
     words = shlex.split(line)
     context = main.commands["sample"].make_context("sample", words[2:])
     assert context.params["prompts"] == (prompt,)

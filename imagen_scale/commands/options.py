@@ -43,10 +43,15 @@ class Number(click.FloatRange):
 
 
 class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """One value, or one per stage separated by commas."""
+    """One value, or one per stage separated by commas.
 
-    def __init__(self, item: Any) -> None:
-        self.item = item
+    Args:
+        item: What a value is.
+        may_be_none: Whether a list may leave a stage out, by the word "none".
+    """
+
+    def __init__(self, item: Any, *, may_be_none: bool = False) -> None:
+        self.item, self.may_be_none = item, may_be_none
         self.name = item.name
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
@@ -57,8 +62,12 @@ class PerStage(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
         """A value, or a list where there is a comma."""
         if not isinstance(value, str):
             return value
-        values = [self.item.convert(part.strip(), param, ctx) for part in value.split(",")]
+        values = [self._one(part.strip(), param, ctx) for part in value.split(",")]
         return values if len(values) > 1 else values[0]
+
+    def _one(self, part: str, param: Any, ctx: Any) -> Any:
+        is_none = self.may_be_none and part.lower() == "none"
+        return None if is_none else self.item.convert(part, param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
         """What the value after the last comma may be."""
@@ -126,7 +135,7 @@ def option_of(facts: OptionFacts) -> Callable[[Callable[..., Any]], Callable[...
     if facts.default is not None:
         words.append(f"Default {facts.default}.")
     if facts.per_stage:
-        kind = PerStage(kind)
+        kind = PerStage(kind, may_be_none=facts.default is None)
     return click.option(flag, type=kind, help=" ".join(words))
 
 

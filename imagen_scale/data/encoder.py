@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from imagen_scale.config.network import TEXT_ENCODER_DIMS
+from imagen_scale.data.blank import says_nothing
 from imagen_scale.data.network import hub_reason
 from imagen_scale.data.storage import first_line
 from imagen_scale.errors import DataError, MissingExtraError
@@ -268,12 +269,14 @@ class TextEncoder:
             for cut in ({}, {"truncation": True, "max_length": self._max_tokens})
         )
         read = min(limit, len(seen["input_ids"]))
+        if read >= len(whole["input_ids"]):
+            return None
         if is_fast:
             text = caption[max(end for _, end in seen["offset_mapping"][:read]) :]
         else:
             text = self._tokenizer.decode(whole["input_ids"][read:], skip_special_tokens=True)
-        text = text.strip()
-        return Unread(read, len(whole["input_ids"]), text) if text else None
+        # Only the mark of the end is not read, behind what the tokenizer drops.
+        return None if says_nothing(text) else Unread(read, len(whole["input_ids"]), text.strip())
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Embedding]:

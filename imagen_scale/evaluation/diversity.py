@@ -14,7 +14,8 @@ class Diversity(NamedTuple):
 
     seeds: int  # pictures of each caption
     same_caption: float  # between pictures of one caption
-    other_captions: float  # between pictures of different captions, for comparison
+    # Between pictures of different captions, for comparison; None of a single caption.
+    other_captions: float | None
 
 
 def diversity(pictures: list[Tensor]) -> Diversity:
@@ -30,5 +31,5 @@ def diversity(pictures: list[Tensor]) -> Diversity:
     )
     some = pictures[0]
     others = [root_mean_square(some[i : i + 1], some[i + 1 :]) for i in range(len(some) - 1)]
-    apart = torch.cat(others).mean().item() if others else 0.0
+    apart = torch.cat(others).mean().item() if others else None
     return Diversity(len(pictures), same.mean().item(), apart)

@@ -1,6 +1,5 @@
 """Measuring a cascade: pictures made from captions, beside the real ones of these captions."""
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -92,8 +91,8 @@ class Known:
 
     Args:
         prepared: The pictures.
-        train: Which were trained on; of very many, `MOST_KNOWN` evenly chosen, or `MOST_DECODED`
-            where they are not stored.
+        train: Which were trained on, one at least; of very many, `MOST_KNOWN` evenly chosen, or
+            `MOST_DECODED` where they are not stored.
         measured: Which are measured.
         size: Of the base stage, which is where small copies are taken from.
     """
@@ -102,7 +101,8 @@ class Known:
         self, prepared: Prepared, train: Sequence[int], measured: Sequence[int], size: int
     ) -> None:
         most = MOST_DECODED if prepared.images[size].file is None else MOST_KNOWN
-        some = train[:: math.ceil(len(train) / most)]
+        looked_at = min(most, len(train))
+        some = [train[i * len(train) // looked_at] for i in range(looked_at)]
         self.looked_at = len(some)
         self.side = min(size, KNOWN_SIDE)
         self.are_others = not set(train) & set(measured)
@@ -120,7 +120,7 @@ class _StageTally:
     """What is kept of a stage's pictures until all are made: numbers and thumbnails."""
 
     def __init__(
-        self, thumbnail: int, extractor: Extractor | None, clip: Clip | None, known: Known
+        self, thumbnail: int, extractor: Extractor | None, clip: Clip | None, known: Known | None
     ) -> None:
         self.thumbnail, self.extractor, self.clip = thumbnail, extractor, clip
         self.known = known
@@ -140,7 +140,7 @@ class _StageTally:
             colour.add(images)
             self.keep(f"{what} thumbnails", resize(images, self.thumbnail))
             self.keep(f"{what} colours", shares(images))
-            if what == "generated" or self.known.are_others:
+            if self.known and (what == "generated" or self.known.are_others):
                 self.keep(f"{what} nearest", self.known.nearest(images))
             if self.extractor is not None:
                 self.keep(f"{what} features", self.extractor(images))
@@ -172,7 +172,7 @@ class _StageTally:
             drift(generated.mean, real.mean),
             drift(generated.std, real.std),
             kept["x_0 errors"].mean().item() if "x_0 errors" in kept else None,
-            kept["generated nearest"].mean().item(),
+            kept["generated nearest"].mean().item() if "generated nearest" in kept else None,
             kept["real nearest"].mean().item() if "real nearest" in kept else None,
             colour_words=words,
         )
@@ -229,7 +229,7 @@ def evaluate(
         listener: Told of each step.
     """
     settings, configs = cascade.settings(options), cascade.configs
-    known = Known(prepared, train, indices, configs[0].size)
+    known = Known(prepared, train, indices, configs[0].size) if train else None
     tallies = [_StageTally(configs[0].size, extractor, clip, known) for _ in configs]
     cut = 0
     together = pictures_together(configs[-1].size)
@@ -241,7 +241,7 @@ def evaluate(
         seeds = [options.seed + start + i for i in range(len(group))]
         lowres = None
         for config, of_stage, tally in zip(configs, settings, tallies, strict=True):
-            stage = cascade.stage(config.number)
+            stage = cascade.stage(config.number, caches=of_stage.cache_interval > 1)
             try:
                 real = real_pictures(prepared, group, config.size)
                 inputs = Inputs(text, seeds, lowres)
@@ -265,7 +265,8 @@ def evaluate(
     if num_seeds > 1:
         found = _diversity(cascade, prepared, indices[:DIVERSE], num_seeds, options, listener)
         stages[0] = stages[0]._replace(diversity=found)
-    return Evaluation(len(indices), 1 / len(indices), stages, cut, known.looked_at)
+    looked_at = 0 if known is None else known.looked_at
+    return Evaluation(len(indices), 1 / len(indices), stages, cut, looked_at)
 
 
 def _diversity(
@@ -276,11 +277,13 @@ def _diversity(
     text, _ = encode(
         cascade.files, [prepared.source.captions[i] for i in indices], device=cascade.device
     )
-    with closing(cascade.stage(cascade.configs[0].number)) as stage:
+    settings = cascade.settings(options)[0]
+    caches = settings.cache_interval > 1
+    with closing(cascade.stage(cascade.configs[0].number, caches=caches)) as stage:
         pictures = [
             stage.sample(
                 Inputs(text, [options.seed + seed] * len(indices), None),
-                cascade.settings(options)[0],
+                settings,
                 listener=listener,
             )
             for seed in range(num_seeds)

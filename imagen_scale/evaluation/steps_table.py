@@ -14,9 +14,10 @@ from torch import Tensor
 
 from imagen_scale.data.prepared import prepare
 from imagen_scale.data.storage import Progress
-from imagen_scale.diffusion.guidance import branches
+from imagen_scale.diffusion.guidance import branches, guided_times
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
-from imagen_scale.diffusion.reverse import num_evaluations
+from imagen_scale.diffusion.spacing import visited_times
+from imagen_scale.errors import UsageError, option
 from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
 from imagen_scale.evaluation.run import Split, choose_pictures
 from imagen_scale.files.atomic import write_atomically
@@ -30,6 +31,7 @@ from imagen_scale.sampling.real_inputs import real_inputs
 from imagen_scale.sampling.runtimes.contract import Say, Text
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Stage
+from imagen_scale.sampling.stage_schedule import stage_schedule
 from imagen_scale.sampling.stages import TrainedStages
 
 STEPS = (25, 8, 4, 2, 1)
@@ -60,8 +62,15 @@ class _Way(NamedTuple):
 
     @property
     def evaluations(self) -> int:
-        count = num_evaluations(self.settings.sampler, self.settings.steps)
-        return count * len(branches(self.settings.cond_scale))
+        """Both branches of guidance count, where it acts; those that reuse features count whole."""
+        settings, stage = self.settings, self.file.stage
+        times = visited_times(stage_schedule(stage), settings.steps, settings.spacing)
+        guided = set(times)
+        if settings.guidance_interval and settings.cond_scale > 1:
+            guided = set(guided_times(times, settings.guidance_interval))
+        asked = [*times, *times[1:]] if settings.sampler == "heun" else times
+        both = len(branches(settings.cond_scale))
+        return sum(both if t in guided else 1 for t in asked)
 
 
 class _Tally:
@@ -191,6 +200,11 @@ def _ways(
     few = file.stage.few_steps
     if few is None:
         for count in steps:
+            if count > file.stage.timesteps:
+                raise UsageError(
+                    f"{option('steps_table')} {count}: {file.stage.name} has "
+                    f"{file.stage.timesteps} times (imagen.timesteps); take at most so many."
+                )
             taken = options.changed(steps=count)
             # Of all stages: a single guidance scale is the base's.
             yield _Way("itself", file, taken.for_stages([file.stage] * stages)[entry])
@@ -198,8 +212,8 @@ def _ways(
     teacher = read_stage(expanded(few.teacher), file.unet_number, allow_unfinished=True)
     if teacher.stage.few_steps is None:
         for count in steps:
-            taken = options.changed(steps=count, cond_scale=few.cond_scale)
-            yield _Way("teacher", teacher, taken.for_stages([teacher.stage])[0])
+            taken = options.changed(steps=count, cond_scale=[few.cond_scale] * stages)
+            yield _Way("teacher", teacher, taken.for_stages([teacher.stage] * stages)[entry])
     else:
         yield _Way("teacher", teacher, SamplingOptions().for_stages([teacher.stage])[0])
     yield _Way("student", file, SamplingOptions().for_stages([file.stage])[0])
@@ -212,7 +226,10 @@ def _made(
     for _, of_file in groupby(enumerate(ways), lambda numbered: numbered[1].file.path):
         numbered = list(of_file)
         file = numbered[0][1].file
-        with closing(Stage(file, cascade.device, cascade.runtime, say=cascade.say)) as stage:
+        caches = any(way.settings.cache_interval > 1 for _, way in numbered)
+        with closing(
+            Stage(file, cascade.device, cascade.runtime, caches=caches, say=cascade.say)
+        ) as stage:
             for i, way in numbered:
                 yield i, stage.sample(inputs, way.settings)
 

@@ -82,7 +82,7 @@ class DiversityRecord(Record):
 
     seeds: int
     same_caption: float
-    other_captions: float
+    other_captions: float | None
 
 
 class MeasuresRecord(Record):

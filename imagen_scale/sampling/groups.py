@@ -59,7 +59,7 @@ def stream_groups(
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
             prompts, seeds = [one.prompt for one in group], [one.seed for one in group]
-            text, negative, not_read = cascade.encode(prompts, options.negative_prompt)
+            text, negative, not_read, _ = cascade.encode(prompts, options.negative_prompt)
             made: list[Tensor] = []
             runtimes: list[str] = []
             for number, (file, of_stage) in enumerate(zip(cascade.files, settings, strict=True)):
@@ -98,16 +98,17 @@ def _parts(
     """
     # Tiles only where the stage is larger than one.
     tile = options.tile if (options.tile or file.stage.size) < file.stage.size else None
-    key = Key.of(file, cascade.runtime, tile)
-    done, count = 0, len(inputs.seeds)
+    caches = settings.cache_interval > 1
+    key = Key.of(file, cascade.runtime, tile, caches=caches)
+    done, count, named = 0, len(inputs.seeds), len(runtimes)
     while done < count:
         try:
             with residents.lend(
                 key,
-                lambda: cascade.stage(file.unet_number, tile=tile),
+                lambda: cascade.stage(file.unet_number, tile=tile, caches=caches),
                 cascade.files,
             ) as stage:
-                if not done:
+                if len(runtimes) == named:  # not where it is tried again
                     runtimes.append(stage.runtime.name)
                 for part in stage.parts(
                     inputs.part(done, count), settings, at_once=options.at_once, listener=listener

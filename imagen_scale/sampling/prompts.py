@@ -18,7 +18,7 @@ from imagen_scale.data.encoder import (
 )
 from imagen_scale.errors import CheckpointError, option
 from imagen_scale.runs.inference import InferenceFile
-from imagen_scale.sampling.runtimes.contract import Say, Text
+from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.unread import NotRead, shortened
 
 LendEncoder = Callable[[InferenceFile, torch.device | None], AbstractContextManager[TextEncoder]]
@@ -37,23 +37,22 @@ class Encoded(NamedTuple):
     text: Text
     negative: Text | None  # one prompt that guidance leads away from
     not_read: list[list[NotRead]]  # of each picture's prompts
+    notes: tuple[str, ...] = ()  # sentences about what is not read, and about empty prompts
 
 
 def read_prompts(
     files: Sequence[InferenceFile],
     prompts: Sequence[str],
     negative_prompt: str | None,
-    warn: Say,
     device: torch.device | None = None,
     lend: LendEncoder | None = None,
 ) -> Encoded:
-    """Encodes prompts, and tells what is not read of them.
+    """Encodes prompts, and notes what is not read of them.
 
     Args:
         files: Of the stages that will read them.
         prompts: B captions; an empty one is no text at all.
         negative_prompt: What guidance leads away from.
-        warn: Told, in one sentence for all of them.
         device: Where the encoder computes.
         lend: Gives the encoder and takes it back; None loads it for this once.
 
@@ -64,16 +63,16 @@ def read_prompts(
     if negative_prompt:
         groups["negative_prompt"] = [negative_prompt]
     encoded = encode_groups(files, groups, device, lend)
-    for what, of_option in groups.items():
-        if sentence := cut_sentence(of_option, encoded[what].not_read):
-            warn(sentence)
-    if sentence := blank_sentence(files[0], prompts):
-        warn(sentence)
+    sentences = [
+        *(cut_sentence(of_option, encoded[what].not_read) for what, of_option in groups.items()),
+        blank_sentence(files[0], prompts, is_led=bool(negative_prompt)),
+    ]
+    notes = tuple(filter(None, sentences))
     text, not_read = encoded["prompt"]
     if not negative_prompt:
-        return Encoded(text, None, not_read)
+        return Encoded(text, None, not_read, notes)
     negative, (lost,) = encoded["negative_prompt"]
-    return Encoded(text, negative, [[*of_prompt, *lost] for of_prompt in not_read])
+    return Encoded(text, negative, [[*of_prompt, *lost] for of_prompt in not_read], notes)
 
 
 def encode(
@@ -191,8 +190,14 @@ def cut_sentence(prompts: Sequence[str], not_read: Sequence[Sequence[NotRead]]) 
     return f"{option(lost[0].option)} {shortened(prompt)!r}: {', '.join(parts)}{more}"
 
 
-def blank_sentence(file: InferenceFile, prompts: Sequence[str]) -> str | None:
-    """One sentence about empty prompts; None if there are none."""
+def blank_sentence(file: InferenceFile, prompts: Sequence[str], *, is_led: bool) -> str | None:
+    """One sentence about empty prompts; None if there are none.
+
+    Args:
+        file: Of the first stage.
+        prompts: All of them.
+        is_led: Whether a negative prompt leads away from another text.
+    """
     if not any(map(is_blank, prompts)):
         return None
     share = file.config.imagen.cond_drop_prob
@@ -201,4 +206,5 @@ def blank_sentence(file: InferenceFile, prompts: Sequence[str]) -> str | None:
         if share
         else "which training never knew (imagen.cond_drop_prob 0)"
     )
-    return f"an empty {option('prompt')} is no text at all, {known}: guidance does not act on it"
+    acts = "" if is_led else ": guidance does not act on it"
+    return f"an empty {option('prompt')} is no text at all, {known}{acts}"

@@ -25,13 +25,16 @@ class Key(NamedTuple):
     version: tuple[int, int]  # of the file: bytes, and when it was written; training writes it anew
     runtime: RuntimeOptions
     tile: int | None
+    caches: bool
 
     @classmethod
-    def of(cls, file: InferenceFile, runtime: RuntimeOptions, tile: int | None) -> "Key":
+    def of(
+        cls, file: InferenceFile, runtime: RuntimeOptions, tile: int | None, *, caches: bool = False
+    ) -> "Key":
         """Of a stage opened now."""
         found = file.path.stat()
         version = (found.st_size, found.st_mtime_ns)
-        return cls(str(file.path), version, runtime, tile)
+        return cls(str(file.path), version, runtime, tile, caches)
 
 
 class Residents:

@@ -83,6 +83,7 @@ class Stage:
         device: Where to compute.
         runtime: What computes the U-Net, and how.
         tile: Side of the tiles of a super-resolution stage in pixels; None computes whole images.
+        caches: Whether some evaluations are to reuse what others found (`cache_interval`).
         say: Told what "auto" chose and what was changed for want of memory.
 
     Raises:
@@ -97,18 +98,16 @@ class Stage:
         runtime: RuntimeOptions = RuntimeOptions(runtime="torch"),  # noqa: B008  # immutable
         *,
         tile: int | None = None,
+        caches: bool = False,
         say: Say = lambda sentence: None,
     ) -> None:
         self.file, self.config, self.device = file, file.stage, device
         self.divisor = self.config.unet.size_divisor
-        if tile is not None and (tile < 1 or tile % self.divisor):
-            raise UsageError(
-                f"{option('tile')} {tile}: {self.config.name} takes tiles in multiples of "
-                f"{self.divisor} px."
-            )
+        if tile is not None:
+            check_tile(self.config, tile)
         self.tile = tile if self.config.is_super_resolution else None
         self.schedule = stage_schedule(self.config).to(device)
-        self.runtime = open_runtime(file, device, runtime, side=self.tile, say=say)
+        self.runtime = open_runtime(file, device, runtime, side=self.tile, caches=caches, say=say)
 
     def close(self) -> None:
         """Frees the network, before the next one is loaded."""
@@ -170,7 +169,7 @@ class Stage:
     ) -> Tensor:
         """Enlarges one picture of any size and shape by this stage's factor.
 
-        It is computed in tiles of the size that the network was trained at, unless the stage was
+        It is computed in tiles as large as the stage's own pictures, unless the stage was
         given another.
 
         Args:
@@ -261,6 +260,19 @@ class Stage:
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
             denoiser_at=denoiser_at,
         )  # fmt: skip
+
+
+def check_tile(stage: StageConfig, tile: int) -> None:
+    """Refuses tiles that a network cannot halve as often as it does.
+
+    Raises:
+        UsageError: With what it takes.
+    """
+    divisor = stage.unet.size_divisor
+    if tile < 1 or tile % divisor:
+        raise UsageError(
+            f"{option('tile')} {tile}: {stage.name} takes tiles in multiples of {divisor} px."
+        )
 
 
 def solved(

@@ -17,7 +17,7 @@ from imagen_scale.sampling.prompts import Encoded, read_prompts
 from imagen_scale.sampling.residents import Residents
 from imagen_scale.sampling.runtimes.contract import Say
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
-from imagen_scale.sampling.stage import Listener, Stage, default_device
+from imagen_scale.sampling.stage import Listener, Stage, check_tile, default_device
 from imagen_scale.sampling.wanted import Wanted
 
 MOST_REMEMBERED = 256
@@ -101,15 +101,16 @@ class TrainedStages:
         """What each stage is."""
         return [file.stage for file in self.files]
 
-    def stage(self, unet_number: int, *, tile: int | None = None) -> Stage:
+    def stage(self, unet_number: int, *, tile: int | None = None, caches: bool = False) -> Stage:
         """Loads one stage; close it before the next.
 
         Args:
             unet_number: As the run counts, from 1.
             tile: Side of its tiles in pixels; None computes whole images.
+            caches: Whether it is sampled with a `cache_interval` above 1.
         """
         (file,) = [file for file in self.files if file.unet_number == unet_number]
-        return Stage(file, self.device, self.runtime, tile=tile, say=self.say)
+        return Stage(file, self.device, self.runtime, tile=tile, caches=caches, say=self.say)
 
     def settings(self, options: SamplingOptions) -> list[StageSettings]:
         """The settings of each stage.
@@ -118,6 +119,9 @@ class TrainedStages:
             UsageError: Naming the option that is wrong.
         """
         settings = options.for_stages(self.configs)
+        for stage in self.configs:
+            if options.tile is not None and options.tile < stage.size:
+                check_tile(stage, options.tile)
         if options.negative_prompt:
             check_negative(self.configs, settings)
         return settings
@@ -170,6 +174,12 @@ class TrainedStages:
             prompts: B captions; an empty one is no text at all.
             negative_prompt: What guidance leads away from.
         """
+        encoded = self._encoded(prompts, negative_prompt)
+        for note in encoded.notes:
+            self.warn(note)
+        return encoded
+
+    def _encoded(self, prompts: Sequence[str], negative_prompt: str | None) -> Encoded:
         if self.remembered is None:
             return self._read(prompts, negative_prompt)
         key = (tuple(prompts), negative_prompt)
@@ -183,7 +193,7 @@ class TrainedStages:
         lend = None
         if self.residents is not None:
             lend = partial(self.residents.lend_encoder, others=self.files)
-        return read_prompts(self.files, prompts, negative_prompt, self.warn, self.device, lend)
+        return read_prompts(self.files, prompts, negative_prompt, self.device, lend)
 
 
 def check_negative(configs: Sequence[StageConfig], settings: Sequence[StageSettings]) -> None:

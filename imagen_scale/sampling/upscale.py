@@ -97,10 +97,11 @@ class Upscaler:
                 f"{option('prompt')}."
             )
         (settings,) = self.stages.settings(options)
-        text, _, (not_read,) = self.stages.encode([prompt or ""])
+        text, _, (not_read,), _ = self.stages.encode([prompt or ""])
         tile = options.tile or self.config.size
         try:
-            with closing(self.stages.stage(self.config.number, tile=tile)) as stage:
+            caches = settings.cache_interval > 1
+            with closing(self.stages.stage(self.config.number, tile=tile, caches=caches)) as stage:
                 image = stage.upscale(picture, text, options.seed, settings, listener)
         except torch.OutOfMemoryError:
             raise out_of_memory(self.stages.device) from None

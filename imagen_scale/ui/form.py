@@ -7,7 +7,7 @@ import gradio as gr
 
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.sampling.option_facts import OptionFacts, facts_of
-from imagen_scale.sampling.options import SamplingOptions, learned_settings
+from imagen_scale.sampling.options import SamplingOptions, StageSettings, learned_settings
 from imagen_scale.sampling.runtimes.options import RuntimeName, RuntimeOptions
 from imagen_scale.ui.generation import Request
 from imagen_scale.ui.history import Facts
@@ -24,13 +24,18 @@ class Form:
     Args:
         sizes: Side of each stage's pictures in pixels.
         runtime: Chosen at first.
+        own: How each stage is sampled where nothing is asked for.
         few: Of stages that take few steps, by their number, how they learned it.
     """
 
     def __init__(
-        self, sizes: Sequence[int], runtime: RuntimeName, few: Mapping[int, FewSteps] | None = None
+        self,
+        sizes: Sequence[int],
+        runtime: RuntimeName,
+        own: Sequence[StageSettings],
+        few: Mapping[int, FewSteps] | None = None,
     ) -> None:
-        self.few = few or {}
+        self.own, self.few = own, few or {}
         self.prompt = gr.Textbox(
             label="Prompt", placeholder="red heart", max_lines=4, autofocus=True, elem_id="prompt"
         )
@@ -90,9 +95,9 @@ class Form:
         options: dict[str, Any] = {}
         for name, fields in self.options.items():
             own, rest = rest[: len(fields)], rest[len(fields) :]
-            # A field that is left as it is asks for nothing: few steps are taken in one way only.
+            # A field that is left as it is asks for nothing.
             if name in (*FIRST, "seed") or own[0] not in (OPTIONS[name].default, ""):
-                options[name] = own if name in FIRST else own[0]
+                options[name] = own if name in FIRST else self._asked(name, own[0])
         options["negative_prompt"] = (options.get("negative_prompt") or "").strip()
         return Request((prompt or "").strip(), options, runtime)
 
@@ -106,14 +111,32 @@ class Form:
         for name, fields in self.options.items():
             if not OPTIONS[name].per_stage:
                 continue
-            stages = facts.stages
-            if name not in FIRST:  # one field for all stages that leave a choice
-                stages = [one for unet, one in enumerate(stages, 1) if unet not in self.few]
-            for field, stage in zip(fields, stages, strict=False):
-                value, choices = getattr(stage, name), OPTIONS[name].choices
-                if not choices or value in choices:
-                    values[field] = value
+            if name not in FIRST:
+                values[fields[0]] = self._for_all(name, facts)
+                continue
+            for field, stage in zip(fields, facts.stages, strict=False):
+                values[field] = getattr(stage, name)
         return values
+
+    def _asked(self, name: str, value: Any) -> Any:
+        """A folded field's value: for the stages that leave a choice, if others do not."""
+        if not (self.few and OPTIONS[name].per_stage):
+            return value
+        return [
+            getattr(learned_settings(self.few[unet]), name) if unet in self.few else value
+            for unet in range(1, len(self.own) + 1)
+        ]
+
+    def _for_all(self, name: str, facts: Facts) -> Any:
+        """One field's value for all stages that leave a choice: none where they took their own."""
+        default, choices = OPTIONS[name].default, OPTIONS[name].choices
+        pairs = [
+            (getattr(stage, name), getattr(own, name))
+            for unet, (stage, own) in enumerate(zip(facts.stages, self.own, strict=False), 1)
+            if unet not in self.few
+        ]
+        asked = [value for value, own in pairs if value != own]
+        return asked[0] if asked and (not choices or asked[0] in choices) else default
 
 
 def _number(facts: OptionFacts, unet: int, size: int, few: FewSteps | None) -> Any:

@@ -247,7 +247,8 @@ def checked(request: Request) -> SamplingOptions:
             f"{option('seed')}: a whole number from 0 on is needed; same seed, same picture."
         )
     for name, value in request.options.items():
-        if isinstance(value, list | tuple) and None in value:
+        may_be_none = name in DEFAULTS and DEFAULTS[name] is None
+        if isinstance(value, list | tuple) and None in value and not may_be_none:
             raise UsageError(f"{option(name)}: a number is needed for every stage.")
     given = {name: value for name, value in request.options.items() if value is not None}
     return SamplingOptions.make(**given)
@@ -258,6 +259,7 @@ def with_labels(message: str) -> str:
     return spelled(message, lambda name: LABELS.get(name, name))
 
 
+DEFAULTS = {facts.name: facts.default for facts in facts_of(SamplingOptions)}
 LABELS = {
     facts.name: facts.label.lower()
     for facts in [*facts_of(SamplingOptions), *facts_of(RuntimeOptions), CHECKPOINT]

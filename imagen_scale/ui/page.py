@@ -12,6 +12,7 @@ import gradio as gr
 from imagen_scale.config import load_config
 from imagen_scale.runs.folders import config_path, samples_dir
 from imagen_scale.runs.inference import learned_stages
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeName
 from imagen_scale.ui import views
 from imagen_scale.ui.form import Form
@@ -41,9 +42,10 @@ class Page:
         config = load_config(config_path(run.folder))
         self.run = run
         self.num_unets = len(config.unets)
-        self.threshold = config.imagen.dynamic_thresholding_percentile
-        self.sizes = [stage.size for stage in config.stages()][: run.unet_limit]
+        stages = config.stages()[: run.unet_limit]
+        self.sizes = [stage.size for stage in stages]
         self.few = learned_stages(run.folder, len(self.sizes))
+        self.own = SamplingOptions().for_stages(stages)
         self.samples = samples_dir(run.folder)
         self.generator = Generator(
             run.folder, unet_limit=run.unet_limit, allow_unfinished=run.allow_unfinished
@@ -59,7 +61,7 @@ class Page:
             gr.HTML(views.header(name, self.sizes))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    self.form = Form(self.sizes, self.run.runtime, self.few)
+                    self.form = Form(self.sizes, self.run.runtime, self.own, self.few)
                     with gr.Row(elem_classes="is-buttons"):
                         self.start = gr.Button(
                             "Make picture", variant="primary", scale=2, min_width=120,
@@ -202,7 +204,8 @@ class Page:
         """What one picture was made from, and its command."""
         entry = self._entry(path)
         command = "" if entry is None else sample_command(
-            entry.facts, self.run.folder, num_unets=self.num_unets, threshold=self.threshold,
+            entry.facts, self.run.folder, num_unets=self.num_unets,
+            thresholds=[stage.threshold for stage in self.own],
             allow_unfinished=self.run.allow_unfinished,
         )  # fmt: skip
         return {

@@ -24,7 +24,7 @@ def sample_command(
     run: Path,
     *,
     num_unets: int,
-    threshold: float | None,
+    thresholds: Sequence[float | None],
     allow_unfinished: bool = False,
 ) -> str:
     """`imagen-scale sample ...` with all that the picture depends on.
@@ -33,7 +33,7 @@ def sample_command(
         facts: What stands beside the picture.
         run: The run's folder.
         num_unets: Stages of the run.
-        threshold: The configuration's, which the command takes by itself.
+        thresholds: Each stage's own, which the command takes by itself.
         allow_unfinished: Whether stages may be half-trained.
     """
     stages = facts.stages
@@ -52,10 +52,10 @@ def sample_command(
         values = [getattr(stage, name) for stage in stages]
         default: Any = SamplingOptions.model_fields[name].default
         if name == "threshold":
-            default = threshold
-            values = [threshold if value is None else value for value in values]
+            pairs = zip(values, thresholds, strict=False)
+            values = [None if value == own else value for value, own in pairs]
         if name not in ("steps", "cond_scale") and any(value != default for value in values):
-            words += _option("--" + name, _per_stage(values))
+            words += _option("--" + name.replace("_", "-"), _per_stage(values))
     if facts.tile is not None:
         words += _option("--tile", str(facts.tile))
     if len(stages) < num_unets:
@@ -78,6 +78,8 @@ def _per_stage(values: Sequence[Any]) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "none"
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .blank import is_blank
+from .blank import is_blank, says_nothing
 from .bundle import Bundle, Conditioned, StageFacts
 from .errors import DataError, option
 from .graphs import Engine, Graph
@@ -81,8 +81,9 @@ class TextReader:
         lost = []
         for stage in self.bundle.stages[:stages]:
             read = min(stage["max_text_len"], len(features.ends))
-            if unread := prompt[max(features.ends[:read]) :].strip():
-                lost.append(NotRead(what, stage.number, read, features.tokens, unread))
+            unread = prompt[max(features.ends[:read]) :]
+            if read < features.tokens and not says_nothing(unread):
+                lost.append(NotRead(what, stage.number, read, features.tokens, unread.strip()))
         return lost
 
     def sentences(self, what: str, prompt: str) -> list[str]:

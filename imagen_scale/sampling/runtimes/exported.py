@@ -76,17 +76,8 @@ class ExportedRuntime:
     def bind(self, cond: Conditioning, cache: DeepCache | None = None) -> Denoiser:
         """See `Runtime`; the graph without guidance does half the work."""
         cond.check(self._stage)
-        if cache is not None and not self.has_shallow:
-            remedy = (
-                f"export it again with `imagen-scale export --unet {self._stage.number} --cache "
-                f"--force`, or take {option('runtime')} torch"
-                if self.device.type == "cpu"
-                else f"on cards {option('runtime')} torch alone does"
-            )
-            raise UsageError(
-                f"{option('cache_interval')} {cache.interval}: this export of {self._stage.name} "
-                f"computes every evaluation whole; {remedy}."
-            )
+        if cache is not None:
+            self.check_cache()
         batch, needed = len(cond.text.embeds), cond.branches
         text, null = self._condition(cond.text), self._conditioner.null_text(batch)
         if cond.negative is not None:
@@ -94,6 +85,25 @@ class ExportedRuntime:
             null = TextCond(*(part.expand(batch, *part.shape[1:]) for part in negative))
         # No graph computes this branch alone, but the one without guidance takes any text.
         return _BoundDenoiser(self, text if "text" in needed else null, null, cond, cache)
+
+    def check_cache(self) -> None:
+        """Refuses `cache_interval` above 1 where there is no graph for the evaluations between.
+
+        Raises:
+            UsageError: With what to do instead.
+        """
+        if self.has_shallow:
+            return
+        remedy = (
+            f"export it again with `imagen-scale export --unet {self._stage.number} --cache "
+            f"--force`, or take {option('runtime')} torch"
+            if self.device.type == "cpu"
+            else f"on cards {option('runtime')} torch alone does"
+        )
+        raise UsageError(
+            f"{option('cache_interval')}: this export of {self._stage.name} computes every "
+            f"evaluation whole; {remedy}."
+        )
 
     def _condition(self, text: Text) -> TextCond:
         given = Text(text.embeds.cpu(), text.mask.cpu())

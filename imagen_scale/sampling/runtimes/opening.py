@@ -15,6 +15,7 @@ def open_runtime(
     options: RuntimeOptions,
     *,
     side: int | None = None,
+    caches: bool = False,
     say: Say = lambda sentence: None,
 ) -> Runtime:
     """Opens what computes a U-Net.
@@ -27,15 +28,16 @@ def open_runtime(
             "tensorrt", "openvino"), or "auto": the best that can be used, on the CPU onnx, then
             torch; on a card tensorrt, then torch.
         side: Pixels of the images it must take; None for the stage's own.
+        caches: Whether it must reuse what earlier evaluations found.
         say: Told what "auto" chose, and why not the others.
 
     Raises:
         ImagenScaleError: If a runtime asked for by name cannot be used: there is no fallback.
     """
     if options.runtime == "auto":
-        return _best_runtime(file, device, options, side, say)
+        return _best_runtime(file, device, options, side, caches, say)
     if options.runtime in EXPORTED:
-        return _open_export(options.runtime, file, device, options, side)
+        return _open_export(options.runtime, file, device, options, side, caches)
     return TorchRuntime(file, device, options, say=say)
 
 
@@ -44,6 +46,7 @@ def _best_runtime(
     device: torch.device,
     options: RuntimeOptions,
     side: int | None,
+    caches: bool,
     say: Say,
 ) -> Runtime:
     wanted, name = ("tensorrt" if device.type == "cuda" else "onnx"), file.stage.name
@@ -52,7 +55,7 @@ def _best_runtime(
         skipped = f"{wanted}: it takes neither {option('channels_last')} nor {option('sequential')}"
     else:
         try:
-            runtime = _open_export(wanted, file, device, options, side)
+            runtime = _open_export(wanted, file, device, options, side, caches)
         except ImagenScaleError as error:
             skipped = f"{wanted}: {error.marked}"
         else:
@@ -64,8 +67,9 @@ def _best_runtime(
 
 
 def _open_export(
-    kind: str, file: InferenceFile, device: torch.device, options: RuntimeOptions, side: int | None
-) -> Runtime:
+    kind: str, file: InferenceFile, device: torch.device, options: RuntimeOptions,
+    side: int | None, caches: bool,
+) -> Runtime:  # fmt: skip
     if options.channels_last or options.sequential:
         raise UsageError(
             f"{option('runtime')} {kind}: takes neither {option('channels_last')} nor "
@@ -76,11 +80,12 @@ def _open_export(
     runtime = exported.open_exported(
         kind, file, folder=None, device=device, precision=options.precision
     )
-    if side is not None:
-        shape = torch.Size((1, file.config.imagen.channels, side, side))
-        try:
-            runtime.check_shape(shape)
-        except ImagenScaleError:
-            runtime.close()
-            raise
+    try:
+        if side is not None:
+            runtime.check_shape(torch.Size((1, file.config.imagen.channels, side, side)))
+        if caches:
+            runtime.check_cache()
+    except ImagenScaleError:
+        runtime.close()
+        raise
     return runtime
