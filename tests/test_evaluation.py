@@ -17,6 +17,9 @@ from imagen_scale.errors import DataError, MissingExtraError, ShapeError
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import Known, evaluate
+from imagen_scale.evaluation.report import as_dict
+from imagen_scale.report.measures import rows
+from imagen_scale.runs.records import EvaluationRecord
 from imagen_scale.sampling.measures import (
     ColourTally,
     drift,
@@ -266,6 +269,25 @@ def test_groups_and_stages_add_up_to_the_same_measures(run, monkeypatch):
         assert one.generated_colour.mean == pytest.approx(other.generated_colour.mean, abs=1e-5)
     assert whole.stages[1].restoration == pytest.approx(parts.stages[1].restoration, abs=1e-3)
     assert whole.stages[0].restoration is None and whole.stages[0].fid is None
+
+
+def test_where_nothing_was_trained_on_no_nearest_picture_is_looked_for(run):
+    cascade = TrainedStages.load(run)
+    prepared = prepare(cascade.files[0].config)
+    found = evaluate(cascade, prepared, range(1), [], options=SamplingOptions(steps=1), num_seeds=2)
+    assert found.known == 0 and found.stages[0].nearest_train is None
+    assert found.stages[0].diversity.other_captions is None  # of one caption
+    facts = as_dict(found) | {"split": "held-out"}
+    names = [row.name for row in rows(EvaluationRecord.model_validate(facts))]
+    assert "difference between seeds, of 255" in names and "  between captions" not in names
+    assert not any("nearest training picture" in name for name in names)
+
+
+def test_of_many_training_pictures_as_many_as_said_are_looked_at(run, monkeypatch):
+    prepared = prepare(TrainedStages.load(run).files[0].config)
+    every = list(range(len(prepared.source)))
+    monkeypatch.setattr("imagen_scale.evaluation.measurement.MOST_KNOWN", len(every) - 1)
+    assert Known(prepared, every, [], 16).looked_at == len(every) - 1
 
 
 def test_pictures_drawn_again_are_found(run):

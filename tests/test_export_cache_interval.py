@@ -220,9 +220,14 @@ def test_an_export_without_shallow_graphs_says_how_to_get_them(exported):
     with pytest.raises(UsageError) as caught:
         cascade.sample(["sun"], make(steps=2, cache_interval=[2, 1]))
     assert str(caught.value) == (
-        "cache_interval 2: this export of U-Net 1 computes every evaluation whole; export it again "
+        "cache_interval: this export of U-Net 1 computes every evaluation whole; export it again "
         "with `imagen-scale export --unet 1 --cache --force`, or take runtime torch."
     )
+    said = []
+    best = TrainedStages.load(exported, runtime=RuntimeOptions(runtime="auto"), say=said.append)
+    best.sample(["sun"], make(steps=2, cache_interval=[2, 1]))
+    assert any("U-Net 1: runtime torch" in sentence and "whole" in sentence for sentence in said)
+    assert any("U-Net 2: runtime onnxruntime" in sentence for sentence in said)
     file = read_inference(inference_path(exported, 1))
     with pytest.raises(UsageError, match="cache: engines compute every evaluation whole; export"):
         export_unet(file, ExportOptions(format="tensorrt", cache=True), print)

@@ -71,6 +71,15 @@ def test_what_begins_after_the_last_token_that_is_read(minilm, limit, unread):
     assert found == (None if unread is None else (limit, 6, unread))
 
 
+@pytest.mark.parametrize("prompt", ["a \u2764\ufe0f", "cafe\u0301", "sun\u200b", "sun \n"])
+def test_what_a_tokenizer_drops_at_the_end_is_not_missed(minilm, prompt):
+    tokens = len(minilm.encode([prompt])[0])
+    assert minilm.unread(prompt, tokens) is None
+    assert minilm.unread(prompt, tokens - 1) is None  # but for the mark of the end
+    read, *_, text = minilm.unread(f"{prompt} key", tokens - 1)
+    assert read == tokens - 1 and text.endswith("key")
+
+
 def test_the_encoder_has_a_limit_of_its_own(minilm):
     words = ["sun"] * 300
     assert minilm.unread(" ".join(words), 1000) == (256, 302, " ".join(["sun"] * 46))
@@ -131,11 +140,13 @@ def test_python_warns_unless_somebody_listens(run):
     assert SENTENCE in said
 
 
-def test_the_page_says_it(run):
-    told = Generator(run).generate(
-        Request(LONG, {"seed": 0, "steps": [1, 1]}, "torch"), threading.Event()
-    )
-    assert SENTENCE in [event.sentence for event in told if isinstance(event, Said)]
+def test_the_page_says_it_of_every_picture(run):
+    """Though the features of a prompt that was read before are kept."""
+    generator = Generator(run)
+    for seed in range(2):
+        request = Request(LONG, {"seed": seed, "steps": [1, 1]}, "torch")
+        told = list(generator.generate(request, threading.Event()))
+        assert SENTENCE in [event.sentence for event in told if isinstance(event, Said)]
 
 
 def test_enlarging_says_it(run, tmp_path):
@@ -194,6 +205,9 @@ def test_it_is_said(run, tmp_path):
     assert [facts["prompt"] for facts in facts_in(tmp_path)] == ["", "sun"]
     with pytest.warns(UserWarning, match="an empty prompt is no text at all"):
         Cascade.load(run).sample("  ", steps=1)
+    done = cli("sample", "", "--negative-prompt", "sun", "--run", run, "--out", tmp_path / "led",
+               "--steps", 1)  # fmt: skip
+    assert line.partition(": guidance")[0] in done.stderr.splitlines()  # from "sun" it leads away
 
 
 def test_the_page_makes_it_too(run):

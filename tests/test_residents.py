@@ -105,6 +105,21 @@ def test_a_full_card_frees_what_is_held_and_goes_on_where_it_was(run, loads, mon
         assert loads == [-2, -1, "-text", 2]
 
 
+def test_a_stage_that_is_tried_again_is_named_once(run, monkeypatch):
+    parts, calls = Stage.parts, []
+
+    def full_at_first(self, *arguments, **options):
+        calls.append(self.config.number)
+        if calls.count(2) == 1 and self.config.number == 2:
+            raise torch.OutOfMemoryError("full")
+        yield from parts(self, *arguments, **options)
+
+    monkeypatch.setattr(Stage, "parts", full_at_first)
+    with Cascade.load(run, runtime="torch") as cascade:
+        (sample,) = cascade.stream("sun", steps=1)
+    assert calls == [1, 2, 2] and len(sample.runtimes) == 2
+
+
 def test_a_card_that_is_full_with_nothing_held_ends_in_advice(run, monkeypatch):
     def full(self, *arguments, **options):
         raise torch.OutOfMemoryError("full")

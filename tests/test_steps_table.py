@@ -54,6 +54,23 @@ def test_every_stage_in_every_number_of_steps(teacher):
     assert json.loads((teacher / "steps_table.json").read_text()) == rows
 
 
+def test_what_guidance_skips_is_not_counted(teacher):
+    words = ("--steps-table", "4", "--cond-scale", "2", "--unet-limit", "1")
+    for more, evaluations in (
+        ((), 8), (("--guidance-interval", "0.5:1"), 6), (("--sampler", "heun"), 14),
+        (("--sampler", "heun", "--guidance-interval", "0:0.25"), 8),
+    ):  # fmt: skip
+        (row,) = rows_of(teacher, *words, *more)
+        assert row["evaluations"] == evaluations
+
+
+def test_lists_are_for_the_whole_cascade_beside_a_student(student):
+    rows = rows_of(student, "--steps-table", "2", "--sampler", "ddim,heun")
+    assert [(row["who"], row["evaluations"]) for row in rows] == [
+        ("teacher", 2), ("student", 4), ("itself", 3)
+    ]  # fmt: skip
+
+
 def test_a_student_stands_below_its_teacher_from_the_same_noise(student):
     """The same weights without guidance take the same steps: DDIM, at the same times."""
     rows = rows_of(student, "--steps-table", "4", "--sampler", "ddim", "--spacing", "trailing",
@@ -69,6 +86,7 @@ def test_it_is_printed_and_wrong_use_is_one_sentence(student):
     for words, said in (
         (("--steps-table", "4,x"), "--steps-table 4,x: give whole numbers from 1 on"),
         (("--steps-table", "4", "--steps", "8"), "leave --steps out"),
+        (("--steps-table", "101"), "--steps-table 101: U-Net 1 has 100 times"),
     ):
         done = tabulate(student, *words)
         assert done.exit_code == 2 and said in done.output

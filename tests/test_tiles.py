@@ -12,9 +12,10 @@ from imagen_scale.diffusion.tiles import Tile, TiledDenoiser, _weights, tile_sta
 from imagen_scale.errors import ShapeError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
-from imagen_scale.sampling.options import StageSettings
+from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.runtimes.contract import Text
 from imagen_scale.sampling.stage import Stage
+from imagen_scale.sampling.stages import TrainedStages
 
 T = torch.tensor([50, 50])
 
@@ -120,6 +121,18 @@ def test_upscaling_any_shape(stage):
     assert torch.equal(image, stage.upscale(picture, text, 3, settings))
     assert not torch.equal(image, stage.upscale(picture, text, 4, settings))
     assert stage.upscale(picture[:, :5, :9], text, 3, settings).shape == (3, 10, 18)
+
+
+def test_a_tile_is_refused_before_the_stages_before_are_drawn(stage):
+    file = stage.file
+    cascade = TrainedStages([file, file])  # any two
+    for tile, said in ((31, "tile 31: U-Net 2 takes tiles in"), (30, None), (33, None)):
+        options = SamplingOptions(tile=tile)
+        if said is None:
+            cascade.settings(options)
+        else:
+            with pytest.raises(UsageError, match=said):
+                cascade.settings(options)
 
 
 def test_a_tile_that_the_network_cannot_halve_is_refused(stage):

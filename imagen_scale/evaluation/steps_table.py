@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from imagen_scale.config import StageConfig
 from imagen_scale.data.prepared import prepare
 from imagen_scale.data.storage import Progress
 from imagen_scale.diffusion.guidance import branches, guided_times
@@ -200,11 +201,7 @@ def _ways(
     few = file.stage.few_steps
     if few is None:
         for count in steps:
-            if count > file.stage.timesteps:
-                raise UsageError(
-                    f"{option('steps_table')} {count}: {file.stage.name} has "
-                    f"{file.stage.timesteps} times (imagen.timesteps); take at most so many."
-                )
+            _check_count(count, file.stage)
             taken = options.changed(steps=count)
             # Of all stages: a single guidance scale is the base's.
             yield _Way("itself", file, taken.for_stages([file.stage] * stages)[entry])
@@ -212,11 +209,20 @@ def _ways(
     teacher = read_stage(expanded(few.teacher), file.unet_number, allow_unfinished=True)
     if teacher.stage.few_steps is None:
         for count in steps:
+            _check_count(count, teacher.stage)
             taken = options.changed(steps=count, cond_scale=[few.cond_scale] * stages)
             yield _Way("teacher", teacher, taken.for_stages([teacher.stage] * stages)[entry])
     else:
         yield _Way("teacher", teacher, SamplingOptions().for_stages([teacher.stage])[0])
     yield _Way("student", file, SamplingOptions().for_stages([file.stage])[0])
+
+
+def _check_count(steps: int, stage: StageConfig) -> None:
+    if steps > stage.timesteps:
+        raise UsageError(
+            f"{option('steps_table')} {steps}: {stage.name} has {stage.timesteps} times "
+            f"(imagen.timesteps); take at most so many."
+        )
 
 
 def _made(
