@@ -260,7 +260,7 @@ def test_prepare_serves_every_stage(tmp_path):
         "preparing pictures (16 px)",
         "encoding captions",
     ]
-    assert list(prepare(config(f'"{tmp_path}"'), size=16).images) == [16]
+    assert list(prepare(config(f'"{tmp_path}"'), only=[16]).images) == [16]
 
 
 def test_limit_of_the_cache_counts_all_sizes(tmp_path):
@@ -269,9 +269,9 @@ def test_limit_of_the_cache_counts_all_sizes(tmp_path):
     too_little = config(f'"{tmp_path}"', (small + large - 1) / 1e9)
     prepare(too_little)
     assert [file.name[-6:] for file in tmp_path.rglob("images/*.npy")] == ["_8.npy"]
-    prepare(too_little, size=16)
+    prepare(too_little, only=[16])
     assert not list(tmp_path.rglob("*_16.npy"))
-    prepare(both, size=16)
+    prepare(both, only=[16])
     assert list(tmp_path.rglob("*_16.npy"))
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from support.tiny import TINY, write_stage
 
-from imagen_scale.config import parse_config
+from imagen_scale.config import dump_config, parse_config
 from imagen_scale.data.degradation import degraded
 from imagen_scale.data.lowres_inputs import LowresInputs
 from imagen_scale.data.prepared import prepare, real_pictures
@@ -79,6 +79,11 @@ def test_a_sample_gets_by_its_position_what_the_shares_say():
 
 def config(**training):
     return parse_config(json.dumps(TINY | {"training": TINY["training"] | training}))
+
+
+def few_steps(steps):
+    section = {"teacher": "t", "steps": [steps, None], "cond_scale": 2}
+    return ("unets.0.pred_type=v", f"distill={json.dumps(section)}")
 
 
 def test_the_network_is_given_these_pictures_and_learns_what_it_learned_without(tmp_path):
@@ -194,11 +199,30 @@ def test_how_much_is_left_of_a_picture_is_spread_over_the_pictures(tmp_path, mon
 
 
 @pytest.mark.parametrize(("steps", "whether"), [(1, False), (2, False), (4, True)])
-def test_few_steps_may_all_be_from_noise_alone(steps, whether):
-    data = {"distill": {"teacher": "t", "steps": [steps, None], "cond_scale": 2}}
-    made = parse_config(json.dumps(TINY | data), overrides=("unets.0.pred_type=v",))
-    assert draws_from_between(made, 1) is whether
-    assert draws_from_between(config(), 1)
+def test_few_steps_may_all_be_from_noise_alone(tmp_path, steps, whether):
+    student, ordinary = tmp_path / "student", tmp_path / "ordinary"
+    write_stage(student, 1, overrides=few_steps(steps))
+    write_stage(ordinary, 1)
+    assert draws_from_between(read_inference(inference_path(student, 1))) is whether
+    assert draws_from_between(read_inference(inference_path(ordinary, 1)))
+
+
+@pytest.mark.distributed
+def test_a_stage_before_that_was_taken_over_says_itself_how_few_its_steps_are(launch, tmp_path):
+    """The run that it was taken into knows it as an ordinary one."""
+    teacher, path, run = (tmp_path / name for name in ("teacher", "tiny.json", "run"))
+    for number in (1, 2):
+        write_stage(teacher, number, overrides=few_steps(1))
+    section = {"teacher": str(teacher), "steps": [None, 2], "cond_scale": 1, "teacher_steps": 4}
+    made = parse_config(
+        json.dumps(TINY),
+        overrides=("unets.0.pred_type=v", f"distill={json.dumps(section)}",
+                   "training.lowres_samples=0.4", "training.steps=1", "training.warmup_steps=0"),
+    )  # fmt: skip
+    path.write_text(dump_config(made))
+    done = launch(path, run)
+    assert "training.lowres_samples is left out: every step of U-Net 1 starts" in done.stdout
+    assert not lowres_samples_path(run, 2).exists()
 
 
 def test_a_stage_before_that_is_not_trained_is_refused_by_name(tmp_path):
@@ -231,6 +255,17 @@ def test_one_unet_has_no_low_resolution_picture():
     alone["imagen"] = alone["imagen"] | {"image_sizes": [16]}
     with pytest.raises(ConfigError, match=r"training.lowres_degrade: is of super-resolution"):
         parse_config(json.dumps(alone))
+
+
+@pytest.mark.distributed
+def test_each_unet_may_be_trained_by_itself(launch, tmp_path):
+    """The second then reads pictures of the first one's size as well."""
+    path, run = tmp_path / "tiny.json", tmp_path / "run"
+    path.write_text(json.dumps(TINY | {"training": TINY["training"] | {"lowres_samples": 0.4}}))
+    launch(path, run, "--unet", "1")
+    done = launch(path, run, "--unet", "2")
+    assert "pictures with U-Net 1 to learn from" in done.stdout
+    assert read_inference(inference_path(run, 2)).is_finished
 
 
 @pytest.mark.distributed

@@ -1,6 +1,6 @@
 """A run's data, checked, resized and encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,9 @@ def cache_dir(config: Config) -> Path:
     return folder
 
 
-def prepare(config: Config, progress: Progress | None = None, size: int | None = None) -> Prepared:
+def prepare(
+    config: Config, progress: Progress | None = None, only: Collection[int] | None = None
+) -> Prepared:
     """Opens pictures and text, preparing on disk what is not there yet.
 
     Every rank may call it at once: one does the work, the others wait for it.
@@ -53,7 +55,7 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
     Args:
         config: The run.
         progress: Called as the work goes on.
-        size: Prepare pictures of this size only; default: those of every stage.
+        only: Sizes of the pictures to prepare; default: those of every stage.
 
     Raises:
         DataError: If the text encoder, or too many of the pictures, are not usable.
@@ -65,7 +67,7 @@ def prepare(config: Config, progress: Progress | None = None, size: int | None =
     images: dict[int, ImageStore] = {}
     sizes, max_bytes = config.imagen.image_sizes, round(config.data.cache_images_gb * 1e9)
     stored = stored_sizes(sizes, len(source), max_bytes)  # of all, whichever are opened now
-    for stage_size in sizes if size is None else (size,):
+    for stage_size in sizes if only is None else only:
         images[stage_size] = ImageStore.open(
             source, stage_size, folder, stored=stage_size in stored, progress=progress
         )

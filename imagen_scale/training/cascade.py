@@ -86,8 +86,7 @@ def train(
     check_precision(config)
     # Prepared before the group is joined: it may take longer than any collective may wait.
     with meeting.watchdog.phase(PREPARING):
-        size = config.stage(numbers[0]).size if len(numbers) == 1 else None
-        prepared = prepare(config, progress=_progress(say), size=size)
+        prepared = prepare(config, progress=_progress(say), only=_sizes_read(config, numbers))
         check_text_width(config, prepared.embeddings.dim)
         check_split(config, prepared.source)
         fingerprint = encoder_fingerprint(encoder_folder(config.text_encoder))
@@ -126,6 +125,16 @@ def train(
     finally:
         owner.release()
         ranks.stop()
+
+
+def _sizes_read(config: Config, numbers: list[int]) -> set[int]:
+    """Of the pictures that training reads: each U-Net's own, and what the one before redraws."""
+    sizes = set()
+    for stage in map(config.stage, numbers):
+        sizes.add(stage.size)
+        if stage.small_size is not None and stage.training.lowres_samples:
+            sizes.add(stage.small_size)
+    return sizes
 
 
 def find_origins(

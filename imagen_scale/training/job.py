@@ -10,6 +10,8 @@ from imagen_scale.data.loading import loader_processes
 from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.split import split
 from imagen_scale.planning.machine import joined, this_machine
+from imagen_scale.runs.folders import inference_path
+from imagen_scale.runs.inference import read_inference
 from imagen_scale.training.link import link_bytes_per_s
 from imagen_scale.training.lowres_samples import (
     Drawn,
@@ -90,7 +92,9 @@ class Job:
         if from_rank_0(self.saver.is_finished):
             return None
         before = self.stage.number - 1
-        if not draws_from_between(self.config, before):
+        path = inference_path(self.run_dir, before)
+        # Another machine may not see yet what rank 0 has just written.
+        if not from_rank_0(lambda: draws_from_between(read_inference(path))):
             self.say(
                 f"{self.stage.name}: training.lowres_samples is left out: every step of U-Net "
                 f"{before} starts where next to nothing is left of a picture, so that what it "

@@ -61,15 +61,14 @@ def check_stage_before(stage: StageConfig, run_dir: Path, numbers: Sequence[int]
         )
 
 
-def draws_from_between(config: Config, unet_number: int) -> bool:
+def draws_from_between(file: InferenceFile) -> bool:
     """Whether a stage can be started from a picture under noise: of few steps none may be there.
 
     Args:
-        config: The run.
-        unet_number: Of the stage, from 1.
+        file: The stage's own: where it was taken over, its run does not tell its steps.
     """
-    settings = _settings(config, unet_number)
-    schedule = stage_schedule(config.stage(unet_number))
+    settings = _settings(file.config, file.unet_number)
+    schedule = stage_schedule(file.stage)
     times = visited_times(schedule, settings.steps, settings.spacing)
     return any(schedule.abar[t] >= KEPT[0] for t in times)
 
