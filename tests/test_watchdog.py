@@ -221,6 +221,12 @@ def test_a_store_is_given_up_when_it_is_silent_not_when_it_is_slow(
     assert slow._thread.is_alive() == is_given_up
 
 
+def test_a_reason_may_name_a_file_whose_name_is_not_text():
+    ours = circle.Circle(HashStore(), lambda: None, lambda: True)
+    reason = f"{os.fsdecode(bytes([255]))}.png: is missing."
+    assert ours.is_first_to_say(reason) and not ours.is_first_to_say(reason)
+
+
 # The real thing.
 
 

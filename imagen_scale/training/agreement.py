@@ -170,7 +170,8 @@ def _hash_of(*lists: list[str]) -> str:
     digest = hashlib.sha256()
     for words in lists:
         for word in words:
-            digest.update(word.encode() + b"\0")
+            # Linux allows any bytes in file names.
+            digest.update(word.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
 
 

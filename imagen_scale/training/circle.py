@@ -75,7 +75,8 @@ class Circle:
 
     def is_first_to_say(self, reason: str) -> bool:
         """Whether no other rank has asked this about the same."""
-        digest = hashlib.sha256(reason.encode()).hexdigest()
+        # It may name a file, whose name Linux allows to be any bytes.
+        digest = hashlib.sha256(reason.encode("utf-8", "surrogatepass")).hexdigest()
         return bool(self._store.add(f"imagen-scale said {digest}", 1) == 1)
 
     def has_said(self, reason: str) -> bool:
