@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from support.tiny import write_run, write_stage
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
-from imagen_scale.runs.folders import inference_path
+from imagen_scale.files.atomic import sha256
+from imagen_scale.runs.folders import config_path, inference_path
 from imagen_scale.runs.inference import read_inference
 
 V = ("unets.0.pred_type=v",)
@@ -43,6 +45,18 @@ def started(monkeypatch):
 def write(run, *changes):
     for number in (1, 2):
         write_stage(run, number, overrides=(*V, *changes))
+    return run
+
+
+def write_adapted(noise):
+    """What training leaves of RUN_v, of a run whose second stage is kept."""
+    run, shorter = (
+        noise.with_name(f"{noise.name}_v"),
+        ("training.steps=1", "training.warmup_steps=0"),
+    )
+    write_stage(run, 1, overrides=(*V, *shorter), origin=sha256(inference_path(noise, 1)))
+    inference_path(run, 2).parent.mkdir()
+    shutil.copyfile(inference_path(noise, 2), inference_path(run, 2))
     return run
 
 
@@ -103,6 +117,10 @@ def test_fewer_steps_are_learned_by_the_same_command(teacher):
     }  # fmt: skip
     assert data["training"]["lr"] == [1e-3, 1e-3]
     assert "runs/first_steps2-keep" in line
+    assert planned("first_steps4-keep", "--steps", "2,keep", "--cond-scale", "2")[0] == data
+    done = distill("first_steps4-keep", "--steps", "2,keep", "--cond-scale", "5", "--dry-run")
+    assert done.exit_code == 2
+    assert "--cond-scale: 5 for U-Net 1, but guidance 2 is built into it already" in done.output
     done = distill("first_steps4-keep", "--steps", "4,keep", "--to", "x", "--dry-run")
     assert done.exit_code == 2
     assert (
@@ -205,15 +223,65 @@ def test_a_run_that_predicts_the_noise_is_trained_on_first(teacher):
     assert shlex.split(line)[-4:] == ["--config", "runs/noise_v.json", "--run", "runs/noise_v"]
     assert not list(teacher.parent.glob("*.json"))
     # Once that is done, it teaches.
-    for number in (1, 2):
-        shorter = (*V, "training.steps=1", "training.warmup_steps=0")
-        write_stage(noise.with_name("noise_v"), number, overrides=shorter)
+    write_adapted(noise)
     done = distill(*words)
     assert done.exit_code == 0, done.output
     assert "into runs/noise_v; it is there already" in done.stderr
     text, _, line = done.stdout.rstrip().rpartition("\n")
     assert json.loads(text)["distill"]["teacher"] == "runs/noise_v"
     assert shlex.split(line)[-1] == "runs/noise_steps4-keep"
+
+
+def test_weights_that_a_run_had_once_do_not_teach_in_its_place(teacher, started):
+    noise = write_run(teacher.with_name("noise"))
+    adapted = write_adapted(noise)
+    words = ("noise", "--steps", "4,keep", "--cond-scale", "2", "--dry-run")
+    assert distill(*words).exit_code == 0
+    for number in (1, 2):
+        write_stage(noise, number, seed=1)  # trained on
+        done = distill(*words)
+        assert done.exit_code == 2 and not started
+        assert f"runs/noise_v: its U-Net {number} did not begin with the weights" in done.output
+        assert "Delete runs/noise_v" in done.output
+        write_stage(noise, number)
+    write_stage(adapted, 1, overrides=V)  # somebody's own run under that name
+    assert "runs/noise_v: its U-Net 1 did not begin" in distill(*words).output
+
+
+def test_what_is_set_counts_for_what_is_trained_first_as_well(teacher):
+    write_run(teacher.with_name("noise"))
+    sets = ("training.lr=1e-5", "distill.teacher_steps=8", "training.steps=50")
+    words = [word for one in sets for word in ("--set", one)]
+    data, _ = planned("noise", "--steps", "4,keep", "--cond-scale", "2", *words)
+    assert data["training"]["lr"] == 1e-5
+    assert data["distill"] is None and data["training"]["steps"] == [1, 1]  # the student's own
+
+
+def test_a_kept_stage_that_predicts_the_noise_is_taught_later(teacher, started):
+    """And the stage that takes few steps by then stays what it is."""
+    noise = (*V, "unets.1.pred_type=eps")
+    section = {"teacher": str(teacher), "steps": [4, None], "cond_scale": [2, 1]}
+    run = teacher.with_name("first_steps4-keep")
+    write_stage(run, 2, overrides=noise)
+    write_stage(run, 1, overrides=(*noise, f"distill={json.dumps(section)}", "training.lr=1e-5"))
+    words = ("first_steps4-keep", "--steps", "keep,2", "--cond-scale", "2,1")
+    distill(*words)
+    adapted = run.with_name("first_steps4-keep_v")
+    assert started == ["runs/first_steps4-keep_v"]
+    config = load_config(config_path(adapted))
+    assert config.distill is None and [unet.pred_type for unet in config.unets] == ["v", "v"]
+    assert config.training.lr == 1e-3  # as that stage was trained
+    assert inference_path(adapted, 1).read_bytes() == inference_path(run, 1).read_bytes()
+    assert not inference_path(adapted, 2).exists()
+
+    made = config_path(adapted).read_text()
+    write_stage(adapted, 2, overrides=V, origin=sha256(inference_path(run, 2)))
+    config_path(adapted).write_text(made)
+    done = distill(*words)
+    assert done.exit_code == 0, done.output
+    config = load_config(run.with_name("first_stepskeep-2.json"))
+    assert (config.distill.steps, config.distill.cond_scale) == ((None, 2), (2, 1))
+    assert config.training.lr == (2.5e-4, 2.5e-4)
 
 
 def test_make_demo_fast_gives_commands_that_can_be_called():
@@ -245,4 +313,6 @@ def test_it_trains_under_the_real_launcher(teacher, private_folders):
     assert load_config(run / "config.json") == load_config(f"{run}.json")
     file = read_inference(inference_path(run, 1))
     assert (file.step, file.stage.few_steps.steps, file.stage.few_steps.cond_scale) == (2, 2, 2.0)
-    assert inference_path(run, 2).read_bytes() == inference_path(adapted, 2).read_bytes()
+    kept = inference_path(teacher.with_name("noise"), 2).read_bytes()
+    assert kept == inference_path(adapted, 2).read_bytes() == inference_path(run, 2).read_bytes()
+    assert "U-Net 2: taken over from runs/noise as it is (step 6)" in done.stderr

@@ -1,16 +1,15 @@
 """A run that predicts the noise, trained on until it can teach few steps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from imagen_scale.config import Config, load_config, parse_config
+from imagen_scale.errors import CheckpointError, UsageError
+from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.folders import config_path, inference_path
-from imagen_scale.runs.inference import is_finished
-
-if TYPE_CHECKING:
-    from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.runs.inference import InferenceFile, is_finished, read_inference
 
 SHARE = 9  # of its steps one in so many is enough to learn another prediction
 
@@ -21,6 +20,7 @@ class Adaptation(NamedTuple):
     run: Path
     config: Config
     reason: str  # why it is needed, in a sentence
+    kept: list[InferenceFile]  # of the other one, taken over as they are
 
     @property
     def is_done(self) -> bool:
@@ -30,9 +30,33 @@ class Adaptation(NamedTuple):
             for stage in self.config.stages()
         )
 
+    def lay_out(self, say: Callable[[str], None]) -> None:
+        """Makes the run with the stages that are kept, which training then finds trained.
+
+        Args:
+            say: Told of each.
+
+        Raises:
+            UsageError: If the folder is another thing than a run.
+            ConfigError: If it is another run.
+        """
+        from imagen_scale.training.may_continue import check_run, open_run
+        from imagen_scale.training.origin import Origin
+        from imagen_scale.training.teacher import take_over
+
+        check_run(self.config, self.run, say, resume=False, fresh=[])
+        if not config_path(self.run).is_file():
+            open_run(self.config, self.run, fresh=[])
+        for file in self.kept:
+            if not is_finished(inference_path(self.run, file.unet_number), file.steps):
+                take_over(Origin(file, sha256(file.path)), self.run, say)
+
 
 def adaptation(
-    teacher: Path, files: "Sequence[InferenceFile]", needed: Sequence[bool]
+    teacher: Path,
+    files: Sequence[InferenceFile],
+    needed: Sequence[bool],
+    overrides: Sequence[str] = (),
 ) -> Adaptation | None:
     """What has to be trained before a run can teach; None where it can.
 
@@ -43,6 +67,10 @@ def adaptation(
         teacher: The run.
         files: Of its stages.
         needed: Which of them are to teach.
+        overrides: Keys to change, as `key=value`; `distill` and its steps are the student's alone.
+
+    Raises:
+        UsageError: If it is there already and began with other weights than the teacher has.
     """
     noise = [
         file.unet_number
@@ -52,6 +80,9 @@ def adaptation(
     if not noise:
         return None
     data = load_config(config_path(teacher)).model_dump(mode="json")
+    # A stage that was kept was trained otherwise than the configuration of its run says.
+    data["training"] = files[noise[0] - 1].config.model_dump(mode="json")["training"]
+    data["distill"] = None
     steps = [-(-file.steps // SHARE) for file in files]
     for number in noise:
         data["unets"][number - 1]["pred_type"] = "v"
@@ -62,10 +93,46 @@ def adaptation(
     data["logging"] |= {"run_dir": None}
     data["imagen"]["only_train_unet_number"] = None
     run = teacher.with_name(f"{teacher.name}_v")
-    names = " and ".join(f"U-Net {number}" for number in noise)
-    reason = (
-        f"{names} of {teacher} predicts the noise, which says nothing of the picture where a "
-        f"student's first step is taken: it is trained on as v first, for {max(steps)} "
-        f"step{'s' if max(steps) > 1 else ''}, into {run}"
+    config = parse_config(
+        json.dumps(data),
+        source=f"distill {teacher}",
+        overrides=tuple(filter(_is_of_both, overrides)),
     )
-    return Adaptation(run, parse_config(json.dumps(data), source=f"distill {teacher}"), reason)
+    _check_origins(run, teacher, files)
+    kept = [file for file in files if file.unet_number not in noise]
+    return Adaptation(run, config, _reason(teacher, run, config, noise), kept)
+
+
+def _is_of_both(override: str) -> bool:
+    """Whether a change counts here as well; the student has its own steps."""
+    key = override.partition("=")[0].strip()
+    return key != "training.steps" and key.partition(".")[0] != "distill"
+
+
+def _reason(teacher: Path, run: Path, config: Config, noise: Sequence[int]) -> str:
+    names = " and ".join(f"U-Net {number}" for number in noise)
+    most = max(config.stage(number).steps for number in noise)
+    return (
+        f"{names} of {teacher} predicts the noise, which says nothing of the picture where a "
+        f"student's first step is taken: it is trained on as v first, for {most} "
+        f"step{'s' if most > 1 else ''}, into {run}"
+    )
+
+
+def _check_origins(run: Path, teacher: Path, files: Sequence[InferenceFile]) -> None:
+    """Refuses an adaptation of weights that the teacher had once: it was trained on since.
+
+    Raises:
+        UsageError: Naming the stage.
+    """
+    for file in files:
+        try:
+            there = read_inference(inference_path(run, file.unet_number))
+        except CheckpointError:
+            continue  # training sees to it
+        if sha256(file.path) not in (there.origin_sha256, sha256(there.path)):
+            raise UsageError(
+                f"{run}: its {file.stage.name} did not begin with the weights that {teacher} has "
+                f"now, so it does not teach in its place. Delete {run} and call this again, which "
+                f"makes it anew; or give one of them another name."
+            )

@@ -81,8 +81,9 @@ def distill(
 
     The stages of RUN are the teachers, and what the new ones start from. Its configuration is
     written beside the new run, which is trained like any other; the same command continues it. A
-    run of few steps may teach fewer. One that predicts the noise is trained on as v first, for a
-    ninth of its steps, into RUN_v.
+    run of few steps may teach fewer. A stage that is to teach and predicts the noise is trained on
+    as v first, for a ninth of its steps, into RUN_v; --set counts there too, but for `distill` and
+    `training.steps`.
 
     \b
         imagen-scale distill runs/emoji_demo --steps 4,keep --cond-scale 2
@@ -102,7 +103,7 @@ def distill(
     folder = teacher.parent / (to or _name(teacher, wanted))
     _guidance(files, wanted, cond_scale)  # refused before anything is trained
     lengths = [train_steps or max(1, round(SHARE * file.steps)) for file in files]
-    if first := adaptation(teacher, files, [one != KEEP for one in wanted]):
+    if first := adaptation(teacher, files, [one != KEEP for one in wanted], overrides):
         click.echo(f"{first.reason}{'; it is there already' if first.is_done else ''}", err=True)
         if not first.is_done:
             _adapt(first, gpus, dry_run=dry_run)
@@ -159,6 +160,7 @@ def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:
         click.echo(shlex.join(command))
         return
     _keep(path, first.config)
+    first.lay_out(lambda said: click.echo(said, err=True))
     if code := run_launcher(command, first.run):
         sys.exit(code)
 
@@ -187,19 +189,28 @@ def _guidance(files: "list[InferenceFile]", wanted: list[Any], given: Any) -> li
     """What is built into each stage.
 
     Raises:
-        UsageError: If it is not said for the base, where it matters most.
+        UsageError: If it is not said for the base, where it matters most, or another one is built
+            in already.
     """
     own = [file.stage.few_steps for file in files]
-    if given is None:
-        if wanted[0] != KEEP and own[0] is None:
-            raise UsageError(
-                f"{option('cond_scale')}: say the guidance that becomes part of U-Net 1, e.g. 3; 1 "
-                f"is none. It cannot be chosen any more when pictures are made."
-            )
-        given = 1.0
-    values = given if isinstance(given, list) else [given, *[1.0] * (len(files) - 1)]
+    values = given if isinstance(given, list) else [given, *[None] * (len(files) - 1)]
     values = _one_for_each("cond_scale", values, len(files))
-    return [few.cond_scale if few else value for few, value in zip(own, values, strict=True)]
+    if values[0] is None and wanted[0] != KEEP and own[0] is None:
+        raise UsageError(
+            f"{option('cond_scale')}: say the guidance that becomes part of U-Net 1, e.g. 3; 1 is "
+            f"none. It cannot be chosen any more when pictures are made."
+        )
+    for number, (few, value) in enumerate(zip(own, values, strict=True), start=1):
+        if few and value not in (None, few.cond_scale):
+            raise UsageError(
+                f"{option('cond_scale')}: {value:g} for U-Net {number}, but guidance "
+                f"{few.cond_scale:g} is built into it already; leave it out, or distil the run "
+                f"that it learned from, {few.teacher}."
+            )
+    return [
+        few.cond_scale if few else 1.0 if value is None else value
+        for few, value in zip(own, values, strict=True)
+    ]
 
 
 def _configuration(
@@ -223,7 +234,6 @@ def _configuration(
     learned = [n for n, steps in zip(count, wanted, strict=True) if steps != KEEP]
     longest = max(learned, default=1)
     learned_before = [file.stage.few_steps for file in files]
-    is_student = any(learned_before)
     data["distill"] = {
         "teacher": str(teacher),
         "steps": [None if steps == KEEP else steps for steps in wanted],
@@ -236,7 +246,7 @@ def _configuration(
         "start_from": None,
         "steps": count,
         # A student's teacher was trained at a small rate already.
-        "lr": [stage.lr * (1 if is_student else RATE) for stage in config.stages()],
+        "lr": [stage.lr * (RATE if config.distill is None else 1) for stage in config.stages()],
         "weight_decay": 0.0,
         "warmup_steps": None,
         "lr_schedule": "cosine",

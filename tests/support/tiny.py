@@ -29,6 +29,7 @@ def write_stage(
     noise: float = 0.05,
     step: int = 6,
     fingerprint: str | None = None,
+    origin: str | None = None,
     change: Callable[[Any], None] | None = None,
     overrides: Sequence[str] = (),
 ) -> Any:
@@ -41,6 +42,7 @@ def write_stage(
         noise: Added to every parameter, so that no norm is the identity.
         step: Of 6; fewer is half-trained.
         fingerprint: Of another text encoder than there is.
+        origin: Hash of the file that it began with.
         change: Called with the network before it is written.
         overrides: Changes to TINY, as `key=value`.
 
@@ -67,7 +69,7 @@ def write_stage(
     file = InferenceFile(
         inference_path(run, number), config, number, text_embed_dim=384,
         text_fingerprint=fingerprint or encoder_fingerprint(encoder_folder("minilm")),
-        step=step, steps=6,
+        step=step, steps=6, origin_sha256=origin,
     )  # fmt: skip
     save_inference(file, unet.state_dict())
     return unet
