@@ -134,6 +134,56 @@ def test_places_of_this_machine_are_said(tmp_path):
     assert "name places of this machine: data.cache_dir '/somewhere/of/mine'" in done.stderr
 
 
+def test_places_that_only_the_file_of_a_stage_names_are_said(tmp_path):
+    """It was taken over, or trained before the run's configuration was changed."""
+    run = tmp_path / "tiny"
+    section = {"teacher": "/runs/of/mine", "steps": [None, 2], "cond_scale": 1}
+    write_stage(run, 2, overrides=(f"distill={json.dumps(section)}", 'text.encoder="/my/t5"'))
+    write_stage(run, 1, overrides=('imagen.text_encoder_name="~/models/t5"',))
+    done = push(run, "--repo", "me/tiny", "--dry-run")
+    assert done.exit_code == 0, done.output
+    for place in ("imagen.text_encoder_name '~/models/t5'", "text.encoder '/my/t5'",
+                  "distill.teacher '/runs/of/mine'"):  # fmt: skip
+        assert done.stderr.count(place) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("~/birds", None),
+        ("/mnt/birds", None),  # not mounted now
+        ("./sets/birds", None),
+        ("../birds", None),
+        ("me/birds", "[me/birds](https://huggingface.co/datasets/me/birds)"),
+    ],
+)
+def test_a_folder_is_no_link_to_the_hub(tmp_path, path, said):
+    data = {"source": "huggingface", "path": path}
+    write_run(tmp_path / "tiny", overrides=(f"data={json.dumps(data)}",))
+    done = push(tmp_path / "tiny", "--repo", "me/tiny", "--dry-run")
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert (said or "A data set of pictures with captions. ") in card
+    assert ("datasets" in card, path in card) == (said is not None,) * 2
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        ("/home/me/models/t5", "t5"),
+        ("~/models/t5/", "t5"),
+        ("google/t5-v1_1-base", "google/t5-v1_1-base"),
+        ("minilm", "minilm"),
+    ],
+)
+def test_of_a_folder_with_the_encoder_the_name_is_told(tmp_path, encoder, said):
+    changes = (f"text.encoder={encoder}", "imagen.text_embed_dim=384")
+    write_run(tmp_path / "tiny", overrides=() if encoder == "minilm" else changes)
+    assert push(tmp_path / "tiny", "--repo", "me/tiny", "--dry-run").exit_code == 0
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert f"Captions were read through {said}." in card
+
+
 @pytest.mark.parametrize("name", ["tiny", "me/ti ny", "me/you/tiny", "/tiny", "me/.."])
 def test_a_name_that_is_none_is_said(finished, name):
     done = push(finished, "--repo", name, "--dry-run")

@@ -33,7 +33,8 @@ def push(run: str | None, repo: str, private: bool, dry_run: bool) -> None:
 
     publication.check_repo(repo)
     run_dir = find_run(run)
-    stages = publication.finished_stages(run_dir, len(load_config(config_path(run_dir)).unets))
+    config = load_config(config_path(run_dir))
+    stages = publication.finished_stages(run_dir, len(config.unets))
     files = publication.uploads(run_dir, stages)
     card = run_dir / publication.CARD
     if card.exists() and not is_untouched(card.read_text(encoding="utf-8", errors="replace")):
@@ -42,7 +43,7 @@ def push(run: str | None, repo: str, private: bool, dry_run: bool) -> None:
         text = signed(model_card(run_dir, repo, stages, files))
         write_atomically(card, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         say(f"{card} is written: look at it, add a licence, say what it is for")
-    if places := publication.named_places(stages):
+    if places := publication.named_places([config, *(file.config for file in stages)]):
         say(f"config.json and the weights name places of this machine: {', '.join(places)}")
     files = [publication.Upload(publication.CARD, card), *files]
     for one in files:

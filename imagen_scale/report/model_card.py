@@ -9,8 +9,9 @@ from safetensors import safe_open
 
 from imagen_scale.config import Config
 from imagen_scale.data.sources.emoji import OPENMOJI_ATTRIBUTION
+from imagen_scale.files.caches import expanded
 from imagen_scale.report.measures import rows
-from imagen_scale.report.publication import Upload
+from imagen_scale.report.publication import Upload, is_repo
 from imagen_scale.runs.folders import data_report_path, evaluation_path
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.runs.records import DataReport, EvaluationRecord, read_record
@@ -82,15 +83,23 @@ def _learned_from(run: Path, config: Config) -> str:
         "huggingface": "A data set of pictures with captions",
     }
     sentence = kinds[data.source]
-    if data.source == "huggingface" and data.path and not Path(data.path).exists():
+    if data.source == "huggingface" and data.path and _is_of_hub(data.path):
         sentence = f"[{data.path}](https://huggingface.co/datasets/{data.path})"
     report = read_record(data_report_path(run), DataReport, [])
     if report is not None:
         sentence += f": {report.used:,} pictures"
     if data.val_fraction:
         sentence += f", of which {data.val_fraction:.0%} were held out"
-    sentence += f". Captions were read through {config.text_encoder}."
+    encoder = config.text_encoder
+    if "/" in encoder and not _is_of_hub(encoder):
+        encoder = expanded(encoder).name
+    sentence += f". Captions were read through {encoder}."
     return f"{sentence} {OPENMOJI_ATTRIBUTION}" if data.source == "emoji" else sentence
+
+
+def _is_of_hub(name: str) -> bool:
+    """Whether a name is one on the hub, and no folder of this machine."""
+    return is_repo(name) and not expanded(name).exists()
 
 
 def _stages(stages: Sequence[InferenceFile]) -> str:

@@ -1,9 +1,10 @@
 """A finished run on the Hugging Face hub: its files, and the way there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from imagen_scale.config import Config
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError, option
 from imagen_scale.files.caches import expanded
 from imagen_scale.runs.folders import (
@@ -88,19 +89,31 @@ def _there(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def named_places(stages: Sequence[InferenceFile]) -> list[str]:
-    """Absolute paths of this machine that the configuration tells to whoever reads it."""
-    config = stages[0].config
+def named_places(configs: Iterable[Config]) -> list[str]:
+    """Absolute paths of this machine that configurations tell to whoever reads them.
+
+    Args:
+        configs: The run's, and that of each stage's file: one taken over has another.
+    """
+    named = dict.fromkeys(place for config in configs for place in _places(config))
+    return [f"{key} {value!r}" for key, value in named if expanded(value).is_absolute()]
+
+
+def _places(config: Config) -> Iterator[tuple[str, str]]:
+    """What may be a path, by its key."""
     started = config.training.start_from
-    named = [
+    values = [
         ("data.path", config.data.path), ("data.cache_dir", config.data.cache_dir),
+        ("text.encoder", config.text.encoder),
+        ("imagen.text_encoder_name", config.imagen.text_encoder_name),
         ("logging.run_dir", config.logging.run_dir),
         *(("training.start_from", one) for one in
           (started if isinstance(started, tuple) else (started,))),
         ("distill.teacher", config.distill and config.distill.teacher),
     ]  # fmt: skip
-    return [f"{key} {value!r}" for key, value in named
-            if value and expanded(value).is_absolute()]  # fmt: skip
+    for key, value in values:
+        if value:
+            yield key, value
 
 
 def check_repo(name: str) -> None:
@@ -109,18 +122,22 @@ def check_repo(name: str) -> None:
     Raises:
         UsageError: Saying how it is written.
     """
+    if not is_repo(name):
+        raise UsageError(
+            f"{option('repo')} {name}: write OWNER/NAME, with letters, figures, '-', '_' and '.'."
+        )
+
+
+def is_repo(name: str) -> bool:
+    """Whether it is written as OWNER/NAME, which a folder may be as well."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
-        is_one = name.count("/") == 1
     except HFValidationError:
-        is_one = False
-    if not is_one:
-        raise UsageError(
-            f"{option('repo')} {name}: write OWNER/NAME, with letters, figures, '-', '_' and '.'."
-        )
+        return False
+    return name.count("/") == 1
 
 
 def push(repo: str, files: Sequence[Upload], *, private: bool, message: str) -> str:
