@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from imagen_scale_export.exporter import ExportOptions, export_unet
 from imagen_scale_export.staging import check_room, staged
 from support.tiny import write_stage
 
+from imagen_scale.commands.export import _inference_file
 from imagen_scale.commands.main import main
 from imagen_scale.errors import EnvironmentProblem, ExportError, UsageError
 from imagen_scale.runs.folders import inference_path
@@ -25,6 +27,7 @@ from imagen_scale.runs.inference import read_inference
 from imagen_scale.sampling.options import StageSettings
 from imagen_scale.sampling.runtimes.contract import Conditioning, Text
 from imagen_scale.sampling.runtimes.exported import export_folder, open_exported
+from imagen_scale.sampling.runtimes.manifest import read_manifest
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage import Inputs, Stage
 
@@ -81,6 +84,16 @@ def change_a_weight(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][path.name]["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_copy_of_an_export_is_compared_with_the_run_that_is_named(run, tmp_path):
+    copy = shutil.copytree(run / "export" / "unet1" / "onnx-fp32", tmp_path / "e")
+    done = cli("verify", copy)
+    assert done.exit_code == 2, done.output
+    assert "lies in no run with a trained U-Net 1; name the run" in done.output
+    assert cli("verify", copy, "--run", run).exit_code == 0
+    with pytest.raises(UsageError, match="/e1: lies in no run"):  # right below the root
+        _inference_file(Path("/e1"), None, read_manifest(copy))
 
 
 def test_verify_rejects_a_tampered_weight_with_exit_code_3(run):
@@ -183,11 +196,19 @@ def test_room_is_checked_first(tmp_path):
         (["--unet", "9" * 5000], 2, f"--unet {'9' * 40}: name the U-Net"),
         (["--unet", "9"], 2, "--unet 9: this cascade has U-Nets 1 to 2"),
         (["--unet", "1", "--run", "nowhere"], 2, "nowhere: not a run folder"),
-        (["--unet", "1", "--batch", "8"], 2, "--batch 8: write MIN:OPT:MAX"),
+        (["--unet", "1", "--batch", "1:2:4"], 2, "--batch: is an engine's, and an ONNX file"),
+        (["--unet", "1", "--target", "SM86"], 2, "--target: is an engine's, and an ONNX file"),
+        (
+            ["--unet", "1", "--format", "tensorrt", "--batch", "8"],
+            2,
+            "--batch 8: write MIN:OPT:MAX",
+        ),
         (["--unet", "2"], 1, "U-Net 2 is not trained yet"),
         (["--unet", "all"], 1, "U-Net 2 is not trained yet"),
         (["--unet", "1", "--format", "tensorrt", "--target", "SM90"], 2, "--target SM90:"),
         (["--unet", "1", "inspect", "x"], 2, "--unet does not go with inspect"),
+        (["--run", "x", "verify", "x"], 2, "--run does not go with verify, which takes a folder"),
+        (["--allow-unfinished", "verify", "x"], 2, "--allow-unfinished does not go with verify"),
         (["inspect", "nowhere"], 1, "not a finished export"),
         (["verify", "nowhere"], 1, "not a finished export"),
     ],

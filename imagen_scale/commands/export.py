@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from imagen_scale.runs.inference import InferenceFile
     from imagen_scale.sampling.runtimes.manifest import Manifest, Verification
 
+ENGINES = ("batch", "target")  # options of TensorRT's engines alone
+
 
 @click.group(invoke_without_command=True, short_help="Turn trained U-Nets into ONNX or TensorRT.")
 @click.option("--unet", help="Number of the U-Net, counted from 1, or all.")
@@ -59,21 +61,27 @@ def export(context: click.Context, **options: Any) -> None:
         imagen-scale export --unet 1 --format tensorrt --target SM86,SM89
         imagen-scale export --bundle --precision fp16
     """
-    if context.invoked_subcommand is None:
-        is_bundle, out = options.pop("bundle"), options.pop("out")
-        if is_bundle:
-            if of_engines := named_here("batch", "target"):
-                raise UsageError(f"--{of_engines[0]}: is an engine's, and a bundle holds none.")
-            del options["batch"], options["target"]
-            _bundle(out=out, **options)
-        elif out is not None:
-            raise UsageError("--out: goes with --bundle; an export lies in its run.")
-        else:
-            _export(**options)
-    elif options["unet"] is not None:
+    if (inner := context.invoked_subcommand) is not None:
+        if before := named_here(*options):
+            raise UsageError(
+                f"--{before[0].replace('_', '-')} does not go with {inner}, which takes a folder. "
+                f"What {inner} takes is written after it: `imagen-scale export {inner} --help`."
+            )
+        return
+    is_bundle, out, of_engines = options.pop("bundle"), options.pop("out"), named_here(*ENGINES)
+    if is_bundle:
+        if of_engines:
+            raise UsageError(f"--{of_engines[0]}: is an engine's, and a bundle holds none.")
+        _bundle(out=out, **{name: options[name] for name in options if name not in ENGINES})
+    elif out is not None:
+        raise UsageError("--out: goes with --bundle; an export lies in its run.")
+    elif of_engines and options["format"] != "tensorrt":
         raise UsageError(
-            f"--unet does not go with {context.invoked_subcommand}: it takes a folder."
+            f"--{of_engines[0]}: is an engine's, and an ONNX file takes any; add --format "
+            f"tensorrt, or leave it out."
         )
+    else:
+        _export(**options)
 
 
 def _export(
@@ -228,9 +236,15 @@ def _inference_file(folder: Path, run: str | None, manifest: "Manifest") -> "Inf
     from imagen_scale.runs.folders import inference_path
     from imagen_scale.runs.inference import read_inference
 
-    # runs/X/export/unetN/<format>-<precision>
-    run_dir = Path(run) if run else folder.resolve().parents[2]
-    return read_inference(inference_path(run_dir, manifest.unet_number))
+    # runs/X/export/unetN/<format>-<precision>; a copy may lie nearer to the root
+    run_dir = Path(run) if run else folder.resolve().parents[:3][-1]
+    path = inference_path(run_dir, manifest.unet_number)
+    if run is None and not path.is_file():
+        raise UsageError(
+            f"{folder}: lies in no run with a trained U-Net {manifest.unet_number}; name the run "
+            f"that it was made from with --run."
+        )
+    return read_inference(path)
 
 
 def _print_export(folder: Path, manifest: "Manifest") -> None:
