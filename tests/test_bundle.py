@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from imagen_scale_export.text_encoder import export_text_encoder, verify_text_encoder
+from support.tiny import write_stage
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from imagen_scale.commands.main import main
@@ -134,6 +135,16 @@ def test_every_file_is_listed_with_its_hash_and_every_port_is_the_graphs_own(bun
 def test_what_goes_not_with_a_bundle_is_said(exported, arguments, message):
     done = export("--run", exported, *arguments)
     assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
+def test_stages_of_two_text_encoders_are_no_bundle(tmp_path):
+    """Whose weights have one width may have learned from other features."""
+    for number in (1, 2):
+        write_stage(tmp_path / "run", number, fingerprint="another" if number == 2 else None)
+    done = export("--run", tmp_path / "run")
+    assert done.exit_code == 1, done.output
+    assert "U-Net 2 was trained with another version of the text encoder" in done.output
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_a_bundle_is_replaced_by_force_and_another_folder_never(exported, bundled, tmp_path):

@@ -13,7 +13,7 @@ from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import ExportError, UsageError
 from imagen_scale.files.atomic import sha256
 from imagen_scale.runs.folders import bundle_path
-from imagen_scale.runs.inference import InferenceFile
+from imagen_scale.runs.inference import InferenceFile, check_one_encoder
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import open_encoder
 from imagen_scale.sampling.runtimes.bundle import (
@@ -68,13 +68,15 @@ def export_bundle(
     Raises:
         ParityError: If a graph differs from the network.
         ExportError: If one cannot be made.
-        CheckpointError: If the text encoder at hand is not the one of training.
+        CheckpointError: If the text encoder at hand is not the one of training, or not all stages
+            had the same.
         UsageError: If the folder exists already.
     """
     if final.exists() and not options.force:
         raise UsageError(f"{final}: exists already; add --force to replace it.")
     if final.exists() and not bundle_path(final).is_file():
         raise UsageError(f"{final}: is no bundle, so it is not replaced; name another folder.")
+    check_one_encoder(files)
     check_cache(files, options)
     exports = [_export_of(file, options, tell) for file in files]
     settings = SamplingOptions().for_stages([file.stage for file in files])

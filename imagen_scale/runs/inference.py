@@ -123,6 +123,25 @@ def is_finished(path: Path, steps: int) -> bool:
         return False
 
 
+def check_one_encoder(files: Iterable[InferenceFile]) -> None:
+    """Refuses stages that read text through different encoders, as one cascade reads it once.
+
+    Args:
+        files: Of a run, the first stage's first.
+
+    Raises:
+        CheckpointError: Naming the stage.
+    """
+    first, *others = files
+    for file in others:
+        if file.text_fingerprint != first.text_fingerprint:
+            raise CheckpointError(
+                f"{file.path.parents[1]}: {file.stage.name} was trained with another version of "
+                f"the text encoder than {first.stage.name}. Train one of them again with --unet N "
+                f"--fresh."
+            )
+
+
 def learned_stages(run: Path, unets: int) -> dict[int, FewSteps]:
     """Of a run's first U-Nets those that take few steps, by their number."""
     found = {}
