@@ -176,6 +176,14 @@ def test_a_report_shows_every_part_of_a_run(run):
     assert [field["max"] for field in ranges] == ["5", "2"]
 
 
+def test_grids_of_few_steps_are_said_to_have_the_teachers_row(run):
+    section = {"teacher": "t", "steps": [4, 2], "cond_scale": 2}
+    write_run(run, overrides=("unets.0.pred_type=v", f"distill={json.dumps(section)}"))
+    page, _ = report(run)
+    assert "Prompts: red heart Rows: its teacher, this stage." in page.text
+    assert "Rows: low-resolution input, its teacher, this stage, original picture." in page.text
+
+
 def test_a_report_is_one_file_that_fetches_nothing(run):
     page, _ = report(run)
     assert not page.all("link") and not page.all("iframe")
