@@ -247,10 +247,11 @@ PYTORCH = {
              "layer_attns": [False, True, True, True],
              "layer_cross_attns": [False, True, True, True]},
             {"dim": 64, "dim_mults": [1, 2, 4], "memory_efficient": True, "layer_attns": False,
-             "layer_cross_attns": [False, False, True], "use_linear_attn": True},
+             "layer_cross_attns": [False, False, True], "use_linear_attn": True,
+             "attend_at_middle": False},
         ],
     },
-    "trainer": {"lr": 1e-4},
+    "trainer": {"lr": 1e-4}, "max_batch_size": 4,
 }  # fmt: skip
 
 
@@ -269,12 +270,37 @@ def test_parameters_of_imagen_pytorch_become_a_configuration(tmp_path):
     assert ours["unets"][0]["schedule"]["type"] == "cosine"
     assert ours["unets"][1]["schedule"] is None
     assert [unet["crop"] for unet in ours["unets"]] == [None, 64]
+    assert [unet["attend_at_middle"] for unet in ours["unets"]] == [True, False]
     for note in (
         "unets.1: attention heads are 64 wide here, not 32",
         "unets.1.use_linear_attn: true has no counterpart",
         "imagen.condition_on_text: true has no counterpart",
+        'trainer: {"lr": 0.0001} is left out',
+        "max_batch_size: 4 is left out",
     ):
         assert f"note: {note}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, ["cosine", "cosine", None]),
+        ({"noise_schedules": "cosine"}, ["cosine", "cosine", None]),
+        ({"noise_schedules": "linear"}, [None, "cosine", None]),
+        ({"noise_schedules": ["linear", "linear", "cosine"]}, [None, None, "cosine"]),
+    ],
+)
+def test_schedules_that_are_not_given_are_those_of_imagen_pytorch(tmp_path, theirs, ours):
+    path, imagen = tmp_path / "theirs.json", dict(PYTORCH["imagen"])
+    for key in ("noise_schedules", "random_crop_sizes", "pred_objectives"):
+        del imagen[key]
+    unets = [*imagen["unets"], imagen["unets"][1]]
+    imagen |= {"image_sizes": [64, 256, 512], "timesteps": 1000, "unets": unets}
+    path.write_text(json.dumps(PYTORCH | {"imagen": imagen | theirs}))
+    done = cli("import-config", path)
+    assert done.exit_code == 0, done.output
+    schedules = [unet["schedule"] for unet in json.loads(done.stdout)["unets"]]
+    assert [schedule and schedule["type"] for schedule in schedules] == ours
 
 
 @pytest.mark.parametrize(
@@ -300,6 +326,7 @@ def test_predictions_that_were_only_cut_off_still_are(tmp_path, theirs, ours):
         ({"imagen": PYTORCH["imagen"] | {"unets": [{"is_null": True}]}}, "U-Net 1 is a NullUnet"),
         ({"imagen": {"image_sizes": [64]}}, "no parameters found"),
         ({"imagen": PYTORCH["imagen"] | {"unets": [3]}}, "a list of objects"),
+        ({"imagen": {"unets": []}}, "unets"),
         ({"imagen": PYTORCH["imagen"] | {"loss_type": "l3"}}, "imagen.loss_type"),
     ],
 )

@@ -17,7 +17,7 @@ OURS_IMAGEN = frozenset(ImagenConfig.model_fields)
 OURS_UNET = frozenset(UnetConfig.model_fields)
 # imagen-pytorch's own defaults, where leaving a key out would mean something else here.
 PYTORCH_IMAGEN = {"timesteps": 1000, "cond_drop_prob": 0.5, "dynamic_thresholding_percentile": 0.95}
-PYTORCH_UNET = {"dim_mults": [1, 2, 4, 8], "attn_heads": 16}
+PYTORCH_UNET = {"dim_mults": [1, 2, 4, 8], "attn_heads": 16, "attend_at_middle": True}
 PYTORCH_KEYS = {"noise_schedules", "pred_objectives", "random_crop_sizes", "beta_schedule"}
 PREDICTIONS = {"noise": "eps", "v": "v", "x_start": "x0"}
 
@@ -29,6 +29,7 @@ class Parameters(NamedTuple):
     is_minimagen: bool
     imagen: dict[str, Any]
     unets: list[dict[str, Any]]
+    others: dict[str, Any]  # what stands beside them
 
 
 class Converted(NamedTuple):
@@ -55,7 +56,9 @@ def read_parameters(path: Path) -> Parameters:
         raise UsageError(f"{path}: no such file or folder.")
     data = _read_json(path)
     imagen = data.get("imagen", data)
-    if not isinstance(imagen, dict) or not isinstance(imagen.get("unets", data.get("unets")), list):
+    holder = imagen if isinstance(imagen, dict) and "unets" in imagen else data
+    unets = holder.get("unets")
+    if not isinstance(imagen, dict) or not isinstance(unets, list):
         raise UsageError(
             f'{path}: no parameters found; an object "imagen" with a list "unets" is looked for, '
             f"or give MinImagen's folder `parameters`."
@@ -64,7 +67,6 @@ def read_parameters(path: Path) -> Parameters:
     if kind != "original" or imagen.get("video"):
         what = "video" if imagen.get("video") else kind
         raise UsageError(f"{path}: {what!r} models have no counterpart here; only images, DDPM.")
-    unets = imagen.get("unets") or data["unets"]
     if not all(isinstance(unet, dict) for unet in unets):
         raise UsageError(f"{path}: imagen.unets: a list of objects is needed.")
     for number, unet in enumerate(unets, start=1):
@@ -75,7 +77,9 @@ def read_parameters(path: Path) -> Parameters:
             )
     rest = {key: value for key, value in imagen.items() if key != "unets"}
     is_minimagen = not PYTORCH_KEYS & set(rest) and "type" not in data and _fits_minimagen(unets)
-    return Parameters(str(path), is_minimagen, rest, unets)
+    taken = ("imagen", "type", *(["unets"] if holder is data else []))
+    others = {} if imagen is data else {key: data[key] for key in data if key not in taken}
+    return Parameters(str(path), is_minimagen, rest, unets, others)
 
 
 def _fits_minimagen(unets: list[dict[str, Any]]) -> bool:
@@ -100,7 +104,7 @@ def _read_minimagen(folder: Path) -> Parameters:
     if sorted(files) != list(range(len(files))):
         raise UsageError(f"{folder}: U-Nets {sorted(files)}: they are counted from 0 without gaps.")
     unets = [_read_json(files[i][0]) for i in range(len(files))]
-    return Parameters(str(folder), True, _read_json(cascade[0]), unets)
+    return Parameters(str(folder), True, _read_json(cascade[0]), unets, {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -142,7 +146,11 @@ def convert(parameters: Parameters, *, text_encoder: str | None = None) -> Conve
     data["unets"] = [_known(unet, OURS_UNET, f"unets.{i}", notes) for i, unet in enumerate(unets)]
     data["data"] = {"source": "folder", "path": "data/pictures"}
     notes.append("data: write where your pictures are; data/pictures is only a name")
-    notes.append("training, memory: at their defaults; they are not part of these parameters")
+    notes += [
+        f"{key}: {json.dumps(value)} is left out; data and training have sections of their own"
+        for key, value in parameters.others.items()
+    ]
+    notes.append("training, memory: at their defaults")
     return Converted(parse_config(json.dumps(data), source=parameters.source), notes)
 
 
@@ -175,12 +183,13 @@ def _map_both(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: list[s
 
 def _map_pytorch(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: list[str]) -> None:
     """imagen-pytorch's own keys."""
+    schedules = _schedules(imagen.get("noise_schedules", "cosine"), len(unets))
     for i, unet in enumerate(unets):
         prediction = _of_unet(imagen.get("pred_objectives", "noise"), i)
         unet["pred_type"] = PREDICTIONS.get(prediction, "v")
         if prediction not in PREDICTIONS:
             notes.append(f"unets.{i}.pred_type: v, since there is no {prediction!r}")
-        schedule = _of_unet(imagen.get("noise_schedules", "cosine" if i == 0 else "linear"), i)
+        schedule = schedules[i]
         if schedule == "cosine":
             unet["schedule"] = {"type": "cosine"}
         elif schedule != "linear":
@@ -200,6 +209,16 @@ def _map_pytorch(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: lis
     for key in ("pred_objectives", "noise_schedules", "random_crop_sizes"):
         imagen.pop(key, None)
     notes.append("the networks differ inside: these parameters describe a new training")
+
+
+def _schedules(given: Any, count: int) -> list[Any]:
+    """Of each U-Net: the first two take cosine and the others linear where nothing is given.
+
+    So it is in imagen-pytorch, where one name counts for the first alone.
+    """
+    names = given if isinstance(given, list) else [given]
+    names = [*names, *["cosine"] * (2 - len(names))]
+    return [*names, *["linear"] * (count - len(names))]
 
 
 def _of_unet(value: Any, index: int) -> Any:
