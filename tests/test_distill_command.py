@@ -241,11 +241,25 @@ def test_weights_that_a_run_had_once_do_not_teach_in_its_place(teacher, started)
         write_stage(noise, number, seed=1)  # trained on
         done = distill(*words)
         assert done.exit_code == 2 and not started
-        assert f"runs/noise_v: its U-Net {number} did not begin with the weights" in done.output
-        assert "Delete runs/noise_v" in done.output
+        how = ("trained", "taken over")[number - 1]
+        assert f"runs/noise_v: its U-Net {number} was not {how} from that of runs/noise" in (
+            done.output
+        )
+        assert "Delete runs/noise_v and runs/noise_v.json" in done.output
         write_stage(noise, number)
     write_stage(adapted, 1, overrides=V)  # somebody's own run under that name
-    assert "runs/noise_v: its U-Net 1 did not begin" in distill(*words).output
+    assert "runs/noise_v: its U-Net 1 was not trained" in distill(*words).output
+
+
+def test_a_stage_that_was_kept_there_does_not_teach_and_one_that_was_trained_is_not_kept(teacher):
+    noise = write_run(teacher.with_name("noise"), overrides=("unets.1.pred_type=eps",))
+    adapted = write_adapted(noise)
+    done = distill("noise", "--steps", "4,2", "--cond-scale", "2", "--dry-run")
+    assert done.exit_code == 2 and "runs/noise_v: its U-Net 2 was not trained" in done.output
+    write_stage(adapted, 2, overrides=V, origin=sha256(inference_path(noise, 2)))
+    assert distill("noise", "--steps", "4,2", "--cond-scale", "2", "--dry-run").exit_code == 0
+    done = distill("noise", "--steps", "4,keep", "--cond-scale", "2", "--dry-run")
+    assert done.exit_code == 2 and "runs/noise_v: its U-Net 2 was not taken over" in done.output
 
 
 def test_what_is_set_counts_for_what_is_trained_first_as_well(teacher):

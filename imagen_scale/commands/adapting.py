@@ -70,7 +70,7 @@ def adaptation(
         overrides: Keys to change, as `key=value`; `distill` and its steps are the student's alone.
 
     Raises:
-        UsageError: If it is there already and began with other weights than the teacher has.
+        UsageError: If it is there already, of other weights than the teacher has or other stages.
     """
     noise = [
         file.unet_number
@@ -98,7 +98,7 @@ def adaptation(
         source=f"distill {teacher}",
         overrides=tuple(filter(_is_of_both, overrides)),
     )
-    _check_origins(run, teacher, files)
+    _check_origins(run, teacher, files, noise)
     kept = [file for file in files if file.unet_number not in noise]
     return Adaptation(run, config, _reason(teacher, run, config, noise), kept)
 
@@ -119,20 +119,26 @@ def _reason(teacher: Path, run: Path, config: Config, noise: Sequence[int]) -> s
     )
 
 
-def _check_origins(run: Path, teacher: Path, files: Sequence[InferenceFile]) -> None:
-    """Refuses an adaptation of weights that the teacher had once: it was trained on since.
+def _check_origins(
+    run: Path, teacher: Path, files: Sequence[InferenceFile], noise: Sequence[int]
+) -> None:
+    """Refuses an adaptation of weights that the teacher had once, or of other stages of it.
 
     Raises:
         UsageError: Naming the stage.
     """
     for file in files:
+        number = file.unet_number
         try:
-            there = read_inference(inference_path(run, file.unet_number))
+            there = read_inference(inference_path(run, number))
         except CheckpointError:
             continue  # training sees to it
-        if sha256(file.path) not in (there.origin_sha256, sha256(there.path)):
+        how, origin = "taken over", sha256(there.path)
+        if number in noise:
+            how, origin = "trained", there.origin_sha256 or ""
+        if origin != sha256(file.path):
             raise UsageError(
-                f"{run}: its {file.stage.name} did not begin with the weights that {teacher} has "
-                f"now, so it does not teach in its place. Delete {run} and call this again, which "
-                f"makes it anew; or give one of them another name."
+                f"{run}: its U-Net {number} was not {how} from that of {teacher} as it is now. "
+                f"Delete {run} and {run}.json and call this again, which makes them anew; or give "
+                f"that run another name."
             )
