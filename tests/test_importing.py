@@ -304,6 +304,26 @@ def test_schedules_that_are_not_given_are_those_of_imagen_pytorch(tmp_path, thei
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours", "note"),
+    [
+        ({}, "min_snr", ""),  # as they do unless told otherwise
+        ({"min_snr_loss_weight": False, "min_snr_gamma": 3}, None, ""),
+        ({"min_snr_gamma": 3}, "min_snr", "imagen.min_snr_gamma: 3 is 5 here"),
+        ({"loss_type": "l1"}, None, "errors other than squared ones are not weighted"),
+    ],
+)
+def test_the_loss_is_weighted_as_theirs(tmp_path, theirs, ours, note):
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(PYTORCH | {"imagen": PYTORCH["imagen"] | theirs}))
+    done = cli("import-config", path)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["training"]["loss_weight"] == ours
+    assert note in done.stderr and "has no counterpart" not in "".join(
+        line for line in done.stderr.splitlines() if "min_snr" in line
+    )
+
+
+@pytest.mark.parametrize(
     ("theirs", "ours"),
     [(True, 0.95), (False, None), ([False, False], None), ([False, True], 0.95)],
 )

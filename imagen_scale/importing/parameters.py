@@ -136,6 +136,8 @@ def convert(parameters: Parameters, *, text_encoder: str | None = None) -> Conve
         unets = [{**PYTORCH_UNET, **unet} for unet in unets]
         data["text"] = {"encoder": imagen.pop("text_encoder_name", "google/t5-v1_1-base")}
         _map_pytorch(imagen, unets, notes)
+        if _is_min_snr(imagen, notes):
+            data["training"] = {"loss_weight": "min_snr"}
     if text_encoder is not None:
         data["text"] = {"encoder": text_encoder}
         notes.append(f"text.encoder: {text_encoder}, as asked")
@@ -150,7 +152,7 @@ def convert(parameters: Parameters, *, text_encoder: str | None = None) -> Conve
         f"{key}: {json.dumps(value)} is left out; data and training have sections of their own"
         for key, value in parameters.others.items()
     ]
-    notes.append("training, memory: at their defaults")
+    notes.append("training, memory: else at their defaults")
     return Converted(parse_config(json.dumps(data), source=parameters.source), notes)
 
 
@@ -209,6 +211,19 @@ def _map_pytorch(imagen: dict[str, Any], unets: list[dict[str, Any]], notes: lis
     for key in ("pred_objectives", "noise_schedules", "random_crop_sizes"):
         imagen.pop(key, None)
     notes.append("the networks differ inside: these parameters describe a new training")
+
+
+def _is_min_snr(imagen: dict[str, Any], notes: list[str]) -> bool:
+    """Whether the loss is weighted by min(SNR, 5), as imagen-pytorch does unless told otherwise."""
+    is_weighted, gamma = imagen.pop("min_snr_loss_weight", True), imagen.pop("min_snr_gamma", 5)
+    if not is_weighted:
+        return False
+    if imagen.get("loss_type", "l2") != "l2":
+        notes.append("imagen.min_snr_loss_weight: errors other than squared ones are not weighted")
+        return False
+    if gamma != 5:
+        notes.append(f"imagen.min_snr_gamma: {gamma} is 5 here")
+    return True
 
 
 def _schedules(given: Any, count: int) -> list[Any]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from imagen_scale.config import StageConfig
 from imagen_scale.diffusion.guidance import branches
-from imagen_scale.errors import CheckpointError, UsageError, option
-from imagen_scale.runs.inference import InferenceFile, read_stages
+from imagen_scale.errors import UsageError, option
+from imagen_scale.runs.inference import InferenceFile, check_one_encoder, read_stages
 from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
@@ -86,14 +86,8 @@ class TrainedStages:
             CheckpointError: Naming the stage that is missing, damaged or not trained to its end.
             UsageError: If `unet_limit` is out of range.
         """
-        run = Path(run)
-        first, *_ = files = read_stages(run, allow_unfinished, unet_limit)
-        for file in files:
-            if file.text_fingerprint != first.text_fingerprint:
-                raise CheckpointError(
-                    f"{run}: {file.stage.name} was trained with another version of the text "
-                    f"encoder than U-Net 1. Train one of them again with --unet N --fresh."
-                )
+        files = read_stages(Path(run), allow_unfinished, unet_limit)
+        check_one_encoder(files)
         return cls(files, device, runtime, say=say, warn=warn)
 
     @property
