@@ -23,6 +23,7 @@ import torch
 from report import machine, publish, table, write_option
 from torch import Tensor
 
+from imagen_scale.config import dump_config, load_config
 from imagen_scale.data.degradation import degraded
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.split import split
@@ -76,9 +77,9 @@ def train(base: Path, run: Path, changes: tuple[str, ...]) -> Path:
     """The run with its second stage trained on the first one of another."""
     inference_path(run, 1).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(inference_path(base, 1), inference_path(run, 1))
-    words = [part for change in changes for part in ("--set", change)]
-    command = ["imagen-scale", "train", str(config_path(base)), "--run", str(run), "--unet", "2"]
-    subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
+    config_path(run).write_text(dump_config(load_config(config_path(base), changes)))
+    command = ["imagen-scale", "train", str(config_path(run)), "--run", str(run), "--unet", "2"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run
 
 

@@ -13,8 +13,6 @@ from imagen_scale.training.job import Job
 
 RECENT, FEWEST = 20, 5  # reports that say what is usual, and how many of them must be there
 LOSS, NORM = 5.0, 10.0  # times the usual that is a spike: a norm is of one step, a loss of many
-
-
 NAMES = {"loss": ("loss", LOSS), "grad_norm": ("norm of the gradient", NORM)}  # in metrics.jsonl
 
 Reports = dict[str, list[float]]
