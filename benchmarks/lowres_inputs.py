@@ -2,7 +2,7 @@
 
 \b
     python benchmarks/quality.py --seeds 1 --steps 500 --only modern
-    python benchmarks/lowres_inputs.py runs/quality/4_0 --write docs/recipes.md
+    python benchmarks/lowres_inputs.py runs/quality/4_0
 
 Trains the second stage of a run again, for as many steps and on the same base, with shares of its
 samples degraded (`training.lowres_degrade`) or drawn by the base (`training.lowres_samples`). All

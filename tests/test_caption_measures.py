@@ -59,4 +59,4 @@ def test_diversity_is_the_difference_between_seeds_beside_that_between_captions(
     # From 0 to 0.4, from 0 to 0.8 and from 0.4 to 0.8 of a range of 2.
     moved = diversity([one, one + 0.4, one + 0.8])
     assert moved.same_caption == pytest.approx((0.2 + 0.4 + 0.2) / 3)
-    assert diversity([one[:1], one[:1]]).other_captions == 0
+    assert diversity([one[:1], one[:1]]).other_captions is None  # there are no others

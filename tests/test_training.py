@@ -92,7 +92,8 @@ def test_a_run_leaves_everything(reference):
     assert all(row["val_x_0_error"] > 0 for row in validations)
     best = min(validations, key=lambda row: row["val_loss"])
     kept = json.loads(best_record_path(run, 1).read_text())
-    assert kept == {"measure": "val_loss", "value": best["val_loss"], "step": best["step"]}
+    wanted = {"measure": "val_loss", "value": best["val_loss"], "step": best["step"], "samples": 8}
+    assert kept.items() >= wanted.items() and kept["pictures"]
     assert read_inference(best_path(run, 1)).step == best["step"]
     for row in map(json.loads, lines):
         if "loss" in row:
@@ -159,6 +160,17 @@ def test_a_lost_or_damaged_inference_file_is_written_anew(config, launch, refere
     assert losses(run) == losses(reference[0])
 
 
+OVERFLOW = """
+import sys
+sys.path.insert(0, ".")
+from imagen_scale.training import loop
+loop.learning_rate = lambda stage, step: 1e39  # beyond all float32
+sys.argv.pop(0)
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
     config, launch, reference, tmp_path
 ):
@@ -173,13 +185,15 @@ def test_a_killed_run_continues_and_a_diverged_one_saves_nothing(
     assert losses(run) == losses(whole)
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
 
+    script = tmp_path / "overflow.py"
+    script.write_text(OVERFLOW)
     diverged = launch(
-        config, run, *options, "training.lr=1e39", "training.steps=30", "--unet", "1",
-        plain=True, check=False,
+        config, run, *options, "training.lr=1e6", "training.steps=30", "--unet", "1",
+        plain=True, script=script, check=False,
     )  # fmt: skip
     assert diverged.returncode == 1
     assert "training diverged before step" in diverged.stderr
-    assert "changed since this run was started: training.lr: 0.001 -> 1e+39" in diverged.stdout
+    assert "changed since this run was started: training.lr: 0.001 -> 1000000.0" in diverged.stdout
     assert list_checkpoints(run / "unet1")[0].name == "step_00000007"
 
 
