@@ -8,18 +8,16 @@ Measures the base stage of a run that has held-out pictures by `imagen-scale eva
 each interval, with the same captions and seeds. The run's evaluation.json is the last one's then.
 """  # noqa: D301 - click reads the backspace
 
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from evaluated import evaluated
 from report import machine, publish, table, write_option
 
 from imagen_scale.diffusion.guidance import guided_times
 from imagen_scale.diffusion.spacing import spaced_times
-from imagen_scale.runs.folders import evaluation_path
 
 MARK = "guidance-interval"
 # The last row is guidance in no step.
@@ -69,11 +67,7 @@ def main(run: Path, num: int, steps: int, cond_scale: float, write: Path | None)
 
 def measured(run: Path, num: int, steps: int, words: list[str]) -> tuple[int, dict[str, Any]]:
     """How many captions there were, and what was found of the base stage."""
-    command = ["imagen-scale", "evaluate", "--run", str(run), "--unet-limit", "1", "--num",
-               str(num), "--split", "held-out", "--steps", str(steps), "--features",
-               "efficientnet-lite0"]  # fmt: skip
-    subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
-    facts = json.loads(evaluation_path(run).read_text())
+    facts = evaluated(run, num, steps, "--unet-limit", "1", "--split", "held-out", *words)
     return facts["captions"], facts["stages"][0]
 
 

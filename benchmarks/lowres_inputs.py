@@ -10,16 +10,15 @@ are measured on held-out pictures: what they restore of pictures made small, of 
 were degraded, and how near what the whole cascade draws is to the real ones.
 """  # noqa: D301 - click reads the backspace
 
-import json
 import shutil
 import subprocess
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
+from evaluated import evaluated
 from report import machine, publish, table, write_option
 from torch import Tensor
 
@@ -28,8 +27,8 @@ from imagen_scale.data.degradation import degraded
 from imagen_scale.data.prepared import prepare, real_pictures
 from imagen_scale.data.split import split
 from imagen_scale.diffusion.lowres import enlarge
-from imagen_scale.files.pictures import to_uint8
-from imagen_scale.runs.folders import config_path, evaluation_path, inference_path
+from imagen_scale.files.pictures import from_uint8, to_uint8
+from imagen_scale.runs.folders import config_path, inference_path
 from imagen_scale.sampling.measures import psnr_db
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.stage import Inputs
@@ -58,7 +57,8 @@ def main(run: Path, num: int, out: Path, steps: int, write: Path | None) -> None
     rows = []
     for number, (name, changes) in enumerate(WAYS.items()):
         trained = train(run, out / str(number), changes)
-        captions, stage = evaluated(trained, num, steps)
+        facts = evaluated(trained, num, steps, "--split", "held-out", "--cond-scale", "2")
+        stage = facts["stages"][1]
         restored = stage["restoration"]
         rows.append([
             name, f"{restored['psnr_db'] - restored['bicubic_psnr_db']:+.2f}",
@@ -67,8 +67,8 @@ def main(run: Path, num: int, out: Path, steps: int, write: Path | None) -> None
         ])  # fmt: skip
         click.echo(" | ".join(rows[-1]), err=True)
     text = (
-        f"{table(COLUMNS, rows)}\n\ndB over the enlarged input, {captions} held-out pictures, "
-        f"{steps} steps of sampling; one seed. {machine('torch', 'deepspeed')}"
+        f"{table(COLUMNS, rows)}\n\ndB over the enlarged input, {facts['captions']} held-out "
+        f"pictures, {steps} steps of sampling; one seed. {machine('torch', 'deepspeed')}"
     )
     publish(text, write, MARK)
 
@@ -81,17 +81,6 @@ def train(base: Path, run: Path, changes: tuple[str, ...]) -> Path:
     command = ["imagen-scale", "train", str(config_path(run)), "--run", str(run), "--unet", "2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run
-
-
-def evaluated(run: Path, num: int, steps: int) -> tuple[int, dict[str, Any]]:
-    """How many pictures there were, and what `evaluate` finds of the second stage."""
-    subprocess.run(
-        ["imagen-scale", "evaluate", "--run", str(run), "--num", str(num), "--split", "held-out",
-         "--steps", str(steps), "--cond-scale", "2", "--features", "efficientnet-lite0"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    facts = json.loads(evaluation_path(run).read_text())
-    return facts["captions"], facts["stages"][1]
 
 
 def gain_on_degraded(run: Path, num: int, steps: int) -> float:
@@ -115,7 +104,7 @@ def as_people_have_them(images: Tensor, side: int) -> Tensor:
     """Pictures degraded as `training.lowres_degrade` does it, (N, 3, side, side) in [-1, 1]."""
     pixels = to_uint8(images).transpose(0, 3, 1, 2)
     small = np.stack([degraded(picture, side, seed) for seed, picture in enumerate(pixels)])
-    return torch.from_numpy(small).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(small))
 
 
 if __name__ == "__main__":

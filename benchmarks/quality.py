@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import peers
+from evaluated import evaluated
 from report import machine, publish, split_at_marks, table
 
 from imagen_scale.config import load_config
@@ -92,6 +93,8 @@ def main(
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
     wanted = {name: dict(seeds_of).get(name, seeds) for name in names}
+    if EQUAL in names:  # of each seed that it compares
+        wanted[EQUAL] = min(wanted[name] for name in (EQUAL, PACKAGE, MODERN))
     for seed in range(max(wanted.values())):
         for name in (name for name in names if seed < wanted[name]):
             run = out / f"{list(RECIPES).index(name)}_{seed}"
@@ -160,12 +163,8 @@ def _evaluated(run: Path, seconds: float, pictures: int) -> Measured:
 
 
 def _stages(run: Path, pictures: int, cond_scale: float, *words: str) -> list[dict[str, Any]]:
-    subprocess.run(
-        ["imagen-scale", "evaluate", "--run", str(run), "--steps", str(STEPS), "--cond-scale",
-         str(cond_scale), "--num", str(pictures), "--features", "efficientnet-lite0", *words],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    found: list[dict[str, Any]] = json.loads((run / "evaluation.json").read_text())["stages"]
+    facts = evaluated(run, pictures, STEPS, "--cond-scale", str(cond_scale), *words)
+    found: list[dict[str, Any]] = facts["stages"]
     return found
 
 

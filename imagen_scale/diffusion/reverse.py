@@ -15,7 +15,17 @@ def num_evaluations(sampler: Sampler, steps: int) -> int:
 
     And once in the first step where the schedule begins with noise alone.
     """
-    return 2 * steps - 1 if sampler == "heun" else steps
+    return len(evaluated_times(sampler, range(steps)))
+
+
+def evaluated_times(sampler: Sampler, times: Sequence[int]) -> list[int]:
+    """The times at which the denoiser is asked, as often as it is; see `num_evaluations`.
+
+    Args:
+        sampler: The solver.
+        times: That are visited.
+    """
+    return [*times, *times[1:]] if sampler == "heun" else [*times]
 
 
 def reverse(

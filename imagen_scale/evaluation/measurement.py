@@ -241,7 +241,7 @@ def evaluate(
         seeds = [options.seed + start + i for i in range(len(group))]
         lowres = None
         for config, of_stage, tally in zip(configs, settings, tallies, strict=True):
-            stage = cascade.stage(config.number, caches=of_stage.cache_interval > 1)
+            stage = cascade.stage(config.number, caches=of_stage.caches)
             try:
                 real = real_pictures(prepared, group, config.size)
                 inputs = Inputs(text, seeds, lowres)
@@ -278,8 +278,7 @@ def _diversity(
         cascade.files, [prepared.source.captions[i] for i in indices], device=cascade.device
     )
     settings = cascade.settings(options)[0]
-    caches = settings.cache_interval > 1
-    with closing(cascade.stage(cascade.configs[0].number, caches=caches)) as stage:
+    with closing(cascade.stage(cascade.configs[0].number, caches=settings.caches)) as stage:
         pictures = [
             stage.sample(
                 Inputs(text, [options.seed + seed] * len(indices), None),

@@ -17,6 +17,7 @@ from imagen_scale.data.prepared import prepare
 from imagen_scale.data.storage import Progress
 from imagen_scale.diffusion.guidance import branches, guided_times
 from imagen_scale.diffusion.lowres import resize, shrink_and_enlarge
+from imagen_scale.diffusion.reverse import evaluated_times
 from imagen_scale.diffusion.spacing import visited_times
 from imagen_scale.errors import UsageError, option
 from imagen_scale.evaluation.measurement import MAX_DB, pictures_together
@@ -69,9 +70,8 @@ class _Way(NamedTuple):
         guided = set(times)
         if settings.guidance_interval and settings.cond_scale > 1:
             guided = set(guided_times(times, settings.guidance_interval))
-        asked = [*times, *times[1:]] if settings.sampler == "heun" else times
         both = len(branches(settings.cond_scale))
-        return sum(both if t in guided else 1 for t in asked)
+        return sum(both if t in guided else 1 for t in evaluated_times(settings.sampler, times))
 
 
 class _Tally:
@@ -232,7 +232,7 @@ def _made(
     for _, of_file in groupby(enumerate(ways), lambda numbered: numbered[1].file.path):
         numbered = list(of_file)
         file = numbered[0][1].file
-        caches = any(way.settings.cache_interval > 1 for _, way in numbered)
+        caches = any(way.settings.caches for _, way in numbered)
         with closing(
             Stage(file, cascade.device, cascade.runtime, caches=caches, say=cascade.say)
         ) as stage:

@@ -98,14 +98,13 @@ def _parts(
     """
     # Tiles only where the stage is larger than one.
     tile = options.tile if (options.tile or file.stage.size) < file.stage.size else None
-    caches = settings.cache_interval > 1
-    key = Key.of(file, cascade.runtime, tile, caches=caches)
+    key = Key.of(file, cascade.runtime, tile, caches=settings.caches)
     done, count, named = 0, len(inputs.seeds), len(runtimes)
     while done < count:
         try:
             with residents.lend(
                 key,
-                lambda: cascade.stage(file.unet_number, tile=tile, caches=caches),
+                lambda: cascade.stage(file.unet_number, tile=tile, caches=settings.caches),
                 cascade.files,
             ) as stage:
                 if len(runtimes) == named:  # not where it is tried again

@@ -36,6 +36,11 @@ class StageSettings(BaseModel):
     guidance_interval: str | None = None  # "FROM:UNTIL"; None: guidance acts in every step
     cache_interval: int = 1  # one evaluation of so many is whole
 
+    @property
+    def caches(self) -> bool:
+        """Whether some evaluations reuse what others found."""
+        return self.cache_interval > 1
+
 
 class SamplingOptions(OptionModel):
     """Options of a call; those of stages take one value for all, or a list with one for each."""
@@ -126,7 +131,7 @@ class SamplingOptions(OptionModel):
             for row in zip(*columns.values(), strict=True)
         ]
         for of_stage, stage in zip(settings, stages, strict=True):
-            if of_stage.cache_interval > 1 and stage.unet.num_levels == 1:
+            if of_stage.caches and stage.unet.num_levels == 1:
                 raise UsageError(
                     f"{option('cache_interval')} {of_stage.cache_interval}: {stage.name} has one "
                     f"level, and nothing below it to keep; give 1 for it."

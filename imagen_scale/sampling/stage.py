@@ -248,7 +248,7 @@ class Stage:
         cond = self.conditioning(inputs, settings.cond_scale, draw_noise)
         times = visited_times(self.schedule, settings.steps, settings.spacing)
         caches = None
-        if settings.cache_interval > 1:
+        if settings.caches:
             caches = Caches(partial(DeepCache, settings.cache_interval))
         denoiser, denoiser_at = denoiser_of(self, cond, sides, tile, caches), None
         if settings.guidance_interval and len(cond.branches) == 2:

@@ -100,8 +100,9 @@ class Upscaler:
         text, _, (not_read,), _ = self.stages.encode([prompt or ""])
         tile = options.tile or self.config.size
         try:
-            caches = settings.cache_interval > 1
-            with closing(self.stages.stage(self.config.number, tile=tile, caches=caches)) as stage:
+            with closing(
+                self.stages.stage(self.config.number, tile=tile, caches=settings.caches)
+            ) as stage:
                 image = stage.upscale(picture, text, options.seed, settings, listener)
         except torch.OutOfMemoryError:
             raise out_of_memory(self.stages.device) from None

@@ -11,7 +11,7 @@ from imagen_scale.data.prepared import Prepared
 from imagen_scale.data.split import split
 from imagen_scale.planning.machine import joined, this_machine
 from imagen_scale.runs.folders import inference_path
-from imagen_scale.runs.inference import read_inference
+from imagen_scale.runs.inference import is_finished, read_inference
 from imagen_scale.training.link import link_bytes_per_s
 from imagen_scale.training.lowres_samples import (
     Drawn,
@@ -89,7 +89,8 @@ class Job:
         """Pictures as the stage before draws them, made now if they are needed and not there."""
         if self.stage.small_size is None or not self.stage.training.lowres_samples:
             return None
-        if from_rank_0(self.saver.is_finished):
+        # Silently: what is wrong with the file is told where training begins.
+        if from_rank_0(lambda: is_finished(self.saver.inference, self.stage.steps)):
             return None
         before = self.stage.number - 1
         path = inference_path(self.run_dir, before)
