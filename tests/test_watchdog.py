@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from support import watched
+from support import store_lost, watched
 from support.environment import rank_variables, reserved_port
 from support.forker import fork
 from support.tiny import TINY
@@ -225,6 +225,19 @@ def test_a_reason_may_name_a_file_whose_name_is_not_text():
     ours = circle.Circle(HashStore(), lambda: None, lambda: True)
     reason = f"{os.fsdecode(bytes([255]))}.png: is missing."
     assert ours.is_first_to_say(reason) and not ours.is_first_to_say(reason)
+
+
+@pytest.mark.parametrize(("own", "is_traced"), [(None, False), ("INFO", True)])
+def test_a_store_that_is_lost_within_a_word_leaves_no_trace_of_torchs(own, is_traced):
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CPP_LOG_LEVEL"}
+    environment |= {} if own is None else {"TORCH_CPP_LOG_LEVEL": own}
+    with reserved_port() as port:
+        done = subprocess.run(
+            [sys.executable, store_lost.__file__, str(port)],
+            capture_output=True, text=True, env=environment, timeout=120,
+        )  # fmt: skip
+    assert done.stdout.split() == ["here", "lost"]
+    assert ("frame #" in done.stderr) == is_traced
 
 
 # The real thing.

@@ -10,6 +10,7 @@ import click
 
 from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
+from imagen_scale.commands.torch_log import settle_torch_log
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
 from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
@@ -88,6 +89,7 @@ def main() -> None:
     """
     outlive_listeners()
     wait_asleep()
+    settle_torch_log()
     settle_allocators()
     settle_caches()
     is_alone = False

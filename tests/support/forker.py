@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import IO
 
+from imagen_scale.commands.torch_log import settle_torch_log
 from support import ROOT
 from support.environment import environment_of_no_launcher
 
@@ -29,6 +30,7 @@ def _context() -> ForkServerContext:
     with environment_of_no_launcher():
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # or it would not find `support`
         os.environ["OMP_NUM_THREADS"] = "1"
+        settle_torch_log()  # before `support.warm` imports torch
         forkserver.ensure_running()
     return context
 
