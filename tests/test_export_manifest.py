@@ -10,10 +10,14 @@ import pytest
 import torch
 from support.tiny import write_stage
 
-from imagen_scale.errors import ExportError, UsageError
+from imagen_scale.errors import ExportError, ImagenScaleError, UsageError
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import read_inference
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.exported import open_exported
+from imagen_scale.sampling.runtimes.options import RuntimeOptions
+from imagen_scale.sampling.stage import Listener
+from imagen_scale.sampling.stages import TrainedStages
 
 CPU = torch.device("cpu")
 
@@ -256,3 +260,22 @@ def test_an_export_of_another_schedule_is_refused(run):
     edit_manifest(run, lambda data: data["sampler"].update(schedule={"type": "cosine"}))
     with pytest.raises(ExportError, match="sampler: schedule is .*cosine.* there and None here"):
         open_onnx(run)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, "U-Net 2 has no onnx fp16 export"),
+        ({"tile": 16}, "export of U-Net 2 takes images of 32 px, not 16 x 16"),
+        ({"cache_interval": [1, 2]}, "this export of U-Net 2 computes every evaluation whole"),
+    ],
+)
+def test_what_a_later_stages_export_cannot_do_is_told_before_any_work(run, asked, told):
+    if not asked:
+        shutil.rmtree(run / "export" / "unet2" / "onnx-fp16")
+    runtime = RuntimeOptions(runtime="onnx", precision="fp16")
+    stages, steps = TrainedStages.load(run, runtime=runtime), []
+    listener = Listener(on_step=lambda *numbers: steps.append(numbers))
+    with pytest.raises(ImagenScaleError, match=told):
+        stages.sample(["sun"], SamplingOptions(steps=2, **asked), listener)
+    assert not steps

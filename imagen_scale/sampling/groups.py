@@ -11,6 +11,7 @@ from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.residents import Key, Residents
 from imagen_scale.sampling.stage import Inputs, Listener, out_of_memory
+from imagen_scale.sampling.tile_size import smaller_tile
 from imagen_scale.sampling.unread import NotRead
 from imagen_scale.sampling.wanted import Wanted
 
@@ -50,11 +51,13 @@ def stream_groups(
 
     Raises:
         EnvironmentProblem: If the device's memory is too small.
+        ImagenScaleError: If an export cannot be used; before any work.
     """
     residents = cascade.residents
     if residents is None:
         residents = Residents(cascade.device)
     usual = [of_stage.cond_scale for of_stage in settings]
+    cascade.check_exports(settings, options.tile)
     try:
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
@@ -96,8 +99,7 @@ def _parts(
 
     Where memory is full, all that is held besides is freed, and it goes on with the next picture.
     """
-    # Tiles only where the stage is larger than one.
-    tile = options.tile if (options.tile or file.stage.size) < file.stage.size else None
+    tile = smaller_tile(file.stage, options.tile)
     key = Key.of(file, cascade.runtime, tile, caches=settings.caches)
     done, count, named = 0, len(inputs.seeds), len(runtimes)
     while done < count:

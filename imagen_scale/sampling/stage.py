@@ -27,6 +27,7 @@ from imagen_scale.sampling.runtimes.contract import Conditioning, Say, Text
 from imagen_scale.sampling.runtimes.opening import open_runtime
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.sampling.stage_schedule import stage_schedule
+from imagen_scale.sampling.tile_size import check_tile
 
 # Told the U-Net's number, steps done, steps in all.
 OnStep = Callable[[int, int, int], None]
@@ -260,19 +261,6 @@ class Stage:
             on_step=lambda step, x_0: listener.tell(number, step, len(times), x_0),
             denoiser_at=denoiser_at,
         )  # fmt: skip
-
-
-def check_tile(stage: StageConfig, tile: int) -> None:
-    """Refuses tiles that a network cannot halve as often as it does.
-
-    Raises:
-        UsageError: With what it takes.
-    """
-    divisor = stage.unet.size_divisor
-    if tile < 1 or tile % divisor:
-        raise UsageError(
-            f"{option('tile')} {tile}: {stage.name} takes tiles in multiples of {divisor} px."
-        )
 
 
 def solved(

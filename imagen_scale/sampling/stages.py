@@ -14,10 +14,11 @@ from imagen_scale.runs.inference import InferenceFile, check_one_encoder, read_s
 from imagen_scale.sampling.groups import Picture, stream_groups
 from imagen_scale.sampling.options import SamplingOptions, StageSettings
 from imagen_scale.sampling.prompts import Encoded, read_prompts
-from imagen_scale.sampling.residents import Residents
+from imagen_scale.sampling.residents import Key, Residents
 from imagen_scale.sampling.runtimes.contract import Say
-from imagen_scale.sampling.runtimes.options import RuntimeOptions
-from imagen_scale.sampling.stage import Listener, Stage, check_tile, default_device
+from imagen_scale.sampling.runtimes.options import EXPORTED, RuntimeOptions
+from imagen_scale.sampling.stage import Listener, Stage, default_device
+from imagen_scale.sampling.tile_size import check_tile, smaller_tile
 from imagen_scale.sampling.wanted import Wanted
 
 MOST_REMEMBERED = 256
@@ -58,6 +59,7 @@ class TrainedStages:
         self.runtime, self.say = runtime, once(say)
         self.warn = self.say if warn is None else once(warn)
         self.remembered = remembered
+        self._checked: set[Key] = set()
 
     @classmethod
     def load(
@@ -114,11 +116,32 @@ class TrainedStages:
         """
         settings = options.for_stages(self.configs)
         for stage in self.configs:
-            if options.tile is not None and options.tile < stage.size:
-                check_tile(stage, options.tile)
+            if (tile := smaller_tile(stage, options.tile)) is not None:
+                check_tile(stage, tile)
         if options.negative_prompt:
             check_negative(self.configs, settings)
         return settings
+
+    def check_exports(self, settings: Sequence[StageSettings], tile: int | None) -> None:
+        """Opens the exports that were asked for by name, without their graphs, and frees them.
+
+        Else what is wrong with a later stage's would be found when those before it have worked.
+
+        Args:
+            settings: Of each stage.
+            tile: Side of the tiles in pixels; None computes whole images.
+
+        Raises:
+            ImagenScaleError: If one is missing or damaged, or cannot do what is wanted of it.
+        """
+        if self.runtime.runtime not in EXPORTED:
+            return
+        for file, of_stage in zip(self.files, settings, strict=True):
+            side, caches = smaller_tile(file.stage, tile), of_stage.caches
+            key = Key.of(file, self.runtime, side, caches=caches)
+            if key not in self._checked:
+                self.stage(file.unet_number, tile=side, caches=caches).close()
+                self._checked.add(key)
 
     def sample(
         self,
