@@ -117,6 +117,9 @@ def test_fewer_steps_are_learned_by_the_same_command(teacher):
     }  # fmt: skip
     assert data["training"]["lr"] == [1e-3, 1e-3]
     assert "runs/first_steps2-keep" in line
+    # One that is kept decides nothing.
+    data_of_second, _ = planned("first_steps4-keep", "--steps", "keep,2")
+    assert data_of_second["distill"]["spacing"] == "middle"
     assert planned("first_steps4-keep", "--steps", "2,keep", "--cond-scale", "2")[0] == data
     done = distill("first_steps4-keep", "--steps", "2,keep", "--cond-scale", "5", "--dry-run")
     assert done.exit_code == 2
@@ -220,7 +223,8 @@ def test_a_run_that_predicts_the_noise_is_trained_on_first(teacher):
     data = json.loads(text)
     assert [unet["pred_type"] for unet in data["unets"]] == ["v", "v"] and data["distill"] is None
     assert (data["training"]["start_from"], data["training"]["steps"]) == ("runs/noise", [1, 1])
-    assert shlex.split(line)[-4:] == ["--config", "runs/noise_v.json", "--run", "runs/noise_v"]
+    asked = ["--config", "runs/noise_v.json", "--run", "runs/noise_v", "--unet", "1"]
+    assert shlex.split(line)[-6:] == asked
     assert not list(teacher.parent.glob("*.json"))
     # Once that is done, it teaches.
     write_adapted(noise)
@@ -253,6 +257,7 @@ def test_weights_that_a_run_had_once_do_not_teach_in_its_place(teacher, started)
 
 def test_a_stage_that_was_kept_there_does_not_teach_and_one_that_was_trained_is_not_kept(teacher):
     noise = write_run(teacher.with_name("noise"), overrides=("unets.1.pred_type=eps",))
+    assert "--unet" not in planned("noise", "--steps", "4,2", "--cond-scale", "2")[1]
     adapted = write_adapted(noise)
     done = distill("noise", "--steps", "4,2", "--cond-scale", "2", "--dry-run")
     assert done.exit_code == 2 and "runs/noise_v: its U-Net 2 was not trained" in done.output
@@ -266,7 +271,8 @@ def test_what_is_set_counts_for_what_is_trained_first_as_well(teacher):
     write_run(teacher.with_name("noise"))
     sets = ("training.lr=1e-5", "distill.teacher_steps=8", "training.steps=50")
     words = [word for one in sets for word in ("--set", one)]
-    data, _ = planned("noise", "--steps", "4,keep", "--cond-scale", "2", *words)
+    data, line = planned("noise", "--steps", "4,keep", "--cond-scale", "2", *words)
+    assert line[-2:] == ["--unet", "1"]  # by hand, too, what is kept is not trained
     assert data["training"]["lr"] == 1e-5
     assert data["distill"] is None and data["training"]["steps"] == [1, 1]  # the student's own
 

@@ -23,6 +23,15 @@ class Adaptation(NamedTuple):
     kept: list[InferenceFile]  # of the other one, taken over as they are
 
     @property
+    def by_hand(self) -> list[list[str]]:
+        """What each call of training adds that leaves alone the stages that are kept."""
+        if not self.kept:
+            return [[]]
+        kept = {file.unet_number for file in self.kept}
+        numbers = [stage.number for stage in self.config.stages()]
+        return [["--unet", str(number)] for number in numbers if number not in kept]
+
+    @property
     def is_done(self) -> bool:
         """Whether every stage of it is trained."""
         return all(

@@ -157,7 +157,8 @@ def _adapt(first: "Adaptation", gpus: int | None, *, dry_run: bool) -> None:
     command = command_here(training_words(path, first.run), gpus, first.run)
     if dry_run:
         click.echo(dump_config(first.config), nl=False)
-        click.echo(shlex.join(command))
+        for words in first.by_hand:
+            click.echo(shlex.join([*command, *words]))
         return
     _keep(path, first.config)
     first.lay_out(lambda said: click.echo(said, err=True))
@@ -233,12 +234,14 @@ def _configuration(
     ]
     learned = [n for n, steps in zip(count, wanted, strict=True) if steps != KEEP]
     longest = max(learned, default=1)
-    learned_before = [file.stage.few_steps for file in files]
+    taught = [
+        file.stage.few_steps for file, steps in zip(files, wanted, strict=True) if steps != KEEP
+    ]
     data["distill"] = {
         "teacher": str(teacher),
         "steps": [None if steps == KEEP else steps for steps in wanted],
         "cond_scale": _guidance(files, wanted, cond_scale),
-        "spacing": next((few.spacing for few in learned_before if few), "middle"),
+        "spacing": next((few.spacing for few in taught if few), "middle"),
     }
     data["training"] |= {
         "recipe": None,
