@@ -92,9 +92,7 @@ def main(
     if {PACKAGE, OTHER} & set(names):
         peers.install(folder)
     found: dict[str, list[Measured]] = {name: [] for name in names}
-    wanted = {name: dict(seeds_of).get(name, seeds) for name in names}
-    if EQUAL in names:  # of each seed that it compares
-        wanted[EQUAL] = min(wanted[name] for name in (EQUAL, PACKAGE, MODERN))
+    wanted = seeds_of_each(names, seeds, dict(seeds_of))
     for seed in range(max(wanted.values())):
         for name in (name for name in names if seed < wanted[name]):
             run = out / f"{list(RECIPES).index(name)}_{seed}"
@@ -106,6 +104,14 @@ def main(
     publish(text, write, mark)
     if write is not None:
         draw(write.with_name(f"{mark}.png"), [out / f"{list(RECIPES).index(n)}_0" for n in names])
+
+
+def seeds_of_each(names: list[str], seeds: int, asked: dict[str, int]) -> dict[str, int]:
+    """How many trainings of each recipe; in equal time no more than of those it compares."""
+    wanted = {name: asked.get(name, seeds) for name in names}
+    if EQUAL in names:
+        wanted[EQUAL] = min(wanted[name] for name in (EQUAL, PACKAGE, MODERN))
+    return wanted
 
 
 def steps_in_equal_time(found: dict[str, list[Measured]], steps: int) -> list[int]:

@@ -81,6 +81,10 @@ def test_the_recipe_takes_as_many_steps_as_minimagens_time_allows():
         quality.EQUAL: [nothing],
     }
     assert quality.steps_in_equal_time(found, 500) == [1000, 750]
+    names = [quality.PACKAGE, quality.MODERN, quality.EQUAL]
+    wanted = quality.seeds_of_each(names, 3, {quality.PACKAGE: 2})
+    assert wanted == dict(zip(names, (2, 3, 2), strict=True))
+    assert quality.seeds_of_each(names[:2], 3, {}) == dict.fromkeys(names[:2], 3)
     assert "500 steps of each stage, in MinImagen's time 1000, 64" in quality.report(found, 500, 64)
 
 
