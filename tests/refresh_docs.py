@@ -1,4 +1,4 @@
-"""Writes anew what the documents show below `imagen-scale plan`, and the names in docs/api.md.
+"""Writes anew what the documents show of `imagen-scale plan`, and the names in docs/api.md.
 
 python tests/refresh_docs.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from click.testing import CliRunner
-from support import ROOT, api_reference
+from support import ROOT, api_reference, plan_table
 from support.doc_commands import BLOCK, DOCUMENTS, commands, is_deterministic
 
 from imagen_scale.commands.main import main
@@ -53,3 +53,5 @@ if __name__ == "__main__":
         for path in DOCUMENTS:
             if path.suffix == ".md":
                 refresh(path)
+        readme = ROOT / "README.md"
+        readme.write_text(plan_table.refreshed(readme.read_text("utf-8")), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from support import ROOT
+from support import ROOT, plan_table
 from support.doc_commands import BLOCK, DOCUMENTS, Checker, Command, commands
 
 from imagen_scale.commands.main import main
@@ -129,6 +129,14 @@ def test_outputs_shown_are_what_the_commands_print(command, monkeypatch, fresh_c
     assert done.exit_code == 0, done.output
     printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
     assert doctest.OutputChecker().check_output(command.output, printed, doctest.ELLIPSIS), printed
+
+
+def test_the_readme_shows_what_is_planned(monkeypatch, fresh_cache):
+    """To write it anew: python tests/refresh_docs.py."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("IMAGEN_SCALE_CACHE", str(fresh_cache))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert plan_table.refreshed(page) == page
 
 
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
