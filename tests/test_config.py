@@ -102,8 +102,15 @@ def test_the_seeds_block_has_the_stage_above_it_that_was_dropped():
         ("deepspeed.train_batch_size=8", "train_batch_size: is written from training.global_batch"),
         (
             'deepspeed.zero_optimization={"stage":5}',
-            "stage: 5 is not allowed: it should be 0, 1, 2",
+            "stage: 5 is not allowed: it should be less than or equal to 3",
         ),
+        ('deepspeed.zero_optimization={"stage":true}', "stage: true is not allowed"),
+        ("unets=[]", "unets: .* is not allowed: it should have at least 1 item"),
+        ("data.path=2024", 'path: 2024 is not allowed: it should .* write it in quotes, "2024"'),
+        (f"unets.0.dim={'9' * 400}", "unets.0.dim: 9.* is not allowed"),
+        ("unets.0.dim=2147483640", "unets.0.dim: .* less than or equal to 65536"),
+        ("imagen.image_sizes=[16,1073741824]", "image_sizes.1: .* less than or equal to 65536"),
+        ("imagen.timesteps=1000000000000000", "timesteps: .* less than or equal to 1000000"),
         ('deepspeed.zero_optimization={"offload_optimizer":"cpu"}', "is not an object; its keys"),
         ("deepspeed.zero_optimization=2", "zero_optimization: 2 is not an object; its keys are"),
         (
@@ -136,6 +143,16 @@ IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
     [
         (("training.precision=bf16", 'deepspeed.zero_optimization={"stage":0}'),
          "precision: bf16 needs fp32 master weights"),
+        (("training.precision=bf16", "deepspeed.zero_optimization={}"), "needs fp32 master"),
+        (('deepspeed.zero_optimization={"offload_optimizer":{"device":"cpu"}}',),
+         "offload_optimizer: ZeRO-0 moves the optimizer nowhere; set .*stage to 1 or more"),
+        (('deepspeed.zero_optimization={"stage":1,"offload_param":{"device":"cpu"}}',),
+         "offload_param: ZeRO-1 moves the weights nowhere; set .*stage to 3, or leave it out"),
+        (('deepspeed.zero_optimization={"stage":3,"offload_param":{"device":"nvme"}}',),
+         "offload_param.nvme_path: null, with device nvme; name a folder"),
+        (('deepspeed.zero_optimization={"stage":2,"cpu_offload":true}',),
+         "cpu_offload: is a name that DeepSpeed gave up; write offload_optimizer"),
+        (('deepspeed.zero_optimization={"stage":1,"legacy_stage1":true}',), "legacy_stage1: "),
         (('deepspeed.zero_optimization={"stage":2,"round_robin_gradients":true}',),
          "what is saved would be mixed up; leave it out"),
         (('deepspeed.zero_optimization={"stage":3,"offload_optimizer":{"device":"nvme"}}',),
@@ -145,6 +162,7 @@ IN_BACKWARD = ("memory.optimizer_in_backward=true", "training.grad_clip=null")
         (("memory.checkpointing=[\"norms\"]",), "checkpointing: 1 values for 2 U-Nets"),
         (("memory.checkpointing=all",), "checkpointing: \"all\" is not allowed"),
         (("memory.budget=12",), "budget: 12 is not allowed"),
+        ((f"memory.budget={'9' * 400}GB",), "budget: .* is not allowed: '9+' is not a size"),
         (("memory.budget=12 gigs",), "budget: \"12 gigs\" is not allowed: .* is not a size"),
         (("unets.0.crop=8",), "unets.0.crop: U-Net 1 learns whole pictures"),
         (("unets.1.crop=32",), "unets.1.crop: 32 is not below the picture's side 32"),
@@ -173,7 +191,10 @@ def test_sizes(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "12", "GB", "0GB", "-1GB", "12G", "1e3GB", "nanGB"])
+@pytest.mark.parametrize(
+    "text",
+    ["0.0000000001MB", f"{'9' * 400}GB", "", "12", "GB", "0GB", "-1GB", "12G", "1e3GB", "nanGB"],
+)
 def test_what_is_not_a_size(text):
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
@@ -302,3 +323,15 @@ def test_configuration_needs_no_torch():
 
     code = "import sys, imagen_scale.commands.main as m; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path("/")).returncode == 0
+
+
+def test_a_section_that_is_null_takes_what_is_set_inside():
+    written = TINY | {"logging": {**TINY.get("logging", {}), "wandb": None}}
+    config = parse_config(json.dumps(written), overrides=("logging.wandb.project=birds",))
+    assert config.logging.wandb.project == "birds"
+    with pytest.raises(
+        ConfigError, match="training.lr is .*, with nothing inside; set training.lr"
+    ):
+        parse_config(json.dumps(TINY), overrides=("training.lr=1", "training.lr.x=1"))
+    with pytest.raises(ConfigError, match=r"--set a\.a.*: write section\.key=value"):
+        parse_config(json.dumps(TINY), overrides=(".".join(["a"] * 5000) + "=1",))

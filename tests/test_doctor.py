@@ -16,6 +16,8 @@ from imagen_scale.commands.doctor import machine, software
 from imagen_scale.commands.doctor.examination import as_dict, examine, print_findings, worst
 from imagen_scale.commands.doctor.finding import Finding, examined
 from imagen_scale.commands.main import main
+from imagen_scale.models import host
+from imagen_scale.planning.machine import this_machine
 
 OK, WARNING = Finding("a", "ok", "fine"), Finding("b", "warning", "slow", "do this")
 PROBLEM = Finding("c", "problem", "broken [red]x[/]", "do that")
@@ -140,11 +142,20 @@ def test_a_driver_without_a_card_for_torch(monkeypatch):
         assert said in finding.seen
 
 
-def test_memory_of_a_container_counts(monkeypatch):
-    limits = {"memory.max": 6 * GIB, "memory.current": 2 * GIB}
-    monkeypatch.setattr(machine, "_cgroup", limits.get)
-    assert machine.memory().total == 6 * GIB
-    assert machine.memory().available <= 4 * GIB
+def test_memory_of_a_container_counts(monkeypatch, tmp_path):
+    """For the plan of a training, too; what its kernel keeps of files can be had back."""
+    for name, value in (
+        ("memory.max", 6 * GIB), ("memory.current", 4 * GIB),
+        ("memory.stat", f"anon 5\ninactive_file {2 * GIB}"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"{value}\n")
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    assert host.host_memory().total == 6 * GIB
+    assert 3 * GIB < host.host_memory().available <= 4 * GIB
+    assert this_machine(1).ram <= 4 * GIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.host_memory().total > 6 * GIB
+    (tmp_path / "memory.max").write_text(f"{6 * GIB}\n")
     finding = one(machine.ram())
     assert finding.state == "warning"
     assert "of 6.0 GiB" in finding.seen

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support import ROOT, pdsh
 from support.environment import without_launcher
 from support.tiny import TINY
 
 from imagen_scale.commands.hosts import carried_variables, hosts_command
+from imagen_scale.commands.main import main
 from imagen_scale.errors import UsageError
 from imagen_scale.training.hostfile import machines_of
 
@@ -91,6 +93,9 @@ def test_words_and_variables_arrive_as_they_are(path_with_pdsh, hostfile, tmp_pa
         ("", "Hostfile is empty"),
         ("worker-1 4\n", "bad entry: worker-1 4"),
         ("worker-1 slots=1\nworker-1 slots=1\n", "multiple entries for worker-1"),
+        ("worker-1 slots=1\nworker-2 slots=0\n", "slots=0 for worker-2: give the number"),
+        (f"worker-1 slots={'9' * 20}\n", "for worker-1: give the number of its cards, 1 to 1000"),
+        ("\ufeffworker-1 slots=1\n", "begins with a byte-order mark"),
     ],
 )
 def test_a_hostfile_that_cannot_be_read_is_refused(text, told, tmp_path):
@@ -100,6 +105,16 @@ def test_a_hostfile_that_cannot_be_read_is_refused(text, told, tmp_path):
     file.write_text(text)
     with pytest.raises(UsageError, match=told):
         machines_of(file)
+
+
+def test_no_more_processes_than_the_least_of_the_machines_has(tmp_path):
+    file, config = tmp_path / "hostfile", tmp_path / "config.json"
+    file.write_text("worker-1 slots=4\nworker-2 slots=2\n")
+    config.write_text(json.dumps(TINY))
+    done = CliRunner().invoke(
+        main, ["train", str(config), "--hostfile", str(file), "--gpus", "3", "--dry-run"]
+    )
+    assert done.exit_code == 2 and "--gpus 3: worker-2 has slots=2" in done.output
 
 
 def train(path, hostfile, *arguments, **variables):

@@ -305,7 +305,7 @@ def test_defaults_without_a_budget():
     assert default_zero(2, "bf16", on_card=True)["stage"] == 3
     setup = written_setup(tiny().stage(1), 1, on_card=False)
     assert setup.checkpointing == ("norms", "norms")
-    with pytest.raises(ConfigError, match="8 is not a multiple of micro_batch 2 x 3 processes"):
+    with pytest.raises(ConfigError, match="8 is not a multiple of 3 processes"):
         written_setup(tiny("training.global_batch=8").stage(1), 3, on_card=False)
 
 
@@ -425,11 +425,14 @@ def test_plan_prints_every_term_and_the_reason(tiny_config):
 def test_without_a_card_the_tensors_count_as_host_memory(tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = "--config", str(tiny_config), "--unet", "1", "--gpus", "2"
-    (plan,) = json.loads(run(*arguments, "--json").output)
+    done = run(*arguments, "--json")
+    assert "there is no card: training plans nothing here" in done.stderr
+    (plan,) = json.loads(done.stdout)
     rows = dict(re.findall(r"^│ ([a-z ]+?) +│ +([\d.]+) │$", run(*arguments).output, re.M))
     card, host = plan["bytes"]["card"], plan["bytes"]["host"]
     assert float(rows["total of a process"]) == round(card / 1e9, 2)
     assert float(rows["host memory"]) == pytest.approx((2 * card + host) / 1e9, abs=0.006)
+    assert plan["bytes"]["host_of_a_machine"] == 2 * card + host
     assert "ZeRO-0" in run(*arguments).output
 
 

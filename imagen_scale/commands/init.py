@@ -102,7 +102,9 @@ def _source(where: str | None) -> dict[str, Any]:
         return {"source": "emoji"}
     folder = expanded(where)
     if not folder.exists():
-        if where.count("/") == 1 and not where.startswith((".", "/", "~")):
+        is_name = where.count("/") == 1 and not where.startswith((".", "/", "~"))
+        if is_name and not folder.parent.is_dir():  # a folder here is a place of pictures
+            click.echo(f"{where}: no folder here; looking on the Hugging Face hub", err=True)
             return {"source": "huggingface", "path": where, "flip": True}
         raise UsageError(
             f"{where}: no such folder, and no name on the Hugging Face hub (OWNER/NAME). Put "

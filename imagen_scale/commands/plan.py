@@ -47,7 +47,7 @@ def plan(
     \b
         imagen-scale plan --config configs/cascade_64_256.json --memory 12GB --ram 32GB
     """
-    from imagen_scale.config import load_config
+    from imagen_scale.config import load_config, parse_bytes
 
     checked = load_config(config_path, overrides)
     card_bytes, ram_bytes = size_of("--memory", memory), size_of("--ram", ram)
@@ -70,6 +70,17 @@ def plan(
                 f"give the whole memory of the machine."
             )
         machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
+    budget = checked.memory.budget
+    if card_bytes is None and budget not in (None, "auto"):  # as training takes it
+        machine = machine._replace(card=parse_bytes(budget))
+    if card_bytes is None and (budget is None or machine.card is None):
+        reason = "memory.budget is null" if budget is None else "there is no card"
+        click.echo(
+            f"{reason}: training plans nothing here, and where training.micro_batch is null it "
+            f"takes the whole global batch at once. Below is what would be planned; write it down "
+            f"(training.micro_batch), or name a card with --memory.",
+            err=True,
+        )
     ratio = calibration(machine.name)
     plans = []
     with Progress() as progress:

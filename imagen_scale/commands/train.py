@@ -59,7 +59,7 @@ def train(
     """
     if (file is None) == (config_path is None):
         raise UsageError("give the JSON file of the run, once: imagen-scale train CONFIG.")
-    path = str(file or config_path)
+    path = str(config_path if file is None else file)
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other; give one.")
     from imagen_scale.config import load_config
@@ -162,7 +162,13 @@ def _command_for_hosts(
             f"each its number of cards: unset it. To choose cards of each machine start "
             f"`deepspeed --hostfile {hostfile} --include worker-1:0,1@worker-2:0,1` yourself."
         )
-    first, *_ = machines_of(hostfile)
+    machines = machines_of(hostfile)
+    first, *_ = machines
+    if gpus is not None and gpus > (least := min(machines.values())):
+        name = next(name for name, slots in machines.items() if slots == least)
+        raise UsageError(
+            f"--gpus {gpus}: {name} has slots={least} in {hostfile}; give at most so many."
+        )
     return hosts_command(hostfile, address_of(first) if reach else None, gpus, words)
 
 

@@ -13,7 +13,7 @@ from imagen_scale.commands.errors import with_flags
 from imagen_scale.commands.torch_log import settle_torch_log
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
-from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
+from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system, option
 from imagen_scale.files.caches import expanded, settle_caches
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
@@ -41,14 +41,26 @@ OPTIONS = (
 
 def training_options(called: Callable[..., Any]) -> Callable[..., Any]:
     """The options of training beside --config, the same whoever starts it."""
-    for option in reversed(OPTIONS):
-        called = option(called)
+    for decorate in reversed(OPTIONS):
+        called = decorate(called)
     return called
 
 
 def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
     """Where a run is written."""
-    return Path(run_dir or expanded(config.logging.run_dir or f"runs/{Path(config_path).stem}"))
+    if run_dir is not None:
+        if not run_dir:
+            raise UsageError(
+                f"{option('run')}: is empty, as an unset variable of a shell is; name a folder, or "
+                f"leave it out for {_usual_folder(config, config_path)}."
+            )
+        return Path(run_dir)
+    return _usual_folder(config, config_path)
+
+
+def _usual_folder(config: Any, config_path: str) -> Path:
+    written = config.logging.run_dir
+    return Path(f"runs/{Path(config_path).stem}") if written is None else expanded(written)
 
 
 @click.command(name="train.py")

@@ -97,7 +97,7 @@ class LeafModule(DeepSpeedSection):
 class ZeroOptimization(DeepSpeedSection):
     """What the ranks share out, and what lives outside the card."""
 
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 0  # a Literal would take true for 1
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: Annotated[int, Field(gt=0)] = 500_000_000

@@ -67,8 +67,13 @@ def _explain(location: list[Any], details: Any, model: type[BaseModel]) -> str:
     if details["type"] in ("model_type", "model_attributes_type"):
         keys = ", ".join(_keys_at(model, location))
         return f"{path}: {shortened(details['input'])} is not an object; its keys are {keys}."
-    reason = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"{path}: {shortened(details['input'])} is not allowed: it {reason}."
+    reason = details["msg"].removeprefix("Value error, ").rstrip(".")
+    _, should, rest = reason.partition("should ")  # pydantic's own: "Input should be ..."
+    if details["type"] != "value_error" and should:
+        reason = f"it should {rest}"
+    if details["type"] == "string_type" and isinstance(details["input"], int | float):
+        reason += f'; write it in quotes, "{details["input"]}"'
+    return f"{path}: {shortened(details['input'])} is not allowed: {reason}."
 
 
 def _keys_at(model: type[BaseModel], location: list[Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from imagen_scale.config.explain import explain_all
+from imagen_scale.config.explain import explain_all, shortened
 from imagen_scale.config.recipes import fill_in
 from imagen_scale.config.rules import cross_checks
 from imagen_scale.config.schema import Config
@@ -17,6 +17,7 @@ from imagen_scale.config.strict_json import parse_json
 from imagen_scale.errors import ConfigError
 
 MAX_LENGTH = 1_000_000  # characters of a file
+MAX_DEPTH = 20  # names of one key
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -94,8 +95,8 @@ def _config_error(source: str, problems: list[str]) -> ConfigError:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key_path, equals, raw = override.partition("=")
     keys = key_path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {key_path}: write section.key=value, e.g. training.seed=1.")
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+        raise ConfigError(f"--set {key_path[:80]}: write section.key=value, e.g. training.seed=1.")
     try:
         value = parse_json(raw)
     except ValueError:
@@ -113,10 +114,14 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             place: int | str = int(key)
         elif isinstance(node, dict):
             place = key
-            if not is_last:
-                node.setdefault(key, {})
+            if not is_last and node.get(key) is None:  # null is where a section may stand
+                node[key] = {}
         else:
-            raise ConfigError(f"--set {key_path}: {where} is inside a plain value.")
+            outer = ".".join(keys[:depth])
+            raise ConfigError(
+                f"--set {key_path}: {outer} is {shortened(node)}, with nothing inside; set {outer} "
+                f"itself."
+            )
         if is_last:
             node[place] = value
         else:

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from imagen_scale.config.section import (
+    Channels,
     NaturalInt,
     PerLevel,
     PerUnet,
+    Pixels,
     PositiveInt,
     PredictionType,
     Probability,
@@ -36,7 +38,7 @@ TEXT_ENCODER_DIMS = {
 class ImagenConfig(Section):
     """The cascade: MinImagen's `Imagen` keyword arguments."""
 
-    image_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+    image_sizes: Annotated[tuple[Pixels, ...], Field(min_length=1)] = Field(
         description="Side of each stage's square picture in pixels, increasing, one per U-Net."
     )
     text_encoder_name: str = Field(
@@ -46,7 +48,7 @@ class ImagenConfig(Section):
         None, description="Width of the text features; null takes the encoder's own."
     )
     channels: PositiveInt = Field(3, description="Channels of the pictures: 3 for RGB.")
-    timesteps: PerUnet[Annotated[int, Field(ge=21)]] = Field(
+    timesteps: PerUnet[Annotated[int, Field(ge=21, le=1_000_000)]] = Field(
         1000, description="Diffusion steps T. Below 21 the linear schedule reaches beta >= 1."
     )
     cond_drop_prob: Probability = Field(
@@ -99,15 +101,15 @@ class ScheduleConfig(Section):
 class UnetConfig(Section):
     """One U-Net: MinImagen's `Unet` keyword arguments and some of our own, from `max_text_len`."""
 
-    dim: PositiveInt = Field(128, description="Channels at the highest resolution.")
-    dim_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+    dim: Channels = Field(128, description="Channels at the highest resolution.")
+    dim_mults: Annotated[tuple[Channels, ...], Field(min_length=1)] = Field(
         (1, 2, 4), description="Channels of each level as multiples of `dim`; one level per entry."
     )
     channels: PositiveInt = Field(3, description="Channels of the pictures that come in.")
     channels_out: PositiveInt | None = Field(
         None, description="Channels of what is predicted; null: `channels`."
     )
-    cond_dim: PositiveInt | None = Field(None, description="Token width; null means `dim`.")
+    cond_dim: Channels | None = Field(None, description="Token width; null means `dim`.")
     text_embed_dim: PositiveInt | None = Field(
         None, description="Width of the text features; null takes the encoder's own."
     )
@@ -120,9 +122,7 @@ class UnetConfig(Section):
     layer_cross_attns: PerLevel[bool] = Field(
         True, description="Whether a level's pixels attend to the text, or one per level."
     )
-    attn_heads: PositiveInt = Field(
-        8, description="Heads of a level's self-attention, 64 wide each."
-    )
+    attn_heads: Channels = Field(8, description="Heads of a level's self-attention, 64 wide each.")
     lowres_cond: bool | None = Field(
         None, description="Whether a low-resolution picture comes in; null: from U-Net 2 on."
     )

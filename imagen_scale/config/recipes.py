@@ -7,6 +7,8 @@ import copy
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from imagen_scale.config.section import MOST_CHANNELS
+
 if TYPE_CHECKING:
     from imagen_scale.config.schema import Config
 
@@ -46,7 +48,7 @@ def modern(data: dict[str, Any]) -> list[Change]:
     changes.append(Change(("training", "loss_weight"), _for_each(weights)))
     changes.append(Change(("imagen", "dynamic_thresholding_percentile"), None))
     dims = [unet.get("dim", 128) for unet in unets]
-    if all(isinstance(dim, int) and dim > 0 for dim in dims):
+    if all(isinstance(dim, int) and 0 < dim <= MOST_CHANNELS for dim in dims):
         rates = [float(f"{LR_TIMES_DIM / dim:.1g}") for dim in dims]
         changes.append(Change(("training", "lr"), _for_each(rates)))
     if len(unets) > 1:

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 from imagen_scale.config.deepspeed import deepspeed_problems, is_offloaded
 from imagen_scale.config.distill_rules import distill_checks
@@ -235,7 +236,8 @@ def _memory_checks(stage: StageConfig) -> list[str]:
             f"training.precision to fp32 and deepspeed.zero_optimization.stage to 0, or take "
             f"adamw_8bit."
         )
-    can_be_bf16 = precision == "bf16" and (not zero or is_offloaded(zero, "offload_optimizer"))
+    is_free = stage.zero_optimization is None  # to be chosen
+    can_be_bf16 = precision == "bf16" and (is_free or is_offloaded(zero, "offload_optimizer"))
     if stage.optimizer == "adamw_bf16" and not can_be_bf16:
         problems.append(
             "training.optimizer: adamw_bf16 is DeepSpeed's for a bf16 network whose optimizer is "
@@ -301,12 +303,14 @@ def _deepspeed_checks(config: Config) -> list[str]:
         return problems
     zero = config.deepspeed.get("zero_optimization", {})
     precision = config.training.precision
-    if precision != "fp32" and zero and zero.get("stage", 0) == 0:
+    is_written = "zero_optimization" in config.deepspeed
+    if precision != "fp32" and is_written and zero.get("stage", 0) == 0:
         problems.append(
             f"training.precision: {precision} needs fp32 master weights, which ZeRO keeps; set "
             f"deepspeed.zero_optimization.stage to 1 or more, or precision to fp32."
         )
     where = "deepspeed.zero_optimization"
+    problems += _offload_checks(where, zero)
     if zero.get("round_robin_gradients"):
         problems.append(
             f"{where}.round_robin_gradients: DeepSpeed 0.19 then tells of its masters in another "
@@ -321,5 +325,37 @@ def _deepspeed_checks(config: Config) -> list[str]:
         problems.append(
             f"{where}.zenflow: keeps masters and moments of its own, which would not be saved; "
             f"leave it out."
+        )
+    return problems
+
+
+def _offload_checks(where: str, zero: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would leave undone without a word, or end of with a traceback."""
+    problems = []
+    stage = zero.get("stage", 0)
+    for key, least, what in (
+        ("offload_optimizer", 1, "the optimizer"),
+        ("offload_param", 3, "the weights"),
+    ):
+        if is_offloaded(zero, key) and stage < least:
+            problems.append(
+                f"{where}.{key}: ZeRO-{stage} moves {what} nowhere; set "
+                f"{where}.stage to {least}{'' if least == 3 else ' or more'}, or leave it out."
+            )
+    param = zero.get("offload_param") or {}
+    if param.get("device") == "nvme" and param.get("nvme_path") is None:
+        problems.append(
+            f"{where}.offload_param.nvme_path: null, with device nvme; name a folder on the drive."
+        )
+    for old, new in (
+        ("cpu_offload", 'offload_optimizer, {"device": "cpu"}'),
+        ("cpu_offload_param", 'offload_param, {"device": "cpu"}'),
+        ("cpu_offload_use_pin_memory", "pin_memory in offload_optimizer and offload_param"),
+    ):
+        if zero.get(old):
+            problems.append(f"{where}.{old}: is a name that DeepSpeed gave up; write {new}.")
+    if zero.get("legacy_stage1"):
+        problems.append(
+            f"{where}.legacy_stage1: DeepSpeed has it no more; leave it out, ZeRO-1 needs none."
         )
     return problems

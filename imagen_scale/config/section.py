@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 T = TypeVar("T")
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NaturalInt = Annotated[int, Field(ge=0, lt=2**63)]
+MOST_CHANNELS = MOST_PIXELS = 2**16  # of a layer, of a side: far above what any memory holds
+Channels = Annotated[int, Field(gt=0, le=MOST_CHANNELS)]
+Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 MOST = 1e6  # of a rate: far above any that trains, and a float32 holds its products
 Rate = Annotated[float, Field(gt=0, le=MOST)]
@@ -42,9 +45,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: If it is not a positive number and one of these units.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B)\s*", text)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a size: write a number and MB, GB, MiB or GiB")
-    unit = match[2]
-    power = "kMGT".index(unit[0]) + 1
-    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** power)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]i?B)\s*", text)
+    size = 0
+    if match is not None:
+        unit = match[2]
+        power = "kMGT".index(unit[0]) + 1
+        size = int(float(match[1]) * (1024 if "i" in unit else 1000) ** power)
+    if size == 0:
+        raise ValueError(f"{text[:40]!r} is not a size: write a number and MB, GB, MiB or GiB")
+    return size

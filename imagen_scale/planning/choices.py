@@ -13,7 +13,7 @@ from imagen_scale.planning.setup import (
     WHOLE_MATRICES,
     Setup,
     accumulation,
-    check_in_backward,
+    check_ranks,
     precision_of,
 )
 
@@ -46,7 +46,7 @@ class Choices:
     """
 
     def __init__(self, stage: StageConfig, machine: Machine) -> None:
-        check_in_backward(stage, machine.ranks)
+        check_ranks(stage, machine.ranks)
         self.stage, self.machine = stage, machine
         self.levels = stage.unet.num_levels
         self.precision = precision_of(stage, machine.auto_precision)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.files.kept import read_kept
 from imagen_scale.models.card import has_bf16
+from imagen_scale.models.host import host_memory
 from imagen_scale.planning.cache import plan_dir
 
 # What the rest of a computer needs when its whole memory is stated.
@@ -39,10 +40,9 @@ class Machine(NamedTuple):
 
 def this_machine(ranks: int) -> Machine:
     """The machine this process runs on."""
-    import psutil
     import torch
 
-    ram = psutil.virtual_memory().available
+    ram = host_memory().available
     if not torch.cuda.is_available():
         return Machine("cpu", None, ram, ranks, auto_precision="fp32")
     free, _ = torch.cuda.mem_get_info()

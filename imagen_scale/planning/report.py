@@ -29,6 +29,8 @@ def as_dict(plan: UnetPlan, stage: StageConfig, machine: Machine, ratio: float) 
         "bytes": {
             **candidate.cost._asdict(),
             "card": int(candidate.cost.card * ratio),
+            # Of one machine, as the table has it; `host` is of all processes together.
+            "host_of_a_machine": _host(candidate, machine, ratio),
             "activations_held": candidate.activations.held,
             "disk_left": disk_left(candidate.cost, candidate.activations.num_parameters, stage),
         },
@@ -108,11 +110,7 @@ def print_plan(
     for term in (*TERMS[:-1], "teacher", TERMS[-1]) if has_teacher else TERMS:
         row(term, [_number(getattr(c.cost, term)) for c in choices])
     cards = [int(c.cost.card * ratio) for c in choices]
-    hosts = [
-        # Without a card a process's tensors lie in host memory, too.
-        machine.share(c.cost.host + (machine.ranks * card if machine.card is None else 0))
-        for c, card in zip(choices, cards, strict=True)
-    ]
+    hosts = [_host(c, machine, ratio) for c in choices]
     where = "of a process" if machine.card is None else "on the card"
     row(f"total {where}", [_number(card) for card in cards], style="bold", end_section=True)
     row("host memory", [_number(host) for host in hosts])
@@ -145,8 +143,8 @@ def print_plan(
         console.print(
             "Activations: one training pass of the real U-Net on tensors without memory, peak of "
             "live bytes. Weights to buckets: DeepSpeed's own allocations. Workspace: CUDA context "
-            "(0.6 GB, assumed) and 6 % allocator slack. Relative step cost: 1 is the fastest way "
-            "without a limit; rates of imagen_scale/planning/speed.py."
+            "(0.6 GB, assumed) and 6 % allocator slack. Relative step cost: 1 is the fastest of "
+            "the ways listed; rates of imagen_scale/planning/speed.py."
         )  # fmt: skip
 
 
@@ -164,16 +162,12 @@ def _foretold(machine: Machine) -> str:
 
 
 def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> str:
-    card, host = int(other.cost.card * ratio), machine.share(other.cost.host)
+    card, host = int(other.cost.card * ratio), _host(other, machine, ratio)
     too_large = []
-    if machine.card is None:
-        everything = machine.share(other.cost.host + machine.ranks * card)
-        if everything > machine.ram:
-            too_large.append(f"memory {gb(everything)}")
-    elif card > machine.card:
+    if machine.card is not None and card > machine.card:
         too_large.append(f"card {gb(card)}")
-    if machine.card is not None and host > machine.ram:
-        too_large.append(f"host {gb(host)}")
+    if host > machine.ram:
+        too_large.append(f"{'memory' if machine.card is None else 'host'} {gb(host)}")
     if too_large:
         reason = f"does not fit: {', '.join(too_large)}"
     elif not _exact(other) and _exact(plan.choice):
@@ -184,6 +178,12 @@ def _other(other: Candidate, plan: UnetPlan, machine: Machine, ratio: float) -> 
         reason = "fits, but is not cheaper"
     relative = other.seconds / _fastest(plan)
     return f"{in_words(other.setup)}: {reason} (step cost {relative:.2f})"
+
+
+def _host(candidate: Candidate, machine: Machine, ratio: float) -> int:
+    """Bytes of one machine's memory; without a card a process's tensors lie there, too."""
+    tensors = int(candidate.cost.card * ratio) if machine.card is None else 0
+    return machine.share(candidate.cost.host + machine.ranks * tensors)
 
 
 def _exact(candidate: Candidate) -> bool:

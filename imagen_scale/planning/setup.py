@@ -95,7 +95,7 @@ def written_setup(
     Raises:
         ConfigError: If the batch sizes or the optimizer do not fit the number of processes.
     """
-    check_in_backward(stage, ranks)
+    check_ranks(stage, ranks)
     micro_batch = stage.micro_batch or max(1, stage.global_batch // ranks)
     in_backward, optimizer = bool(stage.optimizer_in_backward), stage.optimizer or "adamw"
     precision = precision_of(stage, auto_precision or ("bf16" if on_card else "fp32"))
@@ -119,8 +119,11 @@ def written_setup(
     )
 
 
-def check_in_backward(stage: StageConfig, ranks: int) -> None:
-    """Refuses an optimizer inside backward where gradients have to be exchanged first.
+def check_ranks(stage: StageConfig, ranks: int) -> None:
+    """Refuses what so many processes cannot train.
+
+    An optimizer inside backward steps before gradients could be exchanged, and all micro-batches
+    together are the global batch.
 
     Raises:
         ConfigError: Naming the key.
@@ -130,6 +133,7 @@ def check_in_backward(stage: StageConfig, ranks: int) -> None:
             f"memory.optimizer_in_backward: true for {stage.name}, but {ranks} processes train it: "
             f"each would step on its own gradients. Start one process, or write false."
         )
+    accumulation(stage, stage.micro_batch or 1, ranks)
 
 
 def default_zero(ranks: int, precision: str, *, on_card: bool) -> dict[str, Any]:
@@ -148,9 +152,10 @@ def accumulation(stage: StageConfig, micro_batch: int, ranks: int) -> int:
         ConfigError: If they do not make up the global batch.
     """
     if stage.global_batch % (micro_batch * ranks):
+        written = "" if stage.micro_batch is None else f"micro_batch {micro_batch} x "
         raise ConfigError(
-            f"training.global_batch: {stage.global_batch} is not a multiple of micro_batch "
-            f"{micro_batch} x {ranks} processes ({stage.name}); change one of them."
+            f"training.global_batch: {stage.global_batch} is not a multiple of {written}{ranks} "
+            f"processes ({stage.name}); change one of them."
         )
     return stage.global_batch // (micro_batch * ranks)
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from imagen_scale.data.encoder import TextEncoder
+from imagen_scale.models.host import host_memory
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.prompts import open_encoder
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
@@ -176,4 +176,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return host_memory().available

@@ -8,7 +8,8 @@ from typing import Any
 from imagen_scale.config import Config, told_of_recipe
 from imagen_scale.data.encoder import encoder_fingerprint, encoder_folder
 from imagen_scale.data.prepared import prepare
-from imagen_scale.planning.setup import check_in_backward, written_setup
+from imagen_scale.errors import UsageError, option
+from imagen_scale.planning.setup import check_ranks
 from imagen_scale.runs.folders import inference_path
 from imagen_scale.runs.inference import is_finished
 from imagen_scale.training import ranks
@@ -72,10 +73,13 @@ def train(
     # anything is written.
     numbers = unet_numbers(config, unet_number)
     for number in numbers:
-        if config.memory.budget is None:
-            written_setup(config.stage(number), world_size(), on_card=False)
-        else:  # what is planned comes after the data
-            check_in_backward(config.stage(number), world_size())
+        stage = config.stage(number)
+        check_ranks(stage, world_size())  # what is planned comes after the data
+        if plan_check is not None and plan_check > stage.steps:
+            raise UsageError(
+                f"{option('plan_check')} {plan_check}: {stage.name} has {stage.steps} steps "
+                f"(training.steps); compare after one of them."
+            )
     config = keep_warmup(config, run_dir, fresh=numbers if fresh else [])
     check_run(config, run_dir, say, resume=resume, fresh=numbers if fresh else [])
     origins = find_origins(config, numbers, run_dir, fresh=fresh)

@@ -45,6 +45,7 @@ def choose_setup(
     asked = _asked(stage, found.ranks)
     kept = read_kept(setup_path(run_dir, stage.number), _Kept)
     if kept is not None and kept.asked == asked:
+        check_kept_precision(stage, kept.setup, found)
         return kept.setup
     machine = budget_machine(stage.memory, found)
     if machine is None:
@@ -97,6 +98,21 @@ def check_precision(config: Config) -> None:
         )
 
 
+def check_kept_precision(stage: StageConfig, kept: Setup, found: Machine) -> None:
+    """Refuses to go on in bf16, which "auto" took elsewhere, on a card that would emulate it.
+
+    Raises:
+        EnvironmentProblem: With what to do.
+    """
+    is_of_auto = kept.precision == "bf16" and stage.training.precision == "auto"
+    if is_of_auto and found.card is not None and found.auto_precision == "fp16":
+        raise EnvironmentProblem(
+            f"training.precision: auto took bf16 where {stage.name} was begun, and this card "
+            f"({found.name}) was made before it and would emulate it, many times slower. Go on on "
+            f"a card that has it, or in fp16 from here on: --set training.precision=fp16."
+        )
+
+
 def smaller(setup: Setup) -> Setup | None:
     """The same setup with half the micro-batch or less and the same global batch.
 
@@ -129,6 +145,8 @@ def _asked(stage: StageConfig, ranks: int) -> dict[str, Any]:
         "zero": stage.zero_optimization,
         "unet": stage.unet.model_dump(mode="json"),
     }
+    if stage.training.compile:  # else it stays unsaid, as in what was kept before
+        asked["compile"] = True
     return json.loads(json.dumps(asked))
 
 

@@ -162,6 +162,8 @@ def keep_warmup(config: Config, run_dir: Path, *, fresh: list[int]) -> Config:
     """
     if config.training.warmup_steps is not None or not config_path(run_dir).is_file():
         return config
+    if len(fresh) == len(config.unets):
+        return config
     stages, before = config.stages(), load_config(config_path(run_dir)).stages()
     if len(stages) != len(before):
         return config  # refused by `check_run`

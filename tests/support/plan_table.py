@@ -1,6 +1,7 @@
 """README's table of what training takes on a card of 12 GB, made by `imagen-scale plan`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner
@@ -35,8 +36,7 @@ def _rows(name: str, card: str, ram: str) -> list[list[str]]:
     words = ["plan", "--config", path, "--memory", card, "--ram", ram, "--json"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    with open(path, encoding="utf-8") as file:
-        sizes = json.load(file)["imagen"]["image_sizes"]
+    sizes = json.loads(Path(path).read_text(encoding="utf-8"))["imagen"]["image_sizes"]
     stages = [f"`{name}`, base", *["super-resolution"] * (len(sizes) - 1)]
     return [
         [

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from imagen_scale.commands.doctor.finding import Finding, State, of_problem
 from imagen_scale.files.caches import (
@@ -20,6 +19,7 @@ from imagen_scale.files.caches import (
     operators_dir,
 )
 from imagen_scale.models.card import BF16_CAPABILITY
+from imagen_scale.models.host import host_memory
 
 GIB = 2**30
 SUPPORTED_PYTHON = ((3, 11), (3, 13))
@@ -122,34 +122,9 @@ def nvidia_driver() -> str | None:
     return done.stdout.partition("\n")[0].strip() or None
 
 
-class Memory(NamedTuple):
-    """Host memory in bytes."""
-
-    available: int
-    total: int
-
-
-def memory() -> Memory:
-    """Host memory, or what a container may use of it."""
-    import psutil
-
-    host = psutil.virtual_memory()
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is None:
-        return Memory(host.available, host.total)
-    return Memory(min(host.available, limit - (used or 0)), min(host.total, limit))
-
-
-def _cgroup(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):  # "max" is no limit
-        return None
-
-
 def ram() -> Iterator[Finding]:
     """Host memory."""
-    available, total = memory()
+    available, total = host_memory()
     seen = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if available < LOW_RAM_BYTES:
         remedy = (

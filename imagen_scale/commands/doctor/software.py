@@ -21,7 +21,17 @@ def compiler() -> Iterator[Finding]:
     missing: State = "problem" if _version("deepspeed") else "warning"
     name = os.environ.get("CXX", "c++")
     path = shutil.which(name)
-    if path is None:
+    done = None
+    if path is not None:
+        done = subprocess.run(
+            [path, "-x", "c++", "-E", "-dM", os.devnull], capture_output=True, text=True, timeout=20
+        )
+    if done is not None and (done.returncode or "__cplusplus" not in done.stdout):
+        yield Finding(
+            "compiler", missing, f"{path} is no C++ compiler",
+            "Unset CXX, or set it to one.",
+        )  # fmt: skip
+    elif path is None:
         yield Finding(
             "compiler", missing, f"no C++ compiler ({name})",
             "apt install g++ (Debian, Ubuntu), or dnf install gcc-c++ (Fedora).",
