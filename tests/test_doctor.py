@@ -275,3 +275,10 @@ def test_a_build_that_fails_is_a_problem_with_the_compilers_complaint(monkeypatc
     assert (finding.name, finding.state) == ("operator cpu_adam", "problem")
     assert "no space left" in finding.seen
     assert "try again" in finding.remedy
+
+
+def test_a_program_that_is_no_compiler_is_a_problem(monkeypatch):
+    assert next(software.compiler()).state == "ok"
+    monkeypatch.setenv("CXX", "/bin/true")
+    found = next(software.compiler())
+    assert found.state == "problem" and "/bin/true is no C++ compiler" in found.seen

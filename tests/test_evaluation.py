@@ -16,8 +16,8 @@ from imagen_scale.data.sequence import split_indices
 from imagen_scale.errors import DataError, MissingExtraError, ShapeError
 from imagen_scale.evaluation.distances import clip_score, frechet_distance, kernel_distance
 from imagen_scale.evaluation.features import Clip, open_extractor
-from imagen_scale.evaluation.measurement import Known, evaluate
-from imagen_scale.evaluation.report import as_dict
+from imagen_scale.evaluation.measurement import Evaluation, Known, StageMeasures, evaluate
+from imagen_scale.evaluation.report import as_dict, not_finite
 from imagen_scale.report.measures import rows
 from imagen_scale.runs.records import EvaluationRecord
 from imagen_scale.sampling.measures import (
@@ -396,3 +396,13 @@ def test_command_measures_the_stages_there_are(tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [stage["unet"] for stage in report["stages"]] == [1]
+
+
+def test_what_is_no_finite_number_is_left_out_and_named():
+    stage = StageMeasures._make([None] * len(StageMeasures._fields))._replace(
+        unet=1, size=16, x_0_error=float("inf"), kid=0.5
+    )
+    result = Evaluation._make([None] * len(Evaluation._fields))._replace(stages=[stage])
+    assert not_finite(result) == ["x_0_error of U-Net 1"]
+    facts = as_dict(result)["stages"][0]
+    assert (facts["x_0_error"], facts["kid"]) == (None, 0.5)

@@ -167,12 +167,14 @@ def test_an_encoder_of_ones_own_is_written_with_its_width(tmp_path, monkeypatch)
     ("where", "message"),
     [
         ("nowhere", "no such folder, and no name on the Hugging Face hub"),
+        ("pictures/nowhere", "no such folder, and no name on the Hugging Face hub"),
         ("./a/b", "no such folder"),
         ("~nobody-here/x", "~nobody-here/x: no such folder"),
     ],
 )
 def test_what_is_not_there_is_said(tmp_path, monkeypatch, where, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
     done = cli("init", where)
     assert done.exit_code == 2 and message in done.output
 

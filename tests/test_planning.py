@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.planned import GB, SMALL_CARD, cost_of, plan, recorded, tiny
 
 from imagen_scale.commands.main import main
 from imagen_scale.config import load_config
-from imagen_scale.errors import ConfigError, EnvironmentProblem
+from imagen_scale.errors import ConfigError, EnvironmentProblem, ImagenScaleError
 from imagen_scale.planning.activations import measure, step_flops
 from imagen_scale.planning.choices import Choices
 from imagen_scale.planning.live_bytes import LiveBytes
@@ -23,6 +24,7 @@ from imagen_scale.planning.machine import (
 )
 from imagen_scale.planning.planner import Planner
 from imagen_scale.planning.setup import default_zero, written_setup
+from imagen_scale.training import cascade
 from imagen_scale.training.choice import choose_setup, keep_setup, smaller
 
 # Live bytes.
@@ -350,6 +352,48 @@ def test_what_is_written_counts_for_a_run_with_checkpoints_too(tmp_path, changes
         fresh.optimizer, fresh.precision, fresh.zero
     )  # fmt: skip
     assert not found.in_backward
+
+
+def test_a_network_that_is_to_be_compiled_is_planned_anew(tmp_path):
+    """It may change between two starts, and excludes some ways."""
+    written = ("memory.budget=2GB", "training.grad_clip=null")
+    kept = written_setup(tiny(*written).stage(1), 1, on_card=False)._replace(zero={"stage": 3})
+    keep_setup(tiny(*written).stage(1), tmp_path, kept)
+    assert choose_setup(tiny(*written).stage(1), tmp_path, this_machine(1), print) == kept
+    compiled = tiny(*written, "training.compile=true").stage(1)
+    assert choose_setup(compiled, tmp_path, this_machine(1), print).zero_stage < 3
+
+
+def test_bf16_that_auto_took_elsewhere_is_not_emulated(tmp_path):
+    stage = tiny("memory.budget=auto", "training.precision=auto").stage(1)
+    card = Machine("RTX 3060", 12 * 10**9, 30 * 10**9, 1)
+    assert choose_setup(stage, tmp_path, card, print).precision == "bf16"
+    old = card._replace(name="Tesla T4", auto_precision="fp16")
+    with pytest.raises(EnvironmentProblem, match=r"\(Tesla T4\).*--set training.precision=fp16"):
+        choose_setup(stage, tmp_path, old, print)
+    fp16 = tiny("memory.budget=auto", "training.precision=fp16").stage(1)
+    assert choose_setup(fp16, tmp_path, old, print).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "told"),
+    [
+        (("training.global_batch=[3,4]",), {}, "training.global_batch: 4 is not a multiple of 3"),
+        (
+            ("training.global_batch=[3,8]", "training.micro_batch=[1,4]", "memory.budget=2GB"), {},
+            "8 is not a multiple of micro_batch 4 x 3 processes",
+        ),
+        (("training.global_batch=3",), {"plan_check": 7}, "plan_check 7: U-Net 1 has 6 steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_the_first_stage(
+    tmp_path, monkeypatch, changes, call, told
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    meeting = SimpleNamespace(watchdog=SimpleNamespace(timeout=None))
+    with pytest.raises(ImagenScaleError, match=told):
+        cascade.train(tiny(*changes), tmp_path / "run", meeting, **call)
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_things_live_stays_as_it_is_where_it_may(tmp_path):

@@ -212,8 +212,10 @@ def hub():
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             self.asked.append((self.path, self.headers["Authorization"]))
-            if self.refuse:
+            if isinstance(self.refuse, int):
                 return self.answer({"error": "no"}, self.refuse)
+            if self.refuse is not None:  # a page in between
+                return self.answer(self.refuse)
             if self.path == "/api/repos/create":
                 type(self).created = json.loads(body)
                 return self.answer({"url": f"{url}/me/tiny"})
@@ -234,7 +236,7 @@ def hub():
                                 "hookOutput": ""})  # fmt: skip
 
         def answer(self, what, status=200):
-            body = json.dumps(what).encode()
+            body = what if isinstance(what, bytes) else json.dumps(what).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -292,6 +294,9 @@ def test_what_is_uploaded_is_a_run_again(finished, hub, tmp_path):
         ({"HF_HUB_OFFLINE": "1"}, None, 2, "HF_HUB_OFFLINE is set"),
         ({}, 403, 2, "does not let this token write there (HTTP 403)"),
         ({}, 400, 1, "refuses the files (HTTP 400)"),
+        ({}, {}, 1, "what answers is not the Hugging Face hub (KeyError in its answer)"),
+        ({}, b"hello", 1, "what answers is not the Hugging Face hub (JSONDecodeError"),
+        ({"HF_TOKEN": "hf_\u00e9"}, None, 2, "holds characters that no token has"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, None, 1, "cannot be reached (ConnectError)"),
     ],
 )

@@ -26,7 +26,17 @@ from imagen_scale.files.atomic import sha256
 from imagen_scale.files.picture_files import save_sample
 from imagen_scale.files.pictures import save_grid
 from imagen_scale.planning import setup
-from imagen_scale.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw, thin
+from imagen_scale.report.curves import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    draw,
+    thin,
+    tick_texts,
+)
 from imagen_scale.report.embedding import MOST_GRIDS, embed, read_grids
 from imagen_scale.report.page import OTHERS, QUARTERS, SAMPLES
 from imagen_scale.runs import records
@@ -419,6 +429,14 @@ def test_values_that_spread_get_a_logarithmic_axis_with_equal_decades():
 def test_many_decades_have_few_ticks():
     ticks = draw("x", {"x": [(0, 1.0), (1, 1e20)]}).y_ticks
     assert [tick.label for tick in ticks] == ["1", "1,000", "1e6", "1e9", "1e12", "1e15", "1e18"]
+
+
+def test_ticks_that_are_close_are_told_apart():
+    assert tick_texts([0.0306, 0.03061, 0.03062]) == ["0.0306", "0.03061", "0.03062"]
+    assert tick_texts([32.1, 32.12, 32.14]) == ["32.1", "32.12", "32.14"]
+    assert tick_texts([0.0, 100.0, 20_000.0]) == ["0", "100", "20,000"]
+    chart = draw("rate", {"lr": [(1, 0.0), (2, 5e-324)]})
+    assert chart is not None
 
 
 def test_no_points_make_no_chart():

@@ -110,6 +110,10 @@ def test_a_training_that_is_made_longer_keeps_the_warmup_it_began_with(tmp_path)
         [0.98e-3, 1e-3, 1e-3]
     )
     assert keep_warmup(asked, run, fresh=[1]) is asked
+    written = (run / "config.json").read_text()
+    (run / "config.json").write_text("{")  # what is trained anew asks nothing of it
+    assert keep_warmup(asked, run, fresh=[1, 2]) is asked
+    (run / "config.json").write_text(written)
     told = []
     check_run(kept, run, told.append, resume=False, fresh=[])
     assert "changed since this run was started: training.warmup_steps: None -> [50, 1000]" in told

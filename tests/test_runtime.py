@@ -349,6 +349,25 @@ FALSE = {
 }  # fmt: skip
 
 
+def test_lists_are_read_as_the_main_package_reads_them():
+    asked = command._parser().parse_args(
+        ["sun", "--bundle", "b", "--threshold", "none, 0.9", "--sampler", "ddim, ddim",
+         "--guidance-interval", "none,0.2:1"]
+    )  # fmt: skip
+    assert (asked.threshold, asked.sampler) == ([None, 0.9], ["ddim", "ddim"])
+    assert asked.guidance_interval == [None, "0.2:1"]
+    assert command.typed("\udcc3\udca9") == "é"  # of a locale without it
+
+
+@pytest.mark.parametrize(
+    "asked", [{"steps": True}, {"steps": [None, 2]}, {"sampler": ["ddim", None]}, {"num": True},
+              {"threshold": True}, {"cond_scale": 1e300}],
+)  # fmt: skip
+def test_what_the_main_package_refuses_is_refused(bundled, asked):
+    with Cascade(bundled) as cascade, pytest.raises(UsageError):
+        cascade.sample("sun", **{"steps": 1, **asked})
+
+
 def damaged(folder, what):
     facts = json.loads((folder / "bundle.json").read_text())
     if what == "missing":

@@ -43,7 +43,7 @@ from imagen_scale.serving.app import application
 from imagen_scale.serving.engine import Engine
 from imagen_scale.serving.limits import Limits
 from imagen_scale.serving.run import ServedRun
-from imagen_scale.serving.server import hosts_of, serve
+from imagen_scale.serving.server import KEY_VARIABLE, api_key, hosts_of, serve
 
 PROMPTS = ("sun", "key", "red heart", "a pizza on the house")
 LONG = " ".join(["rocket"] * 20)  # more than max_text_len
@@ -358,6 +358,7 @@ def left_in_the_middle(server):
         ({"prompt": "sun", "cond_scale": 10**400}, 400, "cond_scale", "cond_scale"),
         ({"prompt": "sun", "eta": 10**400}, 400, "eta", "eta"),
         ({"prompt": "sun", "seed": -1}, 400, "seed", "greater than or equal to 0"),
+        ({"prompt": "sun", "seed": 2**63 - 1, "n": 2}, 400, "seed", "above 2^63 - 1"),
         ({"prompt": "sun", "cond_scale": 1, "negative_prompt": "key"}, 400, "negative_prompt",
          "every cond_scale is 1"),
         ({"prompt": "sun", "quality": "high"}, 400, "quality", "unknown key; known are prompt, n"),
@@ -412,6 +413,18 @@ def test_a_key_is_asked_for_where_there_is_one(run):
 
 
 # Health ------------------------------------------------------------------------------------------
+
+
+def test_a_key_from_a_file_may_end_in_a_line(monkeypatch):
+    for kept, key in (("sesame\n", "sesame"), (" \n", None), ("", None)):
+        monkeypatch.setenv(KEY_VARIABLE, kept)
+        assert api_key() == key
+
+
+def test_balancers_may_ask_with_head(server):
+    for path, status in (("healthz", 200), ("nowhere", 404)):
+        answer = httpx.head(f"{server.address}/{path}", trust_env=False)
+        assert answer.status_code == status and answer.content == b""
 
 
 def test_it_is_ready_once_its_stages_are_loaded(run):
@@ -555,8 +568,16 @@ def test_without_the_extra_the_remedy_is_said(run, monkeypatch):
         (["nowhere"], "nowhere: not a run folder"),
         (["--max-n", "9", "--queue", "8"], "--max-n 9: does not fit into --queue 8"),
         (["--max-batch", "0"], "Invalid value for '--max-batch'"),
+        (["RUN", "--max-steps", "10"], "--max-steps 10: a request that names no steps takes 25"),
     ],
 )
-def test_wrong_use_is_one_sentence(flags, message):
+def test_wrong_use_is_one_sentence(flags, message, run):
+    flags = [str(run) if word == "RUN" else word for word in flags]
     done = CliRunner().invoke(main, ["serve", "--port", "0", *flags])
     assert done.exit_code == 2 and message in done.output
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_that_is_no_place_here_is_told_as_such(run, host):
+    done = CliRunner().invoke(main, ["serve", str(run), "--host", host, "--port", "0"])
+    assert done.exit_code == 2 and f"--host {host}: is no address of this machine" in done.output

@@ -132,6 +132,14 @@ def test_wrong_use_is_one_sentence(run):
         assert "Traceback" not in done.output
 
 
+def test_a_side_may_compare_with_none(run):
+    (facts,) = [facts for facts in VARIED if facts.name == "guidance_interval"]
+    assert values_of(facts, "none,0.2:1") == [None, "0.2:1"]
+    assert values_of(facts, "none/0:0.5") == [[None, "0:0.5"]]
+    done = cli("sheet", "sun", "--threshold", "none,0.9", "--steps", 1, "--run", run)
+    assert done.exit_code == 0, done.output
+
+
 # Over checkpoints -------------------------------------------------------------------------------
 
 

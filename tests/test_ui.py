@@ -322,7 +322,9 @@ def test_a_port_in_use_is_one_sentence(run):
         port = taken.getsockname()[1]
         done = CliRunner().invoke(main, ["ui", "--run", str(run), "--port", str(port)])
     assert done.exit_code == 1
-    assert re.search(rf"error: 127.0.0.1:{port} cannot be used .* --port 0", done.output)
+    assert re.search(
+        rf"error: 127.0.0.1:{port} cannot be used: another program .* --port 0", done.output
+    )
     assert "Traceback" not in done.output
 
 

@@ -1,6 +1,8 @@
 """A super-resolution stage on pictures of any kind, through the command."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -33,6 +35,17 @@ def test_any_shape_and_the_facts_beside(run, tmp_path, options):
     assert facts["prompt"] == ("a key" if "--prompt" in options else None)
     assert facts["cond_scale"] == 1
     assert facts["unet"] == 2
+
+
+def test_a_name_that_is_no_text_is_told_as_far_as_it_is(run, tmp_path):
+    file = os.fsencode(tmp_path) + b"/in\xe9.png"
+    picture().save(tmp_path / "in.png")
+    shutil.copy(tmp_path / "in.png", file)
+    done = cli("upscale", os.fsdecode(file), "--run", run, "--steps", 1)
+    assert done.exit_code == 0, done.output
+    (facts,) = tmp_path.glob("*.json")
+    assert json.loads(facts.read_text())["file"] == "in\\xe9.png"
+    assert facts.with_suffix(".png").is_file()
 
 
 def test_orientation_and_transparency_are_the_data_loaders(tmp_path):

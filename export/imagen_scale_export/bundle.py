@@ -72,10 +72,10 @@ def export_bundle(
             had the same.
         UsageError: If the folder exists already.
     """
+    if final.exists() and not bundle_path(final).is_file():
+        raise UsageError(f"{final}: is there and no bundle; name a folder that does not exist.")
     if final.exists() and not options.force:
         raise UsageError(f"{final}: exists already; add --force to replace it.")
-    if final.exists() and not bundle_path(final).is_file():
-        raise UsageError(f"{final}: is no bundle, so it is not replaced; name another folder.")
     check_one_encoder(files)
     check_cache(files, options)
     exports = [_export_of(file, options, tell) for file in files]

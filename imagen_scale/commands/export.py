@@ -7,6 +7,7 @@ import click
 
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import named_here, run_option, unfinished_option, whole_number
+from imagen_scale.commands.places import check_place
 from imagen_scale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _bundle(
     )  # fmt: skip
     files = read_stages(run_dir, allow_unfinished)
     folder = Path(out) if out else bundle_dir(run_dir, options.precision)
+    check_place(folder)
     bundle = export_bundle(files, folder, options, click.echo)
     size = sum(record.bytes for record in bundle.files.values())
     sides = " to ".join(str(stage.image_size) for stage in bundle.stages)
@@ -214,7 +216,7 @@ def export_verify(folder: Path, run: str | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The new repository.")
 @click.option(
     "--max-batch",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=2**31 - 1),
     default=8,
     show_default=True,
     help="Pictures that a model takes at once.",
@@ -228,6 +230,7 @@ def export_triton(bundle: Path, out: Path, max_batch: int) -> None:
     """  # fmt: skip
     from imagen_scale_export.triton import write_repository
 
+    check_place(out)
     names = write_repository(bundle, out, max_batch)
     click.echo(f"{out}: {', '.join(names)}")
 

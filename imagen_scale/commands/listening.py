@@ -1,8 +1,9 @@
 """Where commands that serve listen."""
 
+import errno
 import socket
 
-from imagen_scale.errors import EnvironmentProblem
+from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError, option
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -13,7 +14,8 @@ def listen(host: str, port: int) -> socket.socket:
         port: 0 takes any that is free.
 
     Raises:
-        EnvironmentProblem: If another program listens there, or the machine has no such address.
+        UsageError: If the machine has no such address.
+        EnvironmentProblem: If another program listens there, or this one may not.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(
@@ -32,8 +34,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _unusable(host: str, port: int, error: OSError) -> EnvironmentProblem:
+def _unusable(host: str, port: int, error: OSError) -> ImagenScaleError:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return UsageError(
+            f"{option('host')} {host}: is no address of this machine ({error.strerror}); take "
+            f"127.0.0.1 for this machine alone, or 0.0.0.0 for all that reach it."
+        )
+    reason = "another program is open there"
+    if error.errno == errno.EACCES:
+        reason = "ports below 1024 are the system's"
+    elif error.errno != errno.EADDRINUSE:
+        reason = str(error.strerror)
     return EnvironmentProblem(
-        f"{host}:{port} cannot be used ({error.strerror}), perhaps since another program is open "
-        f"there; name another with --port, or take any that is free with --port 0."
+        f"{host}:{port} cannot be used: {reason}; name another with --port, or take any that is "
+        f"free with --port 0."
     )

@@ -6,6 +6,7 @@ import click
 
 from imagen_scale.commands.console import Progress, say
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.places import check_place
 from imagen_scale.errors import UsageError
 
 
@@ -27,6 +28,7 @@ def report(run: str | None, out: str | None, no_verify: bool) -> None:
 
     run_dir = find_run(run)
     path = Path(out) if out else run_dir / "report.html"
+    check_place(path)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise UsageError(f"--out {path}: the page is an HTML file; name it {path.name}.html.")
     from imagen_scale.report.page import write_report

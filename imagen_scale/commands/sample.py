@@ -15,6 +15,7 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
+from imagen_scale.commands.places import check_folder
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError, of_system
 from imagen_scale.sampling.options import SamplingOptions
@@ -71,6 +72,7 @@ def sample(
         say=say,
     )  # fmt: skip
     folder = Path(out) if out else samples_dir(run_dir)
+    check_folder(folder)
     made = SampleFolder(folder, cascade, options)
     total = len(all_prompts) * options.num
     shown: list[tuple[str, list[Any]]] = []

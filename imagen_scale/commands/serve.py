@@ -11,6 +11,7 @@ from imagen_scale.commands.listening import listen
 from imagen_scale.commands.options import runtime_options, unet_limit_option, unfinished_option
 from imagen_scale.data.network import LOCALHOST
 from imagen_scale.errors import UsageError
+from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.serving.limits import Limits
 
@@ -86,6 +87,12 @@ def serve(
     else:
         folder = find_run(run)
         cascade = _run(folder, runtime, provider, threads, unet_limit, allow_unfinished, tile)
+    usual = max(one.steps for one in cascade.settings(SamplingOptions(), len(cascade.sizes)))
+    if max_steps < usual:
+        raise UsageError(
+            f"--max-steps {max_steps}: a request that names no steps takes {usual}; give at least "
+            f"so many."
+        )
     engine = Engine(cascade, max_batch=max_batch, patience_s=max_wait_ms / 1000, queue=queue)
     limits = Limits(max_n, max_steps, max_prompt, max_body)
     model, key = folder.resolve().name, api_key()

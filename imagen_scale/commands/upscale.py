@@ -1,5 +1,6 @@
 """`imagen-scale upscale`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from imagen_scale.commands.options import (
     sampling_options,
     unfinished_option,
 )
+from imagen_scale.commands.places import check_place
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import UsageError
 from imagen_scale.sampling.options import SamplingOptions
@@ -62,6 +64,7 @@ def upscale(
     path = Path(out) if out else Path(file).with_name(f"{Path(file).stem}_x{upscaler.factor:g}.png")
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: pictures are written as PNG; name it {path.stem}.png.")
+    check_place(path)
     for one in (path, path.with_suffix(".json")):
         if one.exists():
             raise UsageError(f"{one}: exists already; name another file with --out.")
@@ -69,7 +72,8 @@ def upscale(
         listener = Listener(lambda unet, done, total: progress(f"U-Net {unet}", done, total))
         done = upscaler(picture, prompt, options, listener)
     facts = {
-        "file": Path(file).name, "prompt": prompt,
+        # Linux allows names to be any bytes.
+        "file": os.fsencode(Path(file).name).decode("utf-8", "backslashreplace"), "prompt": prompt,
         "not_read": [lost._asdict() for lost in done.not_read], "seed": options.seed,
         "unet": number, "tile": options.tile, **done.settings.model_dump(),
         "runtime": done.runtime, "version": __version__,

@@ -36,7 +36,8 @@ def frechet_distance(generated: Tensor, real: Tensor) -> float:
     # In double precision: the metric answers in that of the features.
     metric.update(generated.double(), real=False)
     metric.update(real.double(), real=True)
-    return max(0.0, metric.compute().item())
+    distance = metric.compute().item()
+    return 0.0 if distance < 0 else distance  # rounding; NaN stays what it is
 
 
 def kernel_distance(generated: Tensor, real: Tensor) -> float:

@@ -1,5 +1,6 @@
 """An evaluation as a dictionary for files and as a table for people."""
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -21,10 +22,31 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        return {name: _plain(field) for name, field in value._asdict().items()}
-    return value
+def not_finite(result: Evaluation) -> list[str]:
+    """Measures that are no finite number, as a network gives them that is not trained well."""
+    return [
+        f"{name} of U-Net {stage.unet}"
+        for stage in result.stages
+        for name, value in stage._asdict().items()
+        if not _is_finite(value)
+    ]
+
+
+def _plain(stage: Any) -> dict[str, Any]:
+    """A stage's measures; None in place of those that are not finite, which JSON cannot hold."""
+    return {
+        name: None if not _is_finite(value) else value._asdict() if _is_group(value) else value
+        for name, value in stage._asdict().items()
+    }
+
+
+def _is_group(value: Any) -> bool:
+    return hasattr(value, "_asdict")
+
+
+def _is_finite(value: Any) -> bool:
+    values = value._asdict().values() if _is_group(value) else (value,)
+    return all(math.isfinite(one) for one in values if isinstance(one, float))
 
 
 def print_table(facts: dict[str, Any], console: Console) -> None:

@@ -12,7 +12,7 @@ from imagen_scale.errors import UsageError, option
 from imagen_scale.evaluation.distances import require_torchmetrics
 from imagen_scale.evaluation.features import Clip, open_extractor
 from imagen_scale.evaluation.measurement import Evaluation, evaluate
-from imagen_scale.evaluation.report import as_dict
+from imagen_scale.evaluation.report import as_dict, not_finite
 from imagen_scale.files.atomic import write_atomically
 from imagen_scale.runs.folders import evaluation_path
 from imagen_scale.sampling.options import SamplingOptions
@@ -108,6 +108,8 @@ def evaluate_run(
                 else ", since each has to be decoded (data.cache_images_gb)"
             )
         )
+    if lost := not_finite(result):
+        say(f"no finite number, and left out: {', '.join(lost)}")
     facts = {
         **as_dict(result), "split": chosen, "seed": options.seed, "features": features,
         "clip": clip, "settings": [of_stage.model_dump() for of_stage in settings],

@@ -64,10 +64,10 @@ def save_new_picture(path: Path, image: Any, facts: dict[str, Any]) -> Path:
     Returns:
         The PNG file.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         taken = list[Path]()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             for one in (path, path.with_suffix(".json")):
                 one.touch(exist_ok=False)
                 taken.append(one)

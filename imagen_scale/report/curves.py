@@ -86,7 +86,7 @@ def draw(title: str, series: Mapping[str, Points], *, from_zero: bool = False) -
         title,
         "logarithmic" if is_log else "",
         [Tick(x(mark), count_text(mark)) for mark in _marks(x_low, x_high) if mark <= x_high],
-        [Tick(y(mark), value_text(mark)) for mark in y_marks],
+        [Tick(y(mark), text) for mark, text in zip(y_marks, tick_texts(y_marks), strict=True)],
         lines,
         json.dumps(hover),
         hover[-1][1],
@@ -102,12 +102,24 @@ def thin(points: Points) -> list[tuple[int, float]]:
     return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
-def value_text(value: float) -> str:
-    """A value with three digits."""
+def value_text(value: float, digits: int = 3) -> str:
+    """A value with so many digits, and no fewer than those before its point."""
     if value and not 1e-4 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.2e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:,.{digits}g}"
+
+
+def tick_texts(marks: Sequence[float]) -> list[str]:
+    """What stands at the marks of an axis: with three digits, and more where they are alike."""
+    texts: list[str] = []
+    for digits in range(3, 10):
+        texts = [value_text(mark, digits) for mark in marks]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def count_text(count: float) -> str:
@@ -131,7 +143,8 @@ def _hover(
 
 def _marks(low: float, high: float) -> list[float]:
     """About five round numbers from `low` or just below it to `high` or just above it."""
-    span = max(high - low, 1e-9 * abs(high)) or 1.0
+    span = max(high - low, 1e-9 * abs(high))
+    span = max(span, 1e-300) if span else 1.0  # so small it has no logarithm of its quarter
     rough = span / 4
     power = 10.0 ** math.floor(math.log10(rough))
     stride = next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= rough * 0.999)

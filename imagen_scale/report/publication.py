@@ -163,10 +163,15 @@ def push(repo: str, files: Sequence[Upload], *, private: bool, message: str) -> 
         OfflineModeIsEnabled,
     )
 
-    if get_token() is None:
+    if (token := get_token()) is None:
         raise UsageError(
             "the Hugging Face hub takes files only from those it knows: run `hf auth login`, or "
             "set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)."
+        )
+    if not token.isascii():
+        raise UsageError(
+            "the token of the Hugging Face hub (HF_TOKEN, or what `hf auth login` kept) holds "
+            "characters that no token has; copy it anew from huggingface.co/settings/tokens."
         )
     api = HfApi()
     added = [CommitOperationAdd(one.name, str(one.file)) for one in files]
@@ -183,6 +188,12 @@ def push(repo: str, files: Sequence[Upload], *, private: bool, message: str) -> 
         raise EnvironmentProblem(
             f"{repo}: the Hugging Face hub cannot be reached ({type(error).__name__}). Nothing "
             f"half uploaded is to be seen there; run the command again when there is a network."
+        ) from None
+    except (ValueError, KeyError) as error:  # an answer that is none of the hub's
+        raise EnvironmentProblem(
+            f"{repo}: what answers is not the Hugging Face hub ({type(error).__name__} in its "
+            f"answer): a proxy or a login page in between? Look at HF_ENDPOINT and at the "
+            f"network, and run the command again."
         ) from None
     return url
 

@@ -85,6 +85,13 @@ def read_inference(path: Path) -> InferenceFile:
     if not path.is_file():
         raise CheckpointError(f"{path}: not found.")
     try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path}: safetensors opens only files whose names are UTF-8 text; rename the folder "
+            f"that is not."
+        ) from None
+    try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:

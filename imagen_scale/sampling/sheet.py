@@ -83,8 +83,12 @@ def values_of(
         return _checkpoints(text, kept)
     if facts.name == "negative_prompt":  # words hold both signs
         return [text]
+
+    def read(one: str) -> Any:
+        return None if one == "none" and facts.default is None else convert(one)
+
     try:
-        cells = [[convert(one.strip()) for one in cell.split("/")] for cell in text.split(",")]
+        cells = [[read(one.strip()) for one in cell.split("/")] for cell in text.split(",")]
     except ValueError:
         raise UsageError(
             f"{option(facts.name)} {text!r}: write numbers, with commas between the values of the "
@@ -205,4 +209,6 @@ def _checkpoints(text: str, kept: Callable[[int], list[int]]) -> list[Any]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return "/".join(map(_text, value))
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -50,7 +50,8 @@ def application(
         ("/readyz", "GET", answers.readyz, True),
     ):
         known = [] if is_open else [Depends(answers.check_key)]
-        app.add_api_route(path, answer, methods=[method], dependencies=known, response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]  # some balancers send HEAD
+        app.add_api_route(path, answer, methods=methods, dependencies=known, response_model=None)
     for kind in (Refusal, ImagenScaleError, Exception):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(HTTPException, _not_here)

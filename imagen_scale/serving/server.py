@@ -61,7 +61,7 @@ def require_runtime() -> None:
 
 def api_key() -> str | None:
     """The key that callers must know; None if the environment holds none."""
-    return os.environ.get(KEY_VARIABLE) or None
+    return os.environ.get(KEY_VARIABLE, "").strip() or None  # a file of secrets ends in a newline
 
 
 def hosts_of(host: str) -> list[str] | None:

@@ -15,7 +15,7 @@ from .graphs import CPU, Engine, Runtime
 from .pictures import to_uint8
 from .sampling.unread import NotRead
 from .sampling.wanted import Wanted
-from .settings import PER_STAGE, Settings, check_negative, settings_of
+from .settings import PER_STAGE, Settings, check_negative, is_whole, settings_of
 from .stage import Inputs, OnStep, Stage
 from .text import TextReader
 
@@ -242,7 +242,7 @@ def _check_call(captions: list[str], options: dict[str, Any]) -> None:
             raise UsageError(f"{name}: there is no such option; there are {', '.join(OPTIONS)}.")
     for name, least in (("seed", 0), ("num", 1), ("tile", 1), ("at_once", 1)):
         value = options.get(name)
-        if value is not None and (not isinstance(value, int) or not least <= value < 2**63):
+        if value is not None and (not is_whole(value) or not least <= value < 2**63):
             raise UsageError(
                 f"{option(name)} {str(value)[:40]}: must be a whole number from {least} on, below "
                 f"2^63."

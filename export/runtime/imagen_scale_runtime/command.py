@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .cascade import Cascade, Sample
-from .errors import ImagenScaleError, UsageError, exit_code_of, of_system, spelled
+from .errors import ImagenScaleError, UsageError, exit_code_of, of_system, option, spelled
 from .files.numbers import taken_number
 from .files.picture_files import save_sample
 from .graphs import CPU
@@ -51,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampler", type=_per_stage(str), help="Solver.")
     parser.add_argument("--spacing", type=_per_stage(str), help="Which times are visited.")
     parser.add_argument("--eta", type=_per_stage(float), help="Share of DDPM's noise, for ddim.")
-    parser.add_argument("--threshold", type=_per_stage(float), help="Percentile.")
+    parser.add_argument("--threshold", type=_per_stage(float, or_none=True), help="Percentile.")
     parser.add_argument(
-        "--guidance-interval", type=_per_stage(str), metavar="FROM:UNTIL[,FROM:UNTIL...]",
-        help="Shares of the steps in which guidance acts.",
+        "--guidance-interval", type=_per_stage(str, or_none=True),
+        metavar="FROM:UNTIL[,FROM:UNTIL...]", help="Shares of the steps in which guidance acts.",
     )  # fmt: skip
     parser.add_argument(
         "--cache-interval", type=_per_stage(int), help="One evaluation of so many is whole."
@@ -68,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _per_stage(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _per_stage(kind: Callable[[str], Any], *, or_none: bool = False) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        values = [kind(part) for part in text.split(",")]
+        parts = [part.strip() for part in text.split(",")]
+        values = [None if or_none and part == "none" else kind(part) for part in parts]
         return values if len(values) > 1 else values[0]
 
     read.__name__ = f"{kind.__name__}[,{kind.__name__}...]"  # argparse names it so
@@ -78,12 +79,17 @@ def _per_stage(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _run(asked: argparse.Namespace) -> None:
-    prompts = [*asked.prompts, *(_prompts_of(asked.from_file) if asked.from_file else [])]
+    asked.negative_prompt = asked.negative_prompt and typed(asked.negative_prompt)
+    prompts = [
+        *map(typed, asked.prompts),
+        *(_prompts_of(asked.from_file) if asked.from_file else []),
+    ]
     if not prompts:
         raise UsageError("no prompt: give one or more in quotes, or a file with --from-file.")
     names = ("seed", "num", "negative_prompt", "steps", "cond_scale", "sampler", "spacing", "eta",
              "threshold", "guidance_interval", "cache_interval", "tile", "at_once")  # fmt: skip
     options = {name: getattr(asked, name) for name in names}
+    make_folder(asked.out)
     cascade = Cascade(
         asked.bundle, runtime=asked.runtime, provider=asked.provider, threads=asked.threads,
         keep=False, say=_say,
@@ -98,7 +104,6 @@ def _run(asked: argparse.Namespace) -> None:
         "runtime": asked.runtime,
         "version": __version__,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
     total, written = len(prompts) * asked.num, 0
     try:
         for sample in made:
@@ -109,6 +114,28 @@ def _run(asked: argparse.Namespace) -> None:
             print(f"{written} of {total} pictures are in {asked.out}", file=sys.stderr)
         raise
     print(f"{written} pictures in {asked.out}")
+
+
+def typed(text: str) -> str:
+    """Text of the command line as it was meant, whatever the locale decodes it with."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError:
+        return text
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder to write into.
+
+    Raises:
+        UsageError: If it, or something above it, is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            f"{option('out')} {path}: is, or lies in, a file; name a folder."
+        ) from None
 
 
 def _write(folder: Path, sample: Sample, facts: dict[str, Any]) -> None:

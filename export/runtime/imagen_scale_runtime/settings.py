@@ -15,6 +15,9 @@ PER_STAGE = (
     "cache_interval",
 )  # fmt: skip
 
+MAY_BE_NONE = ("threshold", "guidance_interval")  # of one stage among several
+MOST_SCALE = 3e38  # of guidance: float32 holds it
+
 
 class Settings(NamedTuple):
     """How one stage is sampled; see the main package's `SamplingOptions` for their meaning."""
@@ -40,6 +43,9 @@ def settings_of(stages: Sequence[StageFacts], asked: dict[str, Any]) -> list[Set
     Raises:
         UsageError: Naming the option that is wrong.
     """
+    for name in PER_STAGE:
+        if name not in MAY_BE_NONE and isinstance(asked.get(name), list) and None in asked[name]:
+            raise UsageError(f"{option(name)} {asked[name]}: give a value for each stage.")
     columns = columns_of({name: asked.get(name) for name in PER_STAGE}, len(stages))
     return [
         _of_stage(stage, {name: columns[name][i] for name in PER_STAGE})
@@ -57,7 +63,7 @@ def check_negative(stages: Sequence[StageFacts], settings: Sequence[Settings]) -
     if not any(are_led):
         raise UsageError(
             f"{option('negative_prompt')}: acts through guidance, and every "
-            f"{option('cond_scale')} is 1, which is none."
+            f"{option('cond_scale')} is 1, which is none; give one above 1."
         )
     for stage, is_led in zip(stages, are_led, strict=True):
         if stage["few_steps"] and is_led:
@@ -102,14 +108,14 @@ def _of_stage(stage: StageFacts, asked: dict[str, Any]) -> Settings:
 def _check(chosen: dict[str, Any]) -> None:
     eta, threshold = chosen["eta"], chosen["threshold"]
     for name in ("steps", "cache_interval"):
-        if not isinstance(chosen[name], int) or chosen[name] < 1:
+        if not is_whole(chosen[name]) or chosen[name] < 1:
             raise UsageError(f"{option(name)} {chosen[name]!r}: must be a whole number from 1 on.")
     for name, names in (("sampler", Sampler), ("spacing", SpacingChoice)):
         if chosen[name] not in get_args(names):
             raise UsageError(
                 f"{option(name)} {chosen[name]!r}: take one of {', '.join(get_args(names))}."
             )
-    if not _is_number(chosen["cond_scale"]):
+    if not _is_number(chosen["cond_scale"]) or abs(chosen["cond_scale"]) > MOST_SCALE:
         raise UsageError(
             f"{option('cond_scale')} {str(chosen['cond_scale'])[:40]}: must be a finite number."
         )
@@ -125,8 +131,13 @@ def _check(chosen: dict[str, Any]) -> None:
         raise UsageError(f"{option('threshold')} {threshold!r}: must be above 0 and at most 1.")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; Python's True is one, and none that anybody means."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and value is not True and math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False
