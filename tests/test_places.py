@@ -1,11 +1,13 @@
 """Where commands write, and options that a shell left empty: refused before any work."""
 
+import json
 import os
 import shutil
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from support.tiny import TINY
 
 from imagen_scale.commands.main import main
 from imagen_scale.errors import CheckpointError
@@ -27,18 +29,22 @@ def cli(*words):
         ("report", "RUN", "--out", "FILE/a.html"),
         ("export", "--bundle", "--out", "FILE/x"),
         ("export", "triton", "FOLDER", "--out", "FILE/x"),
+        ("plan", "--config", "CONFIG", "--write", "FILE"),
+        ("train", "CONFIG", "--run", "FILE/x", "--dry-run"),
     ],
 )
 def test_a_place_in_a_file_is_refused(words, run, tmp_path):
     file, picture = tmp_path / "file.txt", tmp_path / "picture.png"
     file.write_text("a file")
     Image.new("RGB", (16, 16)).save(picture)
-    known = {"FILE": file, "PICTURE": picture, "RUN": run, "FOLDER": tmp_path}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY))
+    known = {"CONFIG": config, "FILE": file, "PICTURE": picture, "RUN": run, "FOLDER": tmp_path}
     words = [
         str(known.get(word.partition("/")[0], word)) + "".join(word.partition("/")[1:])
         for word in words
     ]
-    takes_run = words[0] not in ("report",) and words[1] != "triton"
+    takes_run = words[0] in ("sample", "sheet", "upscale") or words[1] == "--bundle"
     done = cli(*words, *(("--run", run) if takes_run else ()))
     assert done.exit_code == 2, done.output
     assert f"{file} is a file, and nothing can be written into it" in done.output

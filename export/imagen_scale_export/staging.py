@@ -8,6 +8,7 @@ from pathlib import Path
 from imagen_scale.errors import EnvironmentProblem, MissingExtraError, ParityError, UsageError
 from imagen_scale.files.atomic import sync
 from imagen_scale.files.locks import locked
+from imagen_scale.models.host import host_memory
 from imagen_scale.sampling.runtimes.manifest import MANIFEST
 
 _STAGING_PREFIX = ".staging_"
@@ -83,7 +84,7 @@ def check_room(folder: Path, *, weights_bytes: int, graph_bytes: int, engine: bo
         EnvironmentProblem: Saying how much is needed and how much is free.
     """
     try:
-        import psutil
+        available = host_memory().available
     except ImportError:
         raise MissingExtraError(
             "exporting needs the package psutil; run pip install 'imagen-scale[export]'."
@@ -93,7 +94,7 @@ def check_room(folder: Path, *, weights_bytes: int, graph_bytes: int, engine: bo
     ram = weights_bytes * _ONNX_RAM + (graph_bytes * _ENGINE_RAM if engine else 0) + _REST_BYTES
     disk = graph_bytes * (3.3 if engine else 1.1) + _SPARE_DISK_BYTES
     for what, needed, free in (
-        ("memory", ram, psutil.virtual_memory().available),
+        ("memory", ram, available),
         (f"disk space in {folder}", disk, shutil.disk_usage(folder).free),
     ):
         if free < needed:

@@ -1,9 +1,8 @@
 """Prompts for the check of an export, as the run's own text encoder gives them."""
 
-import psutil
-
 from imagen_scale.data.encoder import encoder_folder
 from imagen_scale.errors import ImagenScaleError
+from imagen_scale.models.host import host_memory
 from imagen_scale.runs.inference import InferenceFile
 from imagen_scale.sampling.prompts import encode
 from imagen_scale.sampling.runtimes.contract import Text
@@ -17,7 +16,7 @@ def real_text(file: InferenceFile) -> tuple[Text | None, str]:
     try:
         folder = encoder_folder(file.config.text_encoder)
         needed = 2 * sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        if needed > psutil.virtual_memory().available:
+        if needed > host_memory().available:
             return None, "checked with random text: the text encoder does not fit into memory"
         return encode([file], PROMPTS).text, ""
     except ImagenScaleError as error:

@@ -10,6 +10,7 @@ import click
 from imagen_scale.commands.config import set_option
 from imagen_scale.commands.console import Progress
 from imagen_scale.commands.errors import user_errors
+from imagen_scale.commands.places import check_folder
 from imagen_scale.errors import UsageError
 
 
@@ -54,6 +55,8 @@ def plan(
     numbers = list(range(1, len(checked.unets) + 1))
     if unet is not None:
         numbers = [checked.check_number(unet, "unet")]
+    if write is not None:
+        check_folder(Path(write), name="write")
     from imagen_scale.planning.machine import SYSTEM_BYTES, calibration, this_machine
     from imagen_scale.planning.planner import Planner
     from imagen_scale.planning.report import as_dict, print_plan

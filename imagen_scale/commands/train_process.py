@@ -10,6 +10,7 @@ import click
 
 from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
+from imagen_scale.commands.places import check_place
 from imagen_scale.commands.torch_log import settle_torch_log
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
@@ -54,8 +55,11 @@ def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
                 f"{option('run')}: is empty, as an unset variable of a shell is; name a folder, or "
                 f"leave it out for {_usual_folder(config, config_path)}."
             )
-        return Path(run_dir)
-    return _usual_folder(config, config_path)
+        folder = Path(run_dir)
+    else:
+        folder = _usual_folder(config, config_path)
+    check_place(folder, name="run")
+    return folder
 
 
 def _usual_folder(config: Any, config_path: str) -> Path:
