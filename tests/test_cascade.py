@@ -463,3 +463,10 @@ def test_pictures_that_are_not_finite_are_refused_not_drawn_black(tmp_path):
     cascade = TrainedStages.load(tmp_path / "run", unet_limit=1)
     with pytest.raises(EnvironmentProblem, match=r"U-Net 1: torch fp32 .* not finite\. Take"):
         cascade.sample(["sun"], SamplingOptions.make(steps=2))
+
+
+def test_the_last_pictures_seed_can_be_asked_for_again(run):
+    cascade = TrainedStages.load(run)
+    with pytest.raises(UsageError, match=r"seed 9223372036854775807: the last of 2 pictures"):
+        cascade.settings(SamplingOptions(seed=2**63 - 1, num=2))
+    assert cascade.settings(SamplingOptions(seed=2**63 - 2, num=2))

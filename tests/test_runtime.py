@@ -361,7 +361,7 @@ def test_lists_are_read_as_the_main_package_reads_them():
 
 @pytest.mark.parametrize(
     "asked", [{"steps": True}, {"steps": [None, 2]}, {"sampler": ["ddim", None]}, {"num": True},
-              {"threshold": True}, {"cond_scale": 1e300}],
+              {"seed": 2**63 - 1, "num": 2}, {"threshold": True}, {"cond_scale": 1e300}],
 )  # fmt: skip
 def test_what_the_main_package_refuses_is_refused(bundled, asked):
     with Cascade(bundled) as cascade, pytest.raises(UsageError):

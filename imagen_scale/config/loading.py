@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from imagen_scale.config.explain import explain_all, shortened
+from imagen_scale.config.explain import explain_all
 from imagen_scale.config.recipes import fill_in
 from imagen_scale.config.rules import cross_checks
 from imagen_scale.config.schema import Config
@@ -119,7 +119,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         else:
             outer = ".".join(keys[:depth])
             raise ConfigError(
-                f"--set {key_path}: {outer} is {shortened(node)}, with nothing inside; set {outer} "
+                f"--set {key_path}: {outer} is a plain value, with nothing inside; set {outer} "
                 f"itself."
             )
         if is_last:

@@ -20,6 +20,7 @@ from imagen_scale.sampling.option_model import OptionModel
 from imagen_scale.sampling.per_stage import columns_of
 
 Positive = Annotated[int, Field(ge=1)]
+SEEDS = 2**63  # there are so many, from 0 on
 
 
 class StageSettings(BaseModel):
@@ -45,7 +46,7 @@ class StageSettings(BaseModel):
 class SamplingOptions(OptionModel):
     """Options of a call; those of stages take one value for all, or a list with one for each."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = Field(
         0, description="Same seed, same picture; the j-th picture of a prompt uses seed + j."
     )
     num: Positive = Field(1, description="Pictures per prompt.")
@@ -106,6 +107,7 @@ class SamplingOptions(OptionModel):
         Raises:
             UsageError: Naming the option that is wrong.
         """
+        check_seeds(self.seed, self.num)
         values = {name: getattr(self, name) for name in StageSettings.model_fields}
         columns = columns_of(values, len(stages))
         for i, stage in enumerate(stages):
@@ -162,6 +164,23 @@ class SamplingOptions(OptionModel):
                     f"built in, and nothing else; leave {option(name)} out, or sample its teacher "
                     f"{few.teacher}."
                 )
+
+
+def check_seeds(seed: int, num: int) -> None:
+    """Refuses pictures whose seeds could not be asked for again.
+
+    Args:
+        seed: Of the first picture.
+        num: Pictures, of a seed each.
+
+    Raises:
+        UsageError: If the last one's is none.
+    """
+    if seed + num > SEEDS:
+        raise UsageError(
+            f"{option('seed')} {seed}: the last of {num} pictures would have a seed above 2^63 - "
+            f"1, where there is none; take a smaller one."
+        )
 
 
 def learned_settings(few: FewSteps) -> StageSettings:

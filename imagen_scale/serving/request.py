@@ -10,14 +10,13 @@ from pydantic import Field
 from imagen_scale.config.strict_json import parse_json
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
-from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.options import SamplingOptions, check_seeds
 from imagen_scale.sampling.wanted import Wanted
 from imagen_scale.serving.contract import ServedCascade
 from imagen_scale.serving.limits import Limits
 from imagen_scale.serving.refusal import Refusal
 from imagen_scale.serving.waiting import Kind
 
-MOST_SEED = 2**63
 SEEDS = 2**31  # one is drawn below it where none was given
 # `n` stands for the first; how much memory a picture takes is the server's business.
 NOT_ASKED = ("num", "tile", "at_once")
@@ -79,11 +78,7 @@ def read_request(body: bytes, cascade: ServedCascade, model: str, limits: Limits
     for name, text in (("prompt", theirs.prompt), ("negative_prompt", options.negative_prompt)):
         _check_text(name, text or "", limits.prompt)
     _check_most("n", theirs.n, limits.pictures)
-    if options.seed + theirs.n > MOST_SEED:
-        raise UsageError(
-            f"{option('seed')} {options.seed}: with n {theirs.n} the last picture's would be above "
-            f"2^63 - 1, where no seed is; take a smaller one."
-        )
+    check_seeds(options.seed, theirs.n)
     stages = _stages_of(theirs.size, cascade.sizes)
     settings = cascade.settings(options, stages)
     _check_most("steps", max(one.steps for one in settings), limits.steps)

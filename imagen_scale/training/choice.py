@@ -45,7 +45,7 @@ def choose_setup(
     asked = _asked(stage, found.ranks)
     kept = read_kept(setup_path(run_dir, stage.number), _Kept)
     if kept is not None and kept.asked == asked:
-        check_kept_precision(stage, kept.setup, found)
+        _check_kept_precision(stage, kept.setup, found)
         return kept.setup
     machine = budget_machine(stage.memory, found)
     if machine is None:
@@ -98,7 +98,7 @@ def check_precision(config: Config) -> None:
         )
 
 
-def check_kept_precision(stage: StageConfig, kept: Setup, found: Machine) -> None:
+def _check_kept_precision(stage: StageConfig, kept: Setup, found: Machine) -> None:
     """Refuses to go on in bf16, which "auto" took elsewhere, on a card that would emulate it.
 
     Raises:
