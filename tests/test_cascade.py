@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -24,7 +25,7 @@ from imagen_scale.data.encoder import TextEncoder
 from imagen_scale.diffusion.names import Sampler
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError
 from imagen_scale.files.atomic import sha256
-from imagen_scale.files.numbers import next_number
+from imagen_scale.files.numbers import by_number, next_number
 from imagen_scale.files.picture_files import save_sample
 from imagen_scale.files.pictures import to_uint8
 from imagen_scale.runs.folders import find_run, inference_path
@@ -470,3 +471,9 @@ def test_the_last_pictures_seed_can_be_asked_for_again(run):
     with pytest.raises(UsageError, match=r"seed 9223372036854775807: the last of 2 pictures"):
         cascade.settings(SamplingOptions(seed=2**63 - 1, num=2))
     assert cascade.settings(SamplingOptions(seed=2**63 - 2, num=2))
+
+
+def test_a_hundred_thousandth_picture_is_newer_than_the_one_before():
+    names = ["100000_ab.png", "99999_cd.png", "00007_ef.png", "sheet_00003.png"]
+    ordered = sorted(map(Path, names), key=by_number)
+    assert [path.name for path in ordered] == list(reversed(names))

@@ -34,7 +34,15 @@ def taken_number(folder: Path, least: int = 1) -> Iterator[int]:
 
 def next_number(folder: Path) -> int:
     """One above the highest picture number in a folder, so that nothing is overwritten."""
-    found = (
-        re.match(r"(?:grid_|sheet_)?(\d+)(_[0-9a-f]+)?\.", path.name) for path in folder.iterdir()
-    )
-    return max((int(match[1]) for match in found if match), default=0) + 1
+    return max((number_of(path) or 0 for path in folder.iterdir()), default=0) + 1
+
+
+def number_of(path: Path) -> int | None:
+    """The number in a picture's name; None in another file's."""
+    match = re.match(r"(?:grid_|sheet_)?(\d+)(_[0-9a-f]+)?\.", path.name)
+    return int(match[1]) if match else None
+
+
+def by_number(path: Path) -> tuple[int, str]:
+    """Orders pictures as they were made: 100000 comes after 99999, as names do not."""
+    return number_of(path) or 0, path.name

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from imagen_scale.files.numbers import by_number
 from imagen_scale.runs.folders import grid_paths, samples_dir
 from imagen_scale.runs.records import SampleFacts, read_record
 
@@ -74,7 +75,7 @@ def read_samples(run: Path, problems: list[str]) -> list[EmbeddedSample]:
     paths = [path for path in samples_dir(run).glob("*_*.png")
              if re.fullmatch(r"\d+_[0-9a-f]+\.png", path.name)]  # fmt: skip
     made = []
-    for path in sorted(paths, reverse=True)[:MOST_SAMPLES]:
+    for path in sorted(paths, key=by_number, reverse=True)[:MOST_SAMPLES]:
         beside = path.with_suffix(".json")
         facts = read_record(beside, SampleFacts, problems)
         if facts is None:

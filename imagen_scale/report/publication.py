@@ -7,6 +7,7 @@ from typing import NamedTuple
 from imagen_scale.config import Config
 from imagen_scale.errors import CheckpointError, EnvironmentProblem, UsageError, option
 from imagen_scale.files.caches import expanded
+from imagen_scale.files.numbers import by_number
 from imagen_scale.runs.folders import (
     config_path,
     evaluation_path,
@@ -78,7 +79,7 @@ def _pictures(run: Path, unets: int) -> Iterator[Path]:
         yield from _there(grid_paths(run, number))[-1:]
     made = samples_dir(run)
     for pattern in ("sheet_*.png", "grid_*.png", "[0-9]*_*.png"):
-        for path in _there(sorted(made.glob(pattern)))[-MOST_SAMPLES:]:
+        for path in _there(sorted(made.glob(pattern), key=by_number))[-MOST_SAMPLES:]:
             yield path
             if (beside := path.with_suffix(".json")).is_file():
                 yield beside
