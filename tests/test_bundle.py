@@ -152,7 +152,7 @@ def test_a_bundle_is_replaced_by_force_and_another_folder_never(exported, bundle
     assert done.exit_code == 2 and "exists already; add --force" in done.output
     (tmp_path / "mine").mkdir()
     done = export("--run", exported, "--out", tmp_path / "mine", "--force")
-    assert done.exit_code == 2 and "is no bundle, so it is not replaced" in done.output
+    assert done.exit_code == 2 and "is there and no bundle; name a folder" in done.output
     done = CliRunner().invoke(main, ["export", "--unet", "1", "--out", "x", "--run", str(exported)])
     assert done.exit_code == 2 and "--out: goes with --bundle" in done.output
     done = export("--run", exported, "--batch", "1:2:4")

@@ -8,7 +8,7 @@ left to DeepSpeed.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from imagen_scale.config.explain import explain_all, unknown_key
 
@@ -94,10 +94,17 @@ class LeafModule(DeepSpeedSection):
     name_suffixes: list[str] = []
 
 
+def _no_truth(value: Any) -> Any:
+    """Refuses true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it should be 0, 1, 2 or 3")
+    return value
+
+
 class ZeroOptimization(DeepSpeedSection):
     """What the ranks share out, and what lives outside the card."""
 
-    stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 0  # a Literal would take true for 1
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth)] = 0
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: Annotated[int, Field(gt=0)] = 500_000_000
