@@ -152,7 +152,7 @@ def test_wrong_use_is_one_sentence(words, said, teacher):
     assert not list(teacher.parent.glob("*.json"))
 
 
-@pytest.mark.parametrize("to", ["", ".", "..", "quick/", "../quick", "runs/quick", "/quick"])
+@pytest.mark.parametrize("to", [".", "..", "quick/", "../quick", "runs/quick", "/quick"])
 def test_the_new_run_is_named_and_not_placed(teacher, started, to):
     done = distill("first", "--steps", "4", "--cond-scale", "2", "--to", to)
     assert done.exit_code == 2, done.output

@@ -98,7 +98,7 @@ def distill(
 
     files = read_stages(teacher, allow_unfinished=False)
     wanted = _one_for_each("steps", steps, len(files))
-    if to is not None and (to != Path(to).name or to in ("", "..")):
+    if to is not None and (to != Path(to).name or to == ".."):
         raise UsageError(f"--to {to}: is a name, of a folder beside {teacher}; leave paths out.")
     folder = teacher.parent / (to or _name(teacher, wanted))
     _guidance(files, wanted, cond_scale)  # refused before anything is trained
