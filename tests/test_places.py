@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 from support.tiny import TINY
 
+from imagen_scale.commands import train_process
 from imagen_scale.commands.main import main
-from imagen_scale.errors import CheckpointError
+from imagen_scale.errors import CheckpointError, UsageError
 from imagen_scale.files.picture_files import save_new_picture
 from imagen_scale.runs.inference import read_stages
 
@@ -68,6 +71,7 @@ def test_a_picture_in_a_file_is_no_name_that_is_taken(tmp_path):
         ("sample", "sun", "--out", ""),
         ("export", "--bundle", "--out", ""),
         ("plan", "--config", ""),
+        ("distill", "first", "--to", "", "--steps", "4"),
     ],
 )
 def test_an_option_that_a_shell_left_empty_is_refused(words):
@@ -76,13 +80,21 @@ def test_an_option_that_a_shell_left_empty_is_refused(words):
     assert done.exit_code == 2 and f"{name.rstrip('=')}: is empty" in done.output, done.output
 
 
+def test_a_launcher_that_hands_on_an_empty_option_is_told_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "config.json", "--run", ""])
+    with pytest.raises(UsageError, match="--run: is empty, as an unset variable of a shell is"):
+        train_process._run(None)
+
+
 def test_texts_may_be_empty(run, tmp_path):
     done = cli("sample", "", "--negative-prompt", "", "--run", run, "--steps", 1, "--out", tmp_path)
     assert done.exit_code == 0, done.output
 
 
-def test_a_run_in_a_folder_whose_name_is_no_text_is_not_called_damaged(run, tmp_path):
+def test_a_run_in_a_folder_whose_name_is_no_text_is_not_called_damaged(run, tmp_path, monkeypatch):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     shutil.copytree(run, folder)
     with pytest.raises(CheckpointError, match="names are UTF-8 text; rename the folder"):
-        read_stages(type(tmp_path)(folder), allow_unfinished=False)
+        read_stages(Path(folder), allow_unfinished=False)
+    monkeypatch.chdir(folder)  # what lies above does not matter
+    assert len(read_stages(Path(), allow_unfinished=False)) == 2

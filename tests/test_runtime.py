@@ -368,6 +368,13 @@ def test_what_the_main_package_refuses_is_refused(bundled, asked):
         cascade.sample("sun", **{"steps": 1, **asked})
 
 
+def test_a_bundle_in_a_folder_whose_name_is_no_text_is_not_called_damaged(bundled, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xe9")
+    shutil.copytree(bundled, folder)
+    with pytest.raises(ExportError, match="names are UTF-8 text; rename the folder"):
+        Cascade(folder)
+
+
 def damaged(folder, what):
     facts = json.loads((folder / "bundle.json").read_text())
     if what == "missing":

@@ -7,8 +7,8 @@ import click
 
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import named_here, run_option, unfinished_option, whole_number
-from imagen_scale.commands.places import check_place
 from imagen_scale.errors import UsageError
+from imagen_scale.files.places import check_place
 
 if TYPE_CHECKING:
     from imagen_scale.runs.inference import InferenceFile

@@ -19,7 +19,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TEXTS = ("--prompt", "--negative-prompt")
 
 
-def refuse_empty(command: click.Command, words: list[str], ctx: click.Context) -> None:
+def refuse_empty(
+    command: click.Command, words: list[str], ctx: click.Context | None = None
+) -> None:
     """Refuses options without a value: an unset variable of a shell, which nobody meant.
 
     Raises:

@@ -10,8 +10,8 @@ import click
 from imagen_scale.commands.config import set_option
 from imagen_scale.commands.console import Progress
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.places import check_folder
 from imagen_scale.errors import UsageError
+from imagen_scale.files.places import check_folder
 
 
 @click.command(short_help="How much memory training will take.")
@@ -48,7 +48,7 @@ def plan(
     \b
         imagen-scale plan --config configs/cascade_64_256.json --memory 12GB --ram 32GB
     """
-    from imagen_scale.config import load_config, parse_bytes
+    from imagen_scale.config import load_config
 
     checked = load_config(config_path, overrides)
     card_bytes, ram_bytes = size_of("--memory", memory), size_of("--ram", ram)
@@ -60,6 +60,7 @@ def plan(
     from imagen_scale.planning.machine import SYSTEM_BYTES, calibration, this_machine
     from imagen_scale.planning.planner import Planner
     from imagen_scale.planning.report import as_dict, print_plan
+    from imagen_scale.training.choice import budget_machine
 
     machine = this_machine(gpus * machines)._replace(local_ranks=gpus)
     if card_bytes is not None:
@@ -73,11 +74,10 @@ def plan(
                 f"give the whole memory of the machine."
             )
         machine = machine._replace(ram=ram_bytes - SYSTEM_BYTES)
-    budget = checked.memory.budget
-    if card_bytes is None and budget not in (None, "auto"):  # as training takes it
-        machine = machine._replace(card=parse_bytes(budget))
-    if card_bytes is None and (budget is None or machine.card is None):
-        reason = "memory.budget is null" if budget is None else "there is no card"
+    if card_bytes is None and (allowed := budget_machine(checked.memory, machine)) is not None:
+        machine = allowed
+    elif card_bytes is None:
+        reason = "memory.budget is null" if checked.memory.budget is None else "there is no card"
         click.echo(
             f"{reason}: training plans nothing here, and where training.micro_batch is null it "
             f"takes the whole global batch at once. Below is what would be planned; write it down "

@@ -6,8 +6,8 @@ import click
 
 from imagen_scale.commands.console import Progress, say
 from imagen_scale.commands.errors import user_errors
-from imagen_scale.commands.places import check_place
 from imagen_scale.errors import UsageError
+from imagen_scale.files.places import check_place
 
 
 @click.command(short_help="Write one page about a run.")

@@ -15,9 +15,9 @@ from imagen_scale.commands.options import (
     unet_limit_option,
     unfinished_option,
 )
-from imagen_scale.commands.places import check_folder
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import EnvironmentProblem, ImagenScaleError, UsageError, of_system
+from imagen_scale.files.places import check_folder
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 

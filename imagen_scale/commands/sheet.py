@@ -9,9 +9,9 @@ import click
 from imagen_scale.commands.console import Progress, say
 from imagen_scale.commands.errors import user_errors
 from imagen_scale.commands.options import run_option, unet_limit_option, unfinished_option
-from imagen_scale.commands.places import check_place
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import UsageError
+from imagen_scale.files.places import check_place
 from imagen_scale.sampling.sheet import VARIED, plan_sheet, positions, title, values_of
 
 
@@ -52,9 +52,9 @@ def sheet(
     """
     if not prompts:
         raise UsageError("no prompt: give one or more in quotes.")
-    if out is not None and (out.suffix.lower() != ".png" or out.exists()):
-        raise UsageError(f"--out {out}: name a PNG file that is not there yet.")
     if out is not None:
+        if out.suffix.lower() != ".png" or out.exists():
+            raise UsageError(f"--out {out}: name a PNG file that is not there yet.")
         check_place(out)
     from imagen_scale.runs.checkpoint_average import kept_steps
     from imagen_scale.runs.folders import find_run

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from imagen_scale.files.system_text import typed
+
 
 class Prompt(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """Text that was typed: UTF-8 bytes, whatever encoding the locale names."""
@@ -16,18 +18,6 @@ class Prompt(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """The text; as it is where its bytes are not UTF-8, so that it is refused by its name."""
         return typed(value) if isinstance(value, str) else value
-
-
-def typed(text: str) -> str:
-    """Text from the command line or the environment as it was meant.
-
-    Python decodes both with the locale's encoding and keeps bytes that are none of it as halves of
-    surrogate pairs.
-    """
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeDecodeError:
-        return text
 
 
 def settle_output() -> None:

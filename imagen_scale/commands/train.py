@@ -164,8 +164,8 @@ def _command_for_hosts(
         )
     machines = machines_of(hostfile)
     first, *_ = machines
-    if gpus is not None and gpus > (least := min(machines.values())):
-        name = next(name for name, slots in machines.items() if slots == least)
+    name, least = min(machines.items(), key=lambda machine: machine[1])
+    if gpus is not None and gpus > least:
         raise UsageError(
             f"--gpus {gpus}: {name} has slots={least} in {hostfile}; give at most so many."
         )

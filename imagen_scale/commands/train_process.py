@@ -10,12 +10,13 @@ import click
 
 from imagen_scale.commands.allocator import settle_allocators
 from imagen_scale.commands.errors import with_flags
-from imagen_scale.commands.places import check_place
+from imagen_scale.commands.group import refuse_empty
 from imagen_scale.commands.torch_log import settle_torch_log
 from imagen_scale.commands.unheard import outlive_listeners
 from imagen_scale.commands.waiting import wait_asleep
-from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system, option
+from imagen_scale.errors import ImagenScaleError, UsageError, exit_code_of, of_system
 from imagen_scale.files.caches import expanded, settle_caches
+from imagen_scale.files.places import check_place
 from imagen_scale.training.launch_variables import fill_environment, speaks_for_its_machine
 
 OPTIONS = (
@@ -49,22 +50,11 @@ def training_options(called: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_folder(config: Any, config_path: str, run_dir: str | None) -> Path:
     """Where a run is written."""
-    if run_dir is not None:
-        if not run_dir:
-            raise UsageError(
-                f"{option('run')}: is empty, as an unset variable of a shell is; name a folder, or "
-                f"leave it out for {_usual_folder(config, config_path)}."
-            )
-        folder = Path(run_dir)
-    else:
-        folder = _usual_folder(config, config_path)
+    written = config.logging.run_dir
+    usual = Path(f"runs/{Path(config_path).stem}") if written is None else expanded(written)
+    folder = usual if run_dir is None else Path(run_dir)
     check_place(folder, name="run")
     return folder
-
-
-def _usual_folder(config: Any, config_path: str) -> Path:
-    written = config.logging.run_dir
-    return Path(f"runs/{Path(config_path).stem}") if written is None else expanded(written)
 
 
 @click.command(name="train.py")
@@ -131,6 +121,7 @@ def main() -> None:
 def _run(meeting: Any) -> int:
     """Runs the command line; an exit code where there is nothing more to do, as after --help."""
     try:
+        refuse_empty(command, sys.argv[1:])
         with command.make_context("train.py", sys.argv[1:], obj=meeting) as context:
             command.invoke(context)
     except click.exceptions.Exit as done:

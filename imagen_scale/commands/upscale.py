@@ -12,9 +12,9 @@ from imagen_scale.commands.options import (
     sampling_options,
     unfinished_option,
 )
-from imagen_scale.commands.places import check_place
 from imagen_scale.commands.terminal import Prompt
 from imagen_scale.errors import UsageError
+from imagen_scale.files.places import check_place
 from imagen_scale.sampling.options import SamplingOptions
 from imagen_scale.sampling.runtimes.options import RuntimeOptions
 from imagen_scale.version import __version__

@@ -12,6 +12,7 @@ from imagen_scale.config import Config, StageConfig, dump_config, load_config, p
 from imagen_scale.config.distillation import FewSteps
 from imagen_scale.errors import CheckpointError, ConfigError, option
 from imagen_scale.files.atomic import write_atomically
+from imagen_scale.files.system_text import is_text
 from imagen_scale.files.tensors import write_tensors
 from imagen_scale.runs.folders import config_path, inference_path
 
@@ -84,13 +85,11 @@ def read_inference(path: Path) -> InferenceFile:
 
     if not path.is_file():
         raise CheckpointError(f"{path}: not found.")
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
+    if not is_text(path):
         raise CheckpointError(
             f"{path}: safetensors opens only files whose names are UTF-8 text; rename the folder "
             f"that is not."
-        ) from None
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -18,9 +18,9 @@ from imagen_scale.diffusion.names import Sampler, Spacing, SpacingChoice
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
 from imagen_scale.sampling.per_stage import columns_of
+from imagen_scale.sampling.wanted import SEEDS, check_seeds
 
 Positive = Annotated[int, Field(ge=1)]
-SEEDS = 2**63  # there are so many, from 0 on
 
 
 class StageSettings(BaseModel):
@@ -164,23 +164,6 @@ class SamplingOptions(OptionModel):
                     f"built in, and nothing else; leave {option(name)} out, or sample its teacher "
                     f"{few.teacher}."
                 )
-
-
-def check_seeds(seed: int, num: int) -> None:
-    """Refuses pictures whose seeds could not be asked for again.
-
-    Args:
-        seed: Of the first picture.
-        num: Pictures, of a seed each.
-
-    Raises:
-        UsageError: If the last one's is none.
-    """
-    if seed + num > SEEDS:
-        raise UsageError(
-            f"{option('seed')} {seed}: the last of {num} pictures would have a seed above 2^63 - "
-            f"1, where there is none; take a smaller one."
-        )
 
 
 def learned_settings(few: FewSteps) -> StageSettings:

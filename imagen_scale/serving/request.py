@@ -10,8 +10,8 @@ from pydantic import Field
 from imagen_scale.config.strict_json import parse_json
 from imagen_scale.errors import UsageError, option
 from imagen_scale.sampling.option_model import OptionModel
-from imagen_scale.sampling.options import SamplingOptions, check_seeds
-from imagen_scale.sampling.wanted import Wanted
+from imagen_scale.sampling.options import SamplingOptions
+from imagen_scale.sampling.wanted import Wanted, check_seeds
 from imagen_scale.serving.contract import ServedCascade
 from imagen_scale.serving.limits import Limits
 from imagen_scale.serving.refusal import Refusal

@@ -15,6 +15,7 @@ from .diffusion.solvers import Level
 from .errors import ExportError
 from .files.atomic import sha256
 from .files.inside import leads_out
+from .files.system_text import is_text
 
 BUNDLE = "bundle.json"
 SCHEMA = 1  # of bundles that this version reads
@@ -131,6 +132,11 @@ class Bundle:
             raise ExportError(
                 f"{folder}: holds no {BUNDLE}. Give a folder that `imagen-scale export --bundle` "
                 f"has written."
+            )
+        if not is_text(folder):
+            raise ExportError(
+                f"{folder}: ONNX Runtime opens only files whose names are UTF-8 text; rename the "
+                f"folder that is not."
             )
         facts = _read(path, {"schema_version": int})
         if (schema := facts["schema_version"]) != SCHEMA:

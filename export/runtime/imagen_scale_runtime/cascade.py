@@ -14,7 +14,7 @@ from .errors import UsageError, option, spelled
 from .graphs import CPU, Engine, Runtime
 from .pictures import to_uint8
 from .sampling.unread import NotRead
-from .sampling.wanted import Wanted
+from .sampling.wanted import Wanted, check_seeds
 from .settings import PER_STAGE, Settings, check_negative, is_whole, settings_of
 from .stage import Inputs, OnStep, Stage
 from .text import TextReader
@@ -247,12 +247,7 @@ def _check_call(captions: list[str], options: dict[str, Any]) -> None:
                 f"{option(name)} {str(value)[:40]}: must be a whole number from {least} on, below "
                 f"2^63."
             )
-    seed, num = options.get("seed") or 0, options.get("num") or 1
-    if seed + num > 2**63:
-        raise UsageError(
-            f"{option('seed')} {seed}: the last of {num} pictures would have a seed above 2^63 - "
-            f"1, where there is none; take a smaller one."
-        )
+    check_seeds(options.get("seed") or 0, options.get("num") or 1)
     negative = options.get("negative_prompt")
     if not isinstance(negative, str | None):
         raise UsageError(f"{option('negative_prompt')} {negative!r}: is not a string.")

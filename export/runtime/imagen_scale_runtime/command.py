@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from .cascade import Cascade, Sample
-from .errors import ImagenScaleError, UsageError, exit_code_of, of_system, option, spelled
+from .errors import ImagenScaleError, UsageError, exit_code_of, of_system, spelled
 from .files.numbers import taken_number
 from .files.picture_files import save_sample
+from .files.places import check_folder
+from .files.system_text import typed
 from .graphs import CPU
 from .version import __version__
 
@@ -89,7 +91,7 @@ def _run(asked: argparse.Namespace) -> None:
     names = ("seed", "num", "negative_prompt", "steps", "cond_scale", "sampler", "spacing", "eta",
              "threshold", "guidance_interval", "cache_interval", "tile", "at_once")  # fmt: skip
     options = {name: getattr(asked, name) for name in names}
-    make_folder(asked.out)
+    check_folder(asked.out)
     cascade = Cascade(
         asked.bundle, runtime=asked.runtime, provider=asked.provider, threads=asked.threads,
         keep=False, say=_say,
@@ -104,6 +106,7 @@ def _run(asked: argparse.Namespace) -> None:
         "runtime": asked.runtime,
         "version": __version__,
     }
+    asked.out.mkdir(parents=True, exist_ok=True)
     total, written = len(prompts) * asked.num, 0
     try:
         for sample in made:
@@ -114,28 +117,6 @@ def _run(asked: argparse.Namespace) -> None:
             print(f"{written} of {total} pictures are in {asked.out}", file=sys.stderr)
         raise
     print(f"{written} pictures in {asked.out}")
-
-
-def typed(text: str) -> str:
-    """Text of the command line as it was meant, whatever the locale decodes it with."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeDecodeError:
-        return text
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder to write into.
-
-    Raises:
-        UsageError: If it, or something above it, is a file.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(
-            f"{option('out')} {path}: is, or lies in, a file; name a folder."
-        ) from None
 
 
 def _write(folder: Path, sample: Sample, facts: dict[str, Any]) -> None:

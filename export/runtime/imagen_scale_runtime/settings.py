@@ -138,6 +138,7 @@ def is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     try:
-        return isinstance(value, (int, float)) and value is not True and math.isfinite(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False

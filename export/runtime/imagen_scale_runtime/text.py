@@ -32,9 +32,7 @@ class TextReader:
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine = bundle, engine
-        self._tokenizer = Tokenizer.from_str(
-            (bundle.folder / "tokenizer.json").read_text(encoding="utf-8")
-        )
+        self._tokenizer = Tokenizer.from_file(str(bundle.folder / "tokenizer.json"))
         self._graphs: dict[str, Graph] = {}
         self._features: dict[str, Features] = {}
 

@@ -21,21 +21,15 @@ def compiler() -> Iterator[Finding]:
     missing: State = "problem" if _version("deepspeed") else "warning"
     name = os.environ.get("CXX", "c++")
     path = shutil.which(name)
-    done = None
-    if path is not None:
-        done = subprocess.run(
-            [path, "-x", "c++", "-E", "-dM", os.devnull], capture_output=True, text=True, timeout=20
-        )
-    if done is not None and (done.returncode or "__cplusplus" not in done.stdout):
-        yield Finding(
-            "compiler", missing, f"{path} is no C++ compiler",
-            "Unset CXX, or set it to one.",
-        )  # fmt: skip
-    elif path is None:
+    if path is None:
         yield Finding(
             "compiler", missing, f"no C++ compiler ({name})",
             "apt install g++ (Debian, Ubuntu), or dnf install gcc-c++ (Fedora).",
         )  # fmt: skip
+    elif not _is_compiler(path):
+        yield Finding(
+            "compiler", missing, f"{path} is no C++ compiler", "Unset CXX, or set it to one."
+        )
     else:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
         yield Finding("compiler", "ok", done.stdout.partition("\n")[0].strip() or path)
@@ -54,6 +48,13 @@ def compiler() -> Iterator[Finding]:
         yield Finding("ninja", missing, "not found", INSTALL_TRAINING)
     else:
         yield Finding("ninja", "ok", ninja)
+
+
+def _is_compiler(path: str) -> bool:
+    """Whether a program knows C++, as its preprocessor tells."""
+    command = [path, "-x", "c++", "-E", "-dM", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.returncode == 0 and "__cplusplus" in done.stdout
 
 
 def deepspeed(build: Callable[[str], None] | None) -> Iterator[Finding]:

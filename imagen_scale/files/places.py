@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from imagen_scale.errors import UsageError, option
+from ..errors import UsageError, option
 
 
 def check_place(path: Path, *, name: str = "out") -> None:

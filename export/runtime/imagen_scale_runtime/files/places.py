@@ -1,0 +1,1 @@
+../../../../imagen_scale/files/places.py

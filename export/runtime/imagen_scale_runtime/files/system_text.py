@@ -1,0 +1,1 @@
+../../../../imagen_scale/files/system_text.py
